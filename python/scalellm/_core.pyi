@@ -1,0 +1,120 @@
+"""The Rust half: listener of the engine, text, gateway, load generator (crates/python-module)."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, final
+
+__version__: str
+
+# ---------------------------------------------------------------- engine listener (crates/engine-link)
+
+@final
+class Submission:
+    """A validated Submit: ids are below the vocabulary, floats finite, lengths within the limits."""
+
+    key: int  # unique in this engine process; names the request in emit() and in cancels
+    trace_id: str
+    prompt_ids: list[int]
+    resume_ids: list[int]  # output of an earlier attempt; counts as output
+    max_tokens: int
+    min_tokens: int
+    stop_token_ids: list[int]
+    ignore_eos: bool
+    priority: int
+    deadline_us: int | None  # absolute, Unix microseconds
+    arrival_us: int  # at the gateway, Unix microseconds
+    received_us: int  # at the listener, Unix microseconds
+    choice: int
+    cache_salt: bytes
+    prompt_logprobs: int | None
+    temperature: float
+    top_p: float
+    top_k: int  # 0 is off
+    min_p: float
+    repetition_penalty: float
+    presence_penalty: float
+    frequency_penalty: float
+    logit_bias: list[tuple[int, float]]
+    seed: int
+    logprobs: int | None
+
+@final
+class EngineListener:
+    """Serves the engine protocol on a thread of its own; Python sees whole batches only."""
+
+    address: str  # the bound address; names the real port when 0 was asked for
+    def __init__(self, address: str, info: Mapping[str, Any]) -> None:
+        """Bind `unix:PATH` or `HOST:PORT`. `info` holds DescribeResponse's fields by name.
+
+        Raises OSError if the address is taken, ValueError on a bad one."""
+    def poll(self, timeout_s: float) -> list[tuple[str, Any]]:
+        """Wait for messages without the GIL; return all there are, [] after `timeout_s`.
+
+        ("submit", Submission), ("cancel", key), ("drain", None), ("stop", None),
+        ("kv_snapshot", None), ("calibrate", (ticket, [(decode_seqs, context_tokens, prefill_tokens), ...]))"""
+    def emit(self, outputs: Sequence[tuple[Any, ...]], load: tuple[Any, ...]) -> None:
+        """Hand over what one step did; never waits for a gateway.
+
+        An output is (key, token_ids, finish_reason | None, cached_tokens, logprobs | None,
+        prompt_logprobs | None, times | None, stop_token_id | None, error | None), where
+        finish_reason is "eos" | "stop_token" | "length" | "cancelled" | "deadline" | "error",
+        a logprob entry is (token_id, logprob, rank, top_ids, top_logprobs), a prompt logprob entry the same or None,
+        times is (queued_us, first_scheduled_us, first_token_us, finished_us, preemptions, steps).
+        `load` is (running, waiting, backlog_tokens, kv_blocks_used, kv_blocks_total, step_ms, overhead_ms,
+        steps, preemptions, prefix_hit_tokens, prefix_query_tokens). Also call it (with no outputs) when idle,
+        at least every 200 ms: it is the sign of life of the loop."""
+    def emit_kv(self, stored: Sequence[tuple[bytes, bytes]], removed: Sequence[bytes], snapshot: bool) -> None:
+        """Changes of the prefix cache, as (parent, hash) and hash."""
+    def answer_calibrate(self, ticket: int, step_ms: Sequence[float]) -> None: ...
+    def close(self) -> None:
+        """Stop listening, flush what was emitted for at most a second, and join the thread."""
+
+# ---------------------------------------------------------------- text (crates/gateway/src/text)
+
+@final
+class Tokenizer:
+    """The gateway's tokenizer and chat template of a Hugging Face folder."""
+
+    vocab_size: int
+    eos_token_ids: list[int]
+    def __init__(self, folder: str) -> None: ...
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]: ...
+    def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str: ...
+    def apply_chat_template(
+        self,
+        messages_json: str,
+        add_generation_prompt: bool = True,
+        template: str | None = None,
+        kwargs_json: str | None = None,
+    ) -> str: ...
+
+@final
+class Detokenizer:
+    """Turns a stream of ids into text, never half a character; stops at stop strings."""
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        prompt_ids: Sequence[int],
+        stop: Sequence[str],
+        skip_special_tokens: bool = True,
+        include_stop: bool = False,
+    ) -> None: ...
+    def push(self, ids: Sequence[int]) -> tuple[str, bool]:
+        """New text that is safe to show, and whether a stop string was met."""
+    def finish(self) -> str:
+        """What was held back."""
+
+# ---------------------------------------------------------------- gateway (crates/gateway)
+
+def run_gateway(config_toml: str) -> None:
+    """Serve until SIGTERM or SIGINT has drained it; without the GIL. Raises OSError if the port is taken,
+    ValueError on a bad configuration."""
+
+# ---------------------------------------------------------------- fake engine (crates/fake-engine)
+
+def run_fake_engine(address: str, settings_json: str) -> None: ...
+
+# ---------------------------------------------------------------- load generator (crates/load-generator)
+
+def run_load(plan_json: str, on_progress: Callable[[str], bool] | None = None) -> str:
+    """Drive an endpoint as `plan_json` says, return the results as JSON; without the GIL."""
