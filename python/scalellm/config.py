@@ -1,0 +1,277 @@
+"""Settings: each declared once, here; flags, environment, file and docs follow from it.
+
+    flag  >  environment SCALELLM_*  >  scalellm.toml  >  default
+
+A setting is a field of one of the frozen dataclasses below. Its name gives the flag
+(`max_num_seqs` -> `--max-num-seqs`), the environment variable (`SCALELLM_MAX_NUM_SEQS`) and the key
+in the file (`max_num_seqs = 64`). `resolve` merges the four sources and keeps each value's origin.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, TypeVar
+
+from scalellm.errors import ConfigError
+from scalellm.settings import SERVERS, Setting, declared, setting, suggestion
+
+CONFIG_FILE = "scalellm.toml"
+_CLIENTS = ("chat", "complete", "status")
+
+
+@dataclass(frozen=True, slots=True)
+class EngineConfig:
+    """One engine replica."""
+
+    model: str = setting("demo", "Model: a folder, a hub id, or `demo`")
+    served_model_name: str | None = setting(None, "Name in the API; default: the model as given")
+    revision: str | None = setting(None, "Branch, tag or commit of a hub id")
+    load_format: str = setting(
+        "auto",
+        "`dummy` makes random weights from config.json alone",
+        choices=("auto", "dummy"),
+    )
+    dtype: str = setting(
+        "auto",
+        "Type of weights and activations; `auto`: the checkpoint's",
+        choices=("auto", "float32", "bfloat16"),
+    )
+    device: str = setting(
+        "auto",
+        "Where the model runs; `auto`: a GPU if there is one",
+        choices=("auto", "cpu", "cuda"),
+    )
+    quantization: str = setting(
+        "none",
+        "Weights quantised at load",
+        choices=("none",),
+        later=("int8", "int4", "fp8"),
+    )
+    kv_cache_dtype: str = setting(
+        "auto",
+        "Type of the KV cache; `auto`: the model's",
+        choices=("auto", "float32", "bfloat16"),
+        later=("int8", "fp8"),
+    )
+    max_model_len: int | None = setting(
+        None, "Prompt and output tokens of one request; default: the model's limit", minimum=1
+    )
+    max_num_seqs: int = setting(256, "Requests computed in one step", minimum=1, maximum=65536)
+    max_num_batched_tokens: int = setting(
+        2048, "Tokens computed in one step", minimum=1, maximum=1 << 20
+    )
+    step_budget_ms: float | None = setting(
+        None,
+        "Predicted time of a step that a prompt's chunk is cut to; default: by device",
+        above=0,
+        maximum=60_000,
+    )
+    gpu_memory_utilization: float = setting(
+        0.9, "Share of the GPU's memory to use", above=0, maximum=1
+    )
+    kv_cache_memory_bytes: int | None = setting(
+        None,
+        "Size of the KV cache, e.g. 4GiB; default: from the memory that is free",
+        minimum=1,
+        flag="--kv-cache-memory",
+    )
+    block_size: int = setting(16, "Tokens of one KV block", minimum=1, maximum=256)
+    enable_prefix_caching: bool = setting(True, "Reuse the KV blocks of equal prompt beginnings")
+    max_preemptions: int = setting(
+        3, "How often one request may be preempted before it is protected", minimum=0, maximum=1000
+    )
+    tensor_parallel_size: int = setting(
+        1, "Devices that share each layer; this version has 1", minimum=1, maximum=1
+    )
+    cpu_threads: int | None = setting(
+        None, "Threads of one replica on a CPU; default: all cores", minimum=1, maximum=1024
+    )
+    seed: int = setting(0, "Seed of dummy weights", minimum=0, maximum=2**63 - 1)
+    listen: str = setting(
+        "127.0.0.1:9000", "Address of the engine: unix:PATH or HOST:PORT", commands=("engine",)
+    )
+    model_path: Path = Path()  # the folder `model` stands for; set before an executor sees it
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+
+
+@dataclass(frozen=True, slots=True)
+class GatewayConfig:
+    """The HTTP front of `serve`."""
+
+    host: str = setting("127.0.0.1", "Address to listen on", commands=("serve",))
+    port: int = setting(8000, "Port; 0 takes a free one", ("serve",), minimum=0, maximum=65535)
+    api_key: tuple[str, ...] = setting(
+        (),
+        "Key that clients must send; may be given several times",
+        ("serve", *_CLIENTS),
+        secret=True,
+    )
+    chat_template: str | None = setting(
+        None, "File with a chat template to use instead of the model's", ("serve",)
+    )
+    max_body_bytes: int = setting(
+        16 * 2**20, "Largest request body", ("serve",), minimum=1024, maximum=2**31
+    )
+    max_in_flight: int = setting(
+        4096, "Requests the gateway holds at once", ("serve",), minimum=1, maximum=1_000_000
+    )
+    request_timeout_s: float = setting(
+        600.0, "Longest life of one request", ("serve",), above=0, maximum=86_400
+    )
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+
+
+@dataclass(frozen=True, slots=True)
+class LogConfig:
+    """What is written to standard error."""
+
+    log_level: str = setting(
+        "info",
+        "Least severity that is logged",
+        ("serve", "engine", *_CLIENTS, "doctor", "gateway"),
+        choices=("debug", "info", "warning", "error"),
+    )
+    log_format: str = setting("text", "Form of log lines", SERVERS, choices=("text", "json"))
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+
+
+@dataclass(frozen=True, slots=True)
+class DeploymentConfig:
+    """The process tree of `serve`."""
+
+    replicas: int = setting(1, "Engines to run", ("serve",), minimum=1, maximum=1024)
+    blueprint: str = setting(
+        "static",
+        "Whether the replicas' shape is fixed",
+        ("serve",),
+        choices=("static",),
+        later=("auto",),
+    )
+    launcher: str = setting(
+        "local",
+        "What starts the replicas",
+        ("serve",),
+        choices=("local",),
+        later=("ray", "kubernetes"),
+    )
+    drain_timeout_s: float = setting(
+        30.0,
+        "How long running requests may go on after the first Ctrl-C or SIGTERM",
+        ("serve",),
+        minimum=0,
+        maximum=86_400,
+        flag="--drain-timeout",
+    )
+    start_timeout_s: float = setting(
+        1800.0, "How long an engine may take to load", ("serve",), above=0, maximum=86_400
+    )
+    hung_after_s: float = setting(
+        30.0, "Age of a step after which an engine is killed", ("serve",), minimum=1, maximum=86_400
+    )
+    engine_nice: int = setting(
+        5,
+        "Niceness of CPU engines, so that the gateway answers first",
+        ("serve",),
+        minimum=0,
+        maximum=19,
+    )
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+
+
+@dataclass(frozen=True, slots=True)
+class ClientConfig:
+    """Commands that talk to a running endpoint."""
+
+    url: str = setting("http://127.0.0.1:8000", "Endpoint to talk to", _CLIENTS)
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+
+
+@dataclass(frozen=True, slots=True)
+class ServeConfig:
+    """Everything that `scalellm serve` takes."""
+
+    engine: EngineConfig
+    gateway: GatewayConfig
+    deployment: DeploymentConfig
+    log: LogConfig
+
+
+GROUPS: tuple[type, ...] = (EngineConfig, GatewayConfig, DeploymentConfig, LogConfig, ClientConfig)
+
+
+SETTINGS: Mapping[str, Setting] = MappingProxyType(
+    {name: found for group in GROUPS for name, found in declared(group).items()}
+)
+
+
+def check_fields(config: Any) -> None:
+    """Check every setting of a config dataclass; ConfigError for the first that cannot be."""
+    for entry in fields(config):
+        if entry.metadata and entry.name in SETTINGS:
+            object.__setattr__(
+                config, entry.name, SETTINGS[entry.name].check(getattr(config, entry.name))
+            )
+
+
+@dataclass(frozen=True, slots=True)
+class Value:
+    """A resolved setting."""
+
+    value: Any
+    origin: str  # "default", "flag --port", "environment SCALELLM_PORT", "file scalellm.toml"
+
+
+def resolve(
+    flags: Mapping[str, Any], environment: Mapping[str, str], file: Path | None = None
+) -> dict[str, Value]:
+    """Merge the sources; every setting is in the result.
+
+    `flags` holds parsed values by setting name, only those given. `file` must exist when given.
+    Raises ConfigError for unknown keys of the file and for values that cannot be.
+    """
+    values = {name: Value(found.default, "default") for name, found in SETTINGS.items()}
+    if file is not None:
+        origin = f"file {file}"
+        for name, value in read_file(file).items():
+            values[name] = Value(SETTINGS[name].check(value, origin), origin)
+    for name, found in SETTINGS.items():
+        if (text := environment.get(found.variable)) is not None:
+            origin = f"environment {found.variable}"
+            values[name] = Value(found.parse(text, origin), origin)
+    for name, value in flags.items():
+        origin = f"flag {SETTINGS[name].flag}"
+        values[name] = Value(SETTINGS[name].check(value, origin), origin)
+    return values
+
+
+def read_file(file: Path) -> dict[str, Any]:
+    """The keys of a scalellm.toml. Raises ConfigError when unreadable or a key is unknown."""
+    import tomllib
+
+    try:
+        found = tomllib.loads(file.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise ConfigError(f"{file}: {error}") from None
+    for key in found:
+        if key not in SETTINGS:
+            raise ConfigError(f"{file}: unknown setting {key!r}{suggestion(key, SETTINGS)}")
+    return found
+
+
+Config = TypeVar("Config")
+
+
+def build(group: type[Config], values: Mapping[str, Value], **more: Any) -> Config:
+    """Make one of GROUPS from resolved values."""
+    return group(**{name: values[name].value for name in declared(group)}, **more)
