@@ -81,6 +81,21 @@ class Setting:
             return f"{noun} from {low} to {high}"
         return noun + (f", at least {low}" if low else "") + (f", at most {high}" if high else "")
 
+    @property
+    def metavar(self) -> str:
+        """What stands for the value in a usage line."""
+        if self.declaration.choices:
+            return "{" + ",".join(self.declaration.choices) + "}"
+        return "BYTES" if self.is_bytes else {str: "TEXT", tuple: "TEXT"}.get(self.kind, "N")
+
+    @property
+    def help_text(self) -> str:
+        """One line of help with the default."""
+        if self.default in (None, ()):
+            return self.declaration.help
+        shown = str(self.default).lower() if self.kind is bool else self.default
+        return f"{self.declaration.help} (default: {shown})"
+
     def parse(self, text: str, origin: str) -> Any:
         """The value that a flag's or a variable's text stands for."""
         try:
