@@ -1,0 +1,227 @@
+//! The gateway's settings: one TOML document, checked whole before anything starts.
+
+use std::path::PathBuf;
+use std::str::FromStr;
+use std::time::Duration;
+
+use scalellm_engine_link::address::Address;
+use serde::Deserialize;
+
+use crate::error::GatewayError;
+
+/// Everything that `run_gateway` reads. Unknown keys are refused, so that a typo is not a silent default.
+#[derive(Debug, Clone, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Config {
+    pub host: String,
+    /// 0 takes a free port.
+    pub port: u16,
+    /// Clients must present one of these as `Authorization: Bearer KEY`; empty lets everybody in.
+    pub api_keys: Vec<String>,
+    pub max_body_bytes: usize,
+    /// Requests that generate at the same time; further ones get 503 with Retry-After.
+    pub max_in_flight: usize,
+    pub max_connections: usize,
+    /// How long running requests may go on after SIGTERM.
+    pub drain_timeout_s: f64,
+    /// Longest life of one request; 0 is no limit. `deadline_ms` in a request can only shorten it.
+    pub request_timeout_s: f64,
+    /// A connection that has not sent a whole request head by then is closed.
+    pub header_timeout_s: f64,
+    /// A request body that has not arrived by then gets 408.
+    pub body_timeout_s: f64,
+    /// A client that reads nothing for this long is dropped.
+    pub write_timeout_s: f64,
+    /// Threads for templates and tokenising; 0 is one for every two cores, at least one.
+    pub text_threads: usize,
+    /// Prompts that wait for one of those threads; further ones get 503.
+    pub text_queue: usize,
+    pub log_level: String,
+    pub log_format: LogFormat,
+    pub models: Vec<ModelConfig>,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum LogFormat {
+    Text,
+    Json,
+}
+
+/// One served model and the replicas that run it.
+#[derive(Debug, Clone, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ModelConfig {
+    pub name: String,
+    #[serde(default)]
+    pub aliases: Vec<String>,
+    /// Folder with the tokenizer's files.
+    pub path: PathBuf,
+    /// `unix:/path` or `host:port`.
+    pub replicas: Vec<String>,
+    /// Lowers the engines' own limit.
+    #[serde(default)]
+    pub max_model_len: Option<u32>,
+    /// File with a chat template that replaces the folder's.
+    #[serde(default)]
+    pub chat_template: Option<PathBuf>,
+}
+
+impl Default for Config {
+    fn default() -> Self {
+        Config {
+            host: "127.0.0.1".to_owned(),
+            port: 8000,
+            api_keys: Vec::new(),
+            max_body_bytes: 16 << 20,
+            max_in_flight: 2048,
+            max_connections: 16384,
+            drain_timeout_s: 30.0,
+            request_timeout_s: 3600.0,
+            header_timeout_s: 30.0,
+            body_timeout_s: 60.0,
+            write_timeout_s: 60.0,
+            text_threads: 0,
+            text_queue: 256,
+            log_level: "info".to_owned(),
+            log_format: LogFormat::Text,
+            models: Vec::new(),
+        }
+    }
+}
+
+impl Config {
+    /// Reads and checks a TOML document.
+    ///
+    /// # Errors
+    /// `GatewayError::Config` names the key, what it got and what is allowed.
+    pub fn from_toml(text: &str) -> Result<Config, GatewayError> {
+        let config: Config =
+            toml::from_str(text).map_err(|e| GatewayError::Config(e.to_string().trim_end().to_owned()))?;
+        config.validate()?;
+        Ok(config)
+    }
+
+    /// Checks what the types do not.
+    ///
+    /// # Errors
+    /// `GatewayError::Config` names the key, what it got and what is allowed.
+    pub fn validate(&self) -> Result<(), GatewayError> {
+        let bad = |message: String| Err(GatewayError::Config(message));
+        for (name, value, low) in [
+            ("max_body_bytes", self.max_body_bytes, 1024),
+            ("max_in_flight", self.max_in_flight, 1),
+            ("max_connections", self.max_connections, 1),
+            ("text_queue", self.text_queue, 1),
+        ] {
+            if value < low {
+                return bad(format!("{name}: got {value}, allowed is {low} or more"));
+            }
+        }
+        for (name, value, positive) in [
+            ("drain_timeout_s", self.drain_timeout_s, false),
+            ("request_timeout_s", self.request_timeout_s, false),
+            ("header_timeout_s", self.header_timeout_s, true),
+            ("body_timeout_s", self.body_timeout_s, true),
+            ("write_timeout_s", self.write_timeout_s, true),
+        ] {
+            let allowed = (0.0..=1e7).contains(&value) && !(positive && value == 0.0);
+            if !allowed {
+                let least = if positive { "more than 0" } else { "0" };
+                return bad(format!("{name}: got {value}, allowed is {least} to 1e7 seconds"));
+            }
+        }
+        if self.api_keys.iter().any(|key| key.is_empty() || !key.bytes().all(|b| b.is_ascii_graphic())) {
+            return bad("api_keys: every key must be visible ASCII and not empty".to_owned());
+        }
+        if self.models.is_empty() {
+            return bad("models: at least one [[models]] is needed".to_owned());
+        }
+        let mut names = std::collections::HashSet::new();
+        for model in &self.models {
+            for name in std::iter::once(&model.name).chain(&model.aliases) {
+                if name.is_empty() || name.len() > 256 {
+                    return bad(format!("models.name: got {name:?}, allowed are 1 to 256 bytes"));
+                }
+                if !names.insert(name) {
+                    return bad(format!("models.name: {name:?} is used twice"));
+                }
+            }
+            if model.replicas.is_empty() {
+                return bad(format!("models.replicas: model {:?} has none", model.name));
+            }
+            model.addresses()?;
+            if model.max_model_len == Some(0) {
+                return bad(format!("models.max_model_len: got 0 for {:?}, allowed is 1 or more", model.name));
+            }
+        }
+        Ok(())
+    }
+
+    #[must_use]
+    pub fn text_threads(&self) -> usize {
+        match self.text_threads {
+            0 => std::thread::available_parallelism().map_or(1, |cores| cores.get().div_ceil(2)),
+            threads => threads,
+        }
+    }
+
+    #[must_use]
+    pub fn request_timeout(&self) -> Option<Duration> {
+        (self.request_timeout_s > 0.0).then(|| Duration::from_secs_f64(self.request_timeout_s))
+    }
+}
+
+impl ModelConfig {
+    /// The replicas' addresses, parsed.
+    ///
+    /// # Errors
+    /// `GatewayError::Config` names the bad one.
+    pub fn addresses(&self) -> Result<Vec<Address>, GatewayError> {
+        self.replicas
+            .iter()
+            .map(|text| {
+                Address::from_str(text).map_err(|e| {
+                    GatewayError::Config(format!(
+                        "models.replicas: got {text:?} for {:?} ({e}), allowed is unix:/path or host:port",
+                        self.name
+                    ))
+                })
+            })
+            .collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const MODEL: &str = "[[models]]\nname = 'm'\npath = '/m'\nreplicas = ['unix:/run/m.sock']\n";
+
+    #[test]
+    fn defaults_fill_what_is_left_out() {
+        let config = Config::from_toml(MODEL).unwrap();
+        assert_eq!((config.port, config.log_format), (8000, LogFormat::Text));
+        assert_eq!(config.request_timeout(), Some(Duration::from_secs(3600)));
+    }
+
+    #[test]
+    fn each_bad_key_is_named() {
+        for (text, named) in [
+            (String::new(), "models"),
+            (format!("prot = 1\n{MODEL}"), "prot"),
+            (format!("port = 'x'\n{MODEL}"), "port"),
+            (format!("max_in_flight = 0\n{MODEL}"), "max_in_flight"),
+            (format!("drain_timeout_s = -1.0\n{MODEL}"), "drain_timeout_s"),
+            (format!("write_timeout_s = nan\n{MODEL}"), "write_timeout_s"),
+            (format!("api_keys = ['']\n{MODEL}"), "api_keys"),
+            (format!("{MODEL}{MODEL}"), "models.name"),
+            (MODEL.replace("'unix:/run/m.sock'", ""), "models.replicas"),
+            (MODEL.replace("unix:/run/m.sock", "no port"), "models.replicas"),
+            (format!("{MODEL}max_model_len = 0\n"), "max_model_len"),
+        ] {
+            let message = Config::from_toml(&text).unwrap_err().to_string();
+            assert!(message.contains(named), "{message:?} does not name {named:?}");
+        }
+    }
+}
