@@ -1,0 +1,148 @@
+"""The controller's process: joins the root's facts with the gateway's and sends orders back.
+
+It keeps nothing that it could not be told again: the root sends all facts when it connects and
+after every change, so that a controller that crashed goes on where the last one was.
+"""
+
+import argparse
+import select
+import signal
+import socket
+import time
+from typing import Any
+
+from scalellm.controller.channel import Lines, encode
+from scalellm.controller.gateway_view import get, parse_metrics, step_ages_s
+from scalellm.controller.policy import Exit, Facts, GiveUp, Kill, Leave, Limits, Start, decide
+
+_START_PAUSE_S = 0.1  # between looks while something is starting or waiting
+_PAUSE_S = 2.0  # between looks while all is well
+
+
+class Controller:
+    """Decides about every wanted replica each time there is news, and now and then without."""
+
+    def __init__(self, link: socket.socket, plan: dict[str, Any]) -> None:
+        self._link = link
+        self._url = str(plan["url"])
+        self._limits = Limits(**plan["limits"])
+        self._addresses: dict[str, str] = plan["addresses"]
+        self._serving = bool(plan["serving"])
+        self._gateway_heard = self._serving
+        self._gateway_heard_s = time.monotonic()
+        self._ages_s: dict[str, float] = {}
+        self._facts: dict[str, dict[str, Any]] = {}
+        self._facts_s = time.monotonic()
+        self._ordered: set[str] = set()  # replicas with an order since the last facts
+        self._draining = False
+
+    def take(self, message: dict[str, Any]) -> None:
+        """One message from the root."""
+        if message.get("type") == "facts":
+            self._facts = message["replicas"]
+            self._facts_s = time.monotonic()
+            self._ordered.clear()
+        elif message.get("type") == "draining":
+            self._draining = True
+
+    def look(self) -> None:
+        """Ask the gateway, then decide about each replica."""
+        if self._draining:
+            return
+        self._look_at_gateway()
+        for name in self._facts:
+            if name in self._ordered:
+                continue
+            decision = decide(self._facts_of(name), self._limits)
+            match decision:
+                case Leave():
+                    continue
+                case Start():
+                    self._order({"type": "start", "name": name})
+                case Kill(reason):
+                    self._order({"type": "kill", "name": name, "reason": reason})
+                case GiveUp(reason):
+                    self._order({"type": "give_up", "name": name, "reason": reason})
+            self._ordered.add(name)
+
+    def pause_s(self) -> float:
+        """How long to wait for news."""
+        settled = self._serving and all(
+            found["ready"] or found["given_up"] for found in self._facts.values()
+        )
+        return _PAUSE_S if settled else _START_PAUSE_S
+
+    def _facts_of(self, name: str) -> Facts:
+        """The root's facts, aged to now, with the gateway's view of the replica."""
+        found = self._facts[name]
+        elapsed_s = time.monotonic() - self._facts_s
+        return Facts(
+            running=found["running"],
+            ready=found["ready"],
+            age_s=found["age_s"] + elapsed_s,
+            ever_ready=found["ever_ready"],
+            given_up=found["given_up"],
+            unresponsive_s=self._ages_s.get(self._addresses.get(name, ""), 0.0),
+            exits=tuple(
+                Exit(
+                    ago_s=ended["ago_s"] + elapsed_s,
+                    was_ready=ended["was_ready"],
+                    by_itself=ended["by_itself"],
+                    how=ended["how"],
+                )
+                for ended in found["exits"]
+            ),
+        )
+
+    def _look_at_gateway(self) -> None:
+        now = time.monotonic()
+        answer = get(self._url, "/metrics" if self._serving else "/health")
+        self._ages_s = {}
+        if answer is None:
+            if now - self._gateway_heard_s > self._limits.hung_after_s and self._gateway_heard:
+                reason = f"no answer for {now - self._gateway_heard_s:.0f} s"
+                self._order({"type": "kill", "name": "gateway", "reason": reason})
+                self._gateway_heard_s = now
+            return
+        self._gateway_heard_s = now
+        if not self._gateway_heard:
+            self._gateway_heard = True
+            self._order({"type": "phase", "name": "gateway listening, tokenizer loaded"})
+        if self._serving:
+            self._ages_s = step_ages_s(parse_metrics(answer.body))
+        elif all(found["ready"] for found in self._facts.values()):
+            ready = get(self._url, "/ready")
+            if ready is not None and ready.status == 200:
+                self._serving = True
+                self._order({"type": "serving"})
+
+    def _order(self, message: dict[str, Any]) -> None:
+        self._link.sendall(encode(message))
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run until the root closes the link."""
+    parser = argparse.ArgumentParser(prog="scalellm.controller")
+    parser.add_argument("--fd", type=int, required=True, help="socket to the root")
+    link = socket.socket(fileno=parser.parse_args(arguments).fd)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    lines = Lines(link.fileno())
+    controller: Controller | None = None
+    try:
+        while True:
+            pause_s = controller.pause_s() if controller else None
+            if select.select([link], [], [], pause_s)[0]:
+                link.setblocking(False)
+                messages = lines.read()
+                link.setblocking(True)
+                for message in messages:
+                    if message.get("type") == "plan":
+                        controller = Controller(link, message)
+                    elif controller is not None:
+                        controller.take(message)
+                if lines.closed:
+                    return 0
+            if controller is not None:
+                controller.look()
+    except (BrokenPipeError, ConnectionResetError):
+        return 0

@@ -1,0 +1,76 @@
+"""The root's record of one replica: its process if there is one, and how its earlier ones ended."""
+
+import os
+import time
+from collections import deque
+from dataclasses import dataclass, field
+from typing import Any
+
+from scalellm.controller.channel import Lines
+from scalellm.controller.child import Child, Command, Ending
+
+_EXITS_KEPT = 16
+
+
+@dataclass(slots=True)
+class Replica:
+    """Facts only; what follows from them is the controller's to decide."""
+
+    name: str
+    address: str
+    command: Command
+    child: Child | None = None
+    status: Lines | None = None
+    ready: bool = False
+    ever_ready: bool = False
+    given_up: str = ""
+    info: dict[str, Any] = field(default_factory=dict)
+    exits: deque[tuple[float, bool, Ending]] = field(
+        default_factory=lambda: deque(maxlen=_EXITS_KEPT)
+    )
+
+    def start(self, environment: dict[str, str]) -> Lines:
+        """Spawn the process with a status pipe; returns the pipe's reading end."""
+        reading, writing = os.pipe()
+        os.set_blocking(reading, False)
+        command = Command((*self.command.arguments, "--status-fd", str(writing)), self.command.nice)
+        try:
+            self.child = Child(self.name, command, environment, (writing,))
+        except OSError:
+            os.close(reading)
+            raise
+        finally:
+            os.close(writing)
+        self.ready = False
+        self.status = Lines(reading)
+        return self.status
+
+    def close_status(self) -> None:
+        if self.status is not None:
+            os.close(self.status.descriptor)
+            self.status = None
+
+    def ended(self, ending: Ending) -> None:
+        """The process has been reaped."""
+        self.exits.append((time.monotonic(), self.ready, ending))
+        self.child, self.ready = None, False
+
+    def facts(self) -> dict[str, Any]:
+        """The facts as the controller reads them: `policy.Facts` but for the gateway's part."""
+        now = time.monotonic()
+        return {
+            "running": self.child is not None,
+            "ready": self.ready,
+            "age_s": now - self.child.started_s if self.child else 0.0,
+            "ever_ready": self.ever_ready,
+            "given_up": bool(self.given_up),
+            "exits": [
+                {
+                    "ago_s": now - at,
+                    "was_ready": was_ready,
+                    "by_itself": ending.exit_code is not None,
+                    "how": str(ending),
+                }
+                for at, was_ready, ending in self.exits
+            ],
+        }

@@ -1,0 +1,363 @@
+"""The root of the process tree: mechanism without policy.
+
+It spawns, reaps and signals; the controller says over a socket which replicas to start, kill or
+give up. The gateway and the controller are the root's own to restart. It runs on one thread:
+signals, the controller's socket and the engines' status pipes all wake one selector.
+
+    STARTING --ready--> SERVING --signal--> DRAINING --gateway gone--> STOPPING --all gone--> ENDED
+       |                   |                    |                         |                     ^
+       |     given up      |                    |     second signal       |                     |
+       '-------------------'----------> SIGKILL to all <------------------'---------------------'
+"""
+
+import enum
+import os
+import selectors
+import signal
+import socket
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from scalellm.controller.channel import Lines, encode
+from scalellm.controller.child import Child, Command, Ending
+from scalellm.controller.policy import Exit, Limits, backoff_s
+from scalellm.controller.replica import Replica
+from scalellm.controller.report import Report
+from scalellm.controller.watchdog import MARK_VARIABLE, Watchdog, kill_marked
+from scalellm.errors import ServeError
+
+_STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+_GATEWAY_GRACE_S = 5.0  # beyond the drain timeout, for the gateway to close its connections
+_CRASH_WINDOW_S = 60.0
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What the tree consists of."""
+
+    url: str
+    model: str
+    gateway: Command
+    controller: Command
+    engines: Mapping[str, tuple[str, Command]]  # name -> (address, how to start it)
+    limits: Limits
+    drain_timeout_s: float = 30.0
+    stop_timeout_s: float = 5.0  # for engines after SIGTERM
+    ready_facts: Mapping[str, Any] = field(default_factory=dict)
+
+
+class Phase(enum.IntEnum):
+    STARTING = 0
+    SERVING = 1
+    DRAINING = 2
+    STOPPING = 3
+    ENDED = 4
+
+
+class Restarted:
+    """A child that the root restarts by itself: the gateway and the controller."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.child: Child | None = None
+        self.due_s: float | None = 0.0  # monotonic time of the next start; None: do not start
+        self._exits: list[float] = []
+
+    def ended(self, limits: Limits) -> int:
+        """Schedule the next start; returns how many times it ended lately."""
+        now = time.monotonic()
+        self.child = None
+        self._exits = [at for at in self._exits if now - at < _CRASH_WINDOW_S] + [now]
+        recent = [Exit(now - at, True, False, "") for at in self._exits]
+        self.due_s = now + backoff_s(recent, limits)
+        return len(recent)
+
+
+class Supervisor:
+    """Owner of every process of one `serve`."""
+
+    def __init__(self, plan: Plan, folder: Path, report: Report) -> None:
+        self._plan = plan
+        self._folder = folder
+        self._report = report
+        self._mark = f"{os.getpid()}-{os.urandom(8).hex()}"
+        self._environment = {**os.environ, MARK_VARIABLE: self._mark}
+        self._replicas = {
+            name: Replica(name, address, command)
+            for name, (address, command) in plan.engines.items()
+        }
+        self._gateway = Restarted("gateway")
+        self._controller = Restarted("controller")
+        self._link: socket.socket | None = None
+        self._phase = Phase.STARTING
+        self._exit_code = 0
+        self._deadline_s: float | None = None
+        self._failure = ""
+        self._selector = selectors.DefaultSelector()
+
+    def run(self) -> int:
+        """Run the tree until it has ended; returns the exit code.
+
+        Raises ServeError when the deployment could not start or had to be given up. Call it on the
+        main thread, before any other thread exists.
+        """
+        self._watchdog = Watchdog(self._mark, self._folder)
+        woken, waking = socket.socketpair()
+        woken.setblocking(False)
+        waking.setblocking(False)
+        previous = {
+            number: signal.signal(number, _ignore) for number in (*_STOP_SIGNALS, signal.SIGCHLD)
+        }
+        previous_fd = signal.set_wakeup_fd(waking.fileno(), warn_on_full_buffer=False)
+        self._selector.register(woken, selectors.EVENT_READ, lambda: self._signals(woken))
+        try:
+            while self._phase is not Phase.ENDED:
+                self._timers()
+                for key, _ in self._selector.select(self._pause_s()):
+                    key.data()
+                self._reap()
+        finally:
+            self._kill_all()
+            for child in self._living():
+                child.wait(self._plan.stop_timeout_s)
+            signal.set_wakeup_fd(previous_fd)
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+            self._close_link()
+            self._selector.close()
+            woken.close()
+            waking.close()
+            self._watchdog.close()
+        if self._failure:
+            raise ServeError(self._failure)
+        return self._exit_code
+
+    # ------------------------------------------------------------ time
+
+    def _pause_s(self) -> float | None:
+        """Until the next timer; None when nothing is due."""
+        due = [self._gateway.due_s, self._controller.due_s, self._deadline_s]
+        pending = [at for at in due if at is not None]
+        return max(0.0, min(pending) - time.monotonic()) if pending else None
+
+    def _timers(self) -> None:
+        now = time.monotonic()
+        if self._gateway.due_s is not None and now >= self._gateway.due_s:
+            self._gateway.due_s = None
+            self._gateway.child = Child("gateway", self._plan.gateway, self._environment)
+        if self._controller.due_s is not None and now >= self._controller.due_s:
+            self._controller.due_s = None
+            self._start_controller()
+        if self._deadline_s is not None and now >= self._deadline_s:
+            self._deadline_s = None
+            self._exit_code = 1
+            if self._phase is Phase.DRAINING:
+                self._report.event("the gateway did not end in time, killing it")
+                if self._gateway.child is not None:
+                    self._gateway.child.kill_group()
+            else:
+                self._report.event("an engine did not end in time, killing what is left")
+                self._kill_all()
+
+    # ------------------------------------------------------------ signals and endings
+
+    def _signals(self, woken: socket.socket) -> None:
+        for number in woken.recv(256):
+            if number not in _STOP_SIGNALS:
+                continue
+            if self._phase >= Phase.DRAINING:
+                self._report.event("second signal: stopping at once")
+                self._exit_code = 128 + number
+                self._kill_all()
+                self._phase = Phase.ENDED
+            else:
+                self._drain(signal.Signals(number).name)
+
+    def _reap(self) -> None:
+        for restarted in (self._gateway, self._controller):
+            if restarted.child is not None and (ending := restarted.child.poll()):
+                self._restarted_ended(restarted, ending)
+        changed = False
+        for replica in self._replicas.values():
+            if replica.child is not None and (ending := replica.child.poll()):
+                self._read_status(replica)
+                self._forget_status(replica)
+                replica.ended(ending)
+                changed = True
+                if self._phase < Phase.DRAINING:
+                    self._report.event(f"{replica.name} ended: {ending}")
+        if self._phase < Phase.STOPPING and self._watchdog.ended():
+            self._watchdog = Watchdog(self._mark, self._folder)
+        if changed:
+            self._send_facts()
+        if self._phase is Phase.DRAINING and self._gateway.child is None:
+            self._stop()
+        if self._phase is Phase.STOPPING and not any(self._living()):
+            self._phase = Phase.ENDED
+
+    def _restarted_ended(self, restarted: Restarted, ending: Ending) -> None:
+        if restarted is self._controller:
+            self._close_link()
+        recent = restarted.ended(self._plan.limits)
+        if self._phase >= Phase.DRAINING:
+            restarted.due_s = None
+            return
+        self._report.event(f"{restarted.name} ended: {ending}")
+        if self._phase is Phase.STARTING and restarted is self._gateway and ending.exit_code:
+            self._fail(f"the gateway could not start ({ending})")
+        elif recent >= self._plan.limits.crash_limit:
+            self._fail(f"the {restarted.name} ended {recent} times in a row ({ending})")
+
+    # ------------------------------------------------------------ the controller's link
+
+    def _start_controller(self) -> None:
+        ours, theirs = socket.socketpair()
+        command = Command((*self._plan.controller.arguments, "--fd", str(theirs.fileno())))
+        self._controller.child = Child("controller", command, self._environment, (theirs.fileno(),))
+        theirs.close()
+        ours.setblocking(False)
+        self._link = ours
+        lines = Lines(ours.fileno())
+        self._selector.register(ours, selectors.EVENT_READ, lambda: self._orders(lines))
+        self._send(
+            {
+                "type": "plan",
+                "url": self._plan.url,
+                "limits": asdict(self._plan.limits),
+                "serving": self._phase is Phase.SERVING,
+                "addresses": {name: found.address for name, found in self._replicas.items()},
+            }
+        )
+        self._send_facts()
+
+    def _close_link(self) -> None:
+        if self._link is not None:
+            self._selector.unregister(self._link)
+            self._link.close()
+            self._link = None
+
+    def _send(self, message: dict[str, Any]) -> None:
+        if self._link is None:
+            return
+        encoded = encode(message)
+        try:
+            whole = self._link.send(encoded) == len(encoded)
+        except OSError:
+            whole = False
+        if not whole and self._controller.child is not None:  # it does not read: start another
+            self._controller.child.signal(signal.SIGKILL)
+
+    def _send_facts(self) -> None:
+        facts = {name: replica.facts() for name, replica in self._replicas.items()}
+        self._send({"type": "facts", "replicas": facts})
+
+    def _orders(self, lines: Lines) -> None:
+        for order in lines.read():
+            kind = order.get("type")
+            if self._phase >= Phase.DRAINING:
+                continue
+            if kind == "phase":
+                self._report.phase(str(order["name"]), self._report.elapsed_s())
+            elif kind == "serving" and self._phase is Phase.STARTING:
+                self._phase = Phase.SERVING
+                self._report.ready(self._plan.url, self._ready_facts())
+            elif kind == "kill" and order.get("name") == "gateway":
+                if self._gateway.child is not None:
+                    self._report.event(f"killing the gateway: {order.get('reason')}")
+                    self._gateway.child.signal(signal.SIGKILL)
+            elif replica := self._replicas.get(str(order.get("name"))):
+                self._order(replica, str(kind), str(order.get("reason", "")))
+        if lines.closed and self._link is not None:
+            self._close_link()
+
+    def _order(self, replica: Replica, kind: str, reason: str) -> None:
+        if kind == "start" and replica.child is None and not replica.given_up:
+            lines = replica.start(self._environment)
+            self._selector.register(
+                lines.descriptor, selectors.EVENT_READ, lambda: self._read_status(replica)
+            )
+        elif kind == "kill" and replica.child is not None:
+            self._report.event(f"killing {replica.name}: {reason}")
+            replica.child.signal(signal.SIGKILL)
+        elif kind == "give_up":
+            replica.given_up = reason
+            self._report.event(f"{replica.name} given up: {reason}")
+            left = [found for found in self._replicas.values() if not found.given_up]
+            if self._phase is Phase.STARTING or not left:
+                self._fail(f"{replica.name} {reason}")
+        self._send_facts()
+
+    # ------------------------------------------------------------ the engines' status
+
+    def _read_status(self, replica: Replica) -> None:
+        """Phases of an engine's start, and that it is ready."""
+        if replica.status is None:
+            return
+        for line in replica.status.read():
+            if "phase" in line and self._phase is Phase.STARTING:
+                seconds = float(line.get("seconds", 0.0))
+                self._report.phase(
+                    f"{replica.name} {line['phase']}", seconds, str(line.get("detail", ""))
+                )
+            if line.get("ready"):
+                replica.ready = replica.ever_ready = True
+                replica.info = {k: v for k, v in line.items() if k != "ready"}
+                if self._phase is Phase.SERVING:
+                    self._report.event(f"{replica.name} is ready again")
+                self._send_facts()
+        if replica.status.closed:
+            self._forget_status(replica)
+
+    def _forget_status(self, replica: Replica) -> None:
+        if replica.status is not None:
+            self._selector.unregister(replica.status.descriptor)
+            replica.close_status()
+
+    def _ready_facts(self) -> dict[str, Any]:
+        first = next((found.info for found in self._replicas.values() if found.info), {})
+        return {"model": self._plan.model, "replicas": len(self._replicas)} | first
+
+    # ------------------------------------------------------------ the end
+
+    def _drain(self, why: str) -> None:
+        running = self._gateway.child
+        self._phase = Phase.DRAINING
+        self._gateway.due_s = self._controller.due_s = None
+        self._report.event(f"{why}: draining for at most {self._plan.drain_timeout_s:g} s")
+        self._send({"type": "draining"})
+        if running is not None:
+            running.signal(signal.SIGTERM)
+            self._deadline_s = time.monotonic() + self._plan.drain_timeout_s + _GATEWAY_GRACE_S
+
+    def _stop(self) -> None:
+        self._phase = Phase.STOPPING
+        self._deadline_s = time.monotonic() + self._plan.stop_timeout_s
+        for child in self._living():
+            child.signal(signal.SIGTERM)
+
+    def _fail(self, reason: str) -> None:
+        self._failure = reason
+        self._exit_code = 1
+        self._kill_all()
+        self._phase = Phase.ENDED
+
+    def _living(self) -> list[Child]:
+        found = [self._gateway.child, self._controller.child]
+        found += [replica.child for replica in self._replicas.values()]
+        return [child for child in found if child is not None]
+
+    def _kill_all(self) -> None:
+        """SIGKILL to every child, its group, and whatever else carries the tree's mark."""
+        for child in self._living():
+            child.kill_group()
+        kill_marked(self._mark)
+        for replica in self._replicas.values():
+            self._forget_status(replica)
+
+
+def _ignore(number: int, frame: FrameType | None) -> None:
+    """A handler that does nothing, so that the signal reaches the wakeup descriptor."""
