@@ -1,0 +1,543 @@
+"""Decides what each step computes. Pure: no tensors, no clock, no threads.
+
+    add() -> WaitingQueue -> schedule(now) -> Step -> (executor, sampler) -> update(step, ids, now)
+                  ^               |                                              |
+                  `---- preempt --'                            take_outputs() <--'
+
+One step, in this order:
+ 1. Every running sequence that lacks one token gets it (decode), so streams never wait for prompts.
+ 2. Running prompts go on, in chunks that keep the step within its tokens and its predicted time.
+ 3. Waiting requests are admitted while blocks, tokens and time are left.
+The step's first chunk is never below `FLOOR_CHUNK_TOKENS`, so prompts always advance.
+
+When blocks run out. A running sequence takes blocks one at a time as it grows; nothing is reserved.
+When none is left, the last running request by (priority, arrival) gives up its blocks and is
+recomputed later. After `max_preemptions` a request is protected: it is admitted again only when its
+worst case fits, those blocks are reserved, and it is never chosen again. No deadlock follows:
+ - a protected running request never lacks a block, so it runs to its end;
+ - of the others, the first in order never waits: it may take the blocks of all behind it, and if
+   only protected ones hold blocks, it is itself preempted (at most `max_preemptions` times);
+ - admission is in order and nobody passes a request that does not fit, so the blocks that running
+   requests give back reach it; any admissible request fits into the empty cache.
+Each preemption doubles the free blocks that the next admission asks for, so protection stays rare.
+With `max_preemptions` 0 every request is protected from the start: worst cases are reserved.
+"""
+
+from bisect import insort
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from scalellm.engine.kv_cache import KVCache, extend_hashes
+from scalellm.engine.request import FinishReason, Request, Status
+from scalellm.engine.step_time import StepShape, StepTime
+from scalellm.engine.waiting import Deadlines, WaitingQueue
+from scalellm.executor.batch import Span
+
+FLOOR_CHUNK_TOKENS = 32
+PROMPT_LOGITS_PER_STEP = 128  # rows for prompt logprobs, each vocabulary-wide in float32
+_MAX_DEFERRED = 32  # requests that one step looks at and leaves for later
+_HEADROOM_SHARE = 16  # admission leaves a block per running request to grow, at most this fraction
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What bounds a step."""
+
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    max_model_len: int
+    step_budget_ms: float
+    max_preemptions: int = 3
+    max_waiting: int = 16384
+
+    def __post_init__(self) -> None:
+        if self.max_num_batched_tokens < self.max_num_seqs:
+            raise ValueError(
+                f"max_num_batched_tokens is {self.max_num_batched_tokens}; must be at least "
+                f"max_num_seqs, {self.max_num_seqs}, so that every running request advances"
+            )
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One step's work, a value: `keys[i]` names the request that `spans[i]` belongs to."""
+
+    keys: tuple[int, ...] = ()
+    spans: tuple[Span, ...] = ()
+    admitted: tuple[int, ...] = ()
+    preempted: tuple[int, ...] = ()
+    shape: StepShape = field(default_factory=StepShape)
+    predicted_ms: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Output:
+    """What happened to one request since it was last reported."""
+
+    request: Request
+    token_ids: tuple[int, ...] = ()
+    finish_reason: FinishReason | None = None
+    stop_token_id: int | None = None
+    error: str | None = None
+
+
+class Scheduler:
+    """Owns the requests and the KV cache's blocks."""
+
+    def __init__(self, limits: Limits, kv: KVCache, step_time: StepTime | None = None) -> None:
+        self.limits = limits
+        self.kv = kv
+        self.step_time = step_time if step_time is not None else StepTime()
+        self.max_model_len = min(limits.max_model_len, kv.num_blocks * kv.block_size)
+        self.requests: dict[int, Request] = {}
+        self.num_preemptions = 0
+        self.prefix_hit_tokens = 0
+        self.prefix_query_tokens = 0
+        self._waiting = WaitingQueue()
+        self._running: list[Request] = []  # by Request.order
+        self._deadlines = Deadlines()
+        self._reserved = 0  # blocks promised to protected running requests, not yet taken
+        self._computing: dict[bytes, int] = {}  # block hash -> key of the request that computes it
+        self._in_flight: frozenset[int] = frozenset()
+        self._outputs: list[Output] = []
+
+    # ------------------------------------------------------------ requests in and out
+
+    @property
+    def num_running(self) -> int:
+        return len(self._running)
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self._waiting)
+
+    @property
+    def backlog_tokens(self) -> int:
+        """Tokens accepted and not yet computed, without those that running streams sample next."""
+        left = (request.num_tokens - request.num_computed_tokens for request in self._running)
+        return self._waiting.num_tokens + sum(tokens for tokens in left if tokens > 1)
+
+    @property
+    def next_deadline_us(self) -> int | None:
+        return self._deadlines.next_us
+
+    def add(self, request: Request, now_us: int) -> None:
+        """Queue a request; one that can never run ends at once with an error.
+
+        Raises ValueError if the key is in use."""
+        if request.key in self.requests:
+            raise ValueError(f"request key {request.key} is in use")
+        self.requests[request.key] = request
+        request.queued_us = now_us
+        refusal = self._refusal(request)
+        if refusal is not None:
+            self._finish(request, "error", now_us, error=refusal)
+            return
+        finished = request.finish_after_last(self.max_model_len)
+        if finished is not None:
+            self._finish(request, finished, now_us)
+            return
+        if self.kv.prefix_caching:
+            extend_hashes(
+                request.block_hashes, request.token_ids, self.kv.block_size, request.cache_salt
+            )
+        self._deadlines.add(request)
+        self._waiting.push(request)
+
+    def _refusal(self, request: Request) -> str | None:
+        if not request.prompt_ids:
+            return "the prompt is empty; it must have at least 1 token"
+        if request.num_prompt_tokens >= self.max_model_len:
+            return (
+                f"the prompt has {request.num_prompt_tokens} tokens; at most "
+                f"{self.max_model_len - 1} fit, because prompt and output together may have "
+                f"{self.max_model_len}"
+            )
+        if len(self._waiting) >= self.limits.max_waiting:
+            return f"the engine's queue is full: {self.limits.max_waiting} requests are waiting"
+        return None
+
+    def cancel(
+        self, key: int, now_us: int, reason: FinishReason = "cancelled", error: str | None = None
+    ) -> None:
+        """End a request in whatever state it is; nothing happens if it has ended already.
+
+        While a step computes it, it ends with that step, because its blocks are being written."""
+        request = self.requests.get(key)
+        if request is None:
+            return
+        if key in self._in_flight:
+            request.abort = (reason, error)
+        else:
+            self._finish(request, reason, now_us, error=error)
+
+    def cancel_all(
+        self, now_us: int, reason: FinishReason = "cancelled", error: str | None = None
+    ) -> None:
+        for key in list(self.requests):
+            self.cancel(key, now_us, reason, error)
+
+    def take_outputs(self) -> list[Output]:
+        """What happened since the last call, in order."""
+        outputs, self._outputs = self._outputs, []
+        return outputs
+
+    def _finish(
+        self,
+        request: Request,
+        reason: FinishReason,
+        now_us: int,
+        token_ids: tuple[int, ...] = (),
+        error: str | None = None,
+    ) -> None:
+        if request.status is Status.RUNNING:
+            self._running.remove(request)
+            self._release(request)
+        else:
+            self._waiting.discard(request)
+        self._deadlines.discard(request)
+        del self.requests[request.key]
+        request.status = Status.FINISHED
+        request.finish_reason = reason
+        request.finished_us = now_us
+        stop_token_id = request.token_ids[-1] if reason == "stop_token" else None
+        self._outputs.append(Output(request, token_ids, reason, stop_token_id, error))
+
+    # ------------------------------------------------------------ a step
+
+    def schedule(self, now_us: int) -> Step:
+        """Choose the next step's work and take the blocks for it; empty when there is none.
+
+        Raises RuntimeError while a step is in flight."""
+        if self._in_flight:
+            raise RuntimeError("schedule() was called before the last step's update()")
+        for request in self._deadlines.take_passed(now_us):
+            self._finish(request, "deadline", now_us)
+        plan = _Plan(self.limits.max_num_batched_tokens)
+        self._make_room_for_priority(plan)
+        prompts: list[Request] = []
+        for request in self._running.copy():
+            if request.status is not Status.RUNNING:
+                continue  # preempted for one before it
+            if request.num_tokens - request.num_computed_tokens > 1:
+                prompts.append(request)
+            elif self._grow(request, plan):
+                plan.append(request, 1, now_us)
+        for request in prompts:
+            if request.status is Status.RUNNING and not self._append_chunk(request, plan, now_us):
+                break
+        else:
+            if not plan.preempted:
+                self._admit_waiting(plan, now_us)
+        self._in_flight = frozenset(plan.keys)
+        return plan.step(self.step_time)
+
+    def update(
+        self,
+        step: Step,
+        sampled: Sequence[int | None],
+        now_us: int,
+        errors: Mapping[int, str] | None = None,
+    ) -> None:
+        """Take in a computed step: `sampled[i]` is the id drawn for `keys[i]`.
+
+        It counts where the span reached the end of its sequence. Requests in `errors` end."""
+        self._in_flight = frozenset()
+        for key, span, token_id in zip(step.keys, step.spans, sampled, strict=True):
+            request = self.requests[key]
+            request.steps += 1
+            if request.abort is not None:
+                reason, error = request.abort
+                self._finish(request, reason, now_us, error=error)
+                continue
+            if errors and key in errors:
+                self._finish(request, "error", now_us, error=errors[key])
+                continue
+            computed = request.num_computed_tokens = span.start + len(span.token_ids)
+            if request.wants_prompt_logprobs:
+                request.prompt_logprobs_done = min(computed, request.num_prompt_tokens - 1)
+            self._store_full_blocks(request)
+            if computed == request.num_tokens:
+                if token_id is None:
+                    raise ValueError(f"request {key} reached its end but has no sampled id")
+                self._append_token(request, token_id, now_us)
+
+    def fail(self, step: Step, message: str, now_us: int) -> None:
+        """End every request of a step that could not be computed."""
+        self._in_flight = frozenset()
+        for key in step.keys:
+            request = self.requests[key]
+            reason, error = request.abort or ("error", message)
+            self._finish(request, reason, now_us, error=error)
+
+    def _append_token(self, request: Request, token_id: int, now_us: int) -> None:
+        request.token_ids.append(token_id)
+        if request.first_token_us == 0:
+            request.first_token_us = now_us
+        finished = request.finish_after_last(self.max_model_len)
+        if finished is not None:
+            self._finish(request, finished, now_us, token_ids=(token_id,))
+        else:
+            self._outputs.append(Output(request, (token_id,)))
+
+    # ------------------------------------------------------------ chunks and admission
+
+    def _append_chunk(self, request: Request, plan: "_Plan", now_us: int) -> bool:
+        """Add a part of a prompt; False if tokens or time are used up."""
+        tokens = self._chunk_tokens(request, request.num_computed_tokens, plan)
+        if tokens == 0:
+            return False
+        plan.append(request, tokens, now_us)
+        plan.num_chunks += 1
+        return True
+
+    def _chunk_tokens(self, request: Request, start: int, plan: "_Plan") -> int:
+        remaining = request.num_tokens - start
+        limit = min(remaining, plan.tokens_left)
+        if request.wants_prompt_logprobs:
+            limit = min(limit, plan.prompt_logits_left)
+        by_time = self.step_time.largest_chunk(plan.shape, start, self.limits.step_budget_ms)
+        tokens = min(limit, by_time)
+        least = min(limit if plan.num_chunks == 0 else remaining, FLOOR_CHUNK_TOKENS)
+        if tokens < least:
+            return least if plan.num_chunks == 0 else 0
+        return tokens
+
+    def _admit_waiting(self, plan: "_Plan", now_us: int) -> None:
+        deferred: list[Request] = []
+        while len(self._running) < self.limits.max_num_seqs and plan.tokens_left > 0:
+            request = self._waiting.peek()
+            if request is None or len(deferred) == _MAX_DEFERRED:
+                break
+            matched = self._match(request)
+            if self._prefix_is_coming(request, matched):
+                self._waiting.discard(request)
+                deferred.append(request)
+                continue
+            start = len(matched) * self.kv.block_size
+            if not self._chunk_tokens(request, start, plan) or not self._admit(request, matched):
+                break
+            plan.admitted.append(request.key)
+            self._append_chunk(request, plan, now_us)
+        for request in deferred:
+            self._waiting.push(request)
+
+    def _match(self, request: Request) -> list[int]:
+        """Cached blocks of the request's beginning, at least one token left to compute."""
+        tokens = request.num_tokens - 1
+        if request.wants_prompt_logprobs:
+            tokens = min(tokens, request.prompt_logprobs_done)
+        return self.kv.match(request.block_hashes, tokens // self.kv.block_size)
+
+    def _prefix_is_coming(self, request: Request, matched: Sequence[int]) -> bool:
+        """Whether a running request is about to compute this one's next block: worth the wait."""
+        following = len(matched)
+        return (
+            following < (request.num_tokens - 1) // self.kv.block_size
+            and following < len(request.block_hashes)
+            and not request.wants_prompt_logprobs
+            and request.block_hashes[following] in self._computing
+        )
+
+    def _shortage(self, request: Request, matched: Sequence[int]) -> int:
+        """Blocks that are lacking for admission; 0 or less when it can be admitted."""
+        needed = self._blocks_of(request.num_tokens)
+        headroom = min(len(self._running), self.kv.num_blocks // _HEADROOM_SHARE)
+        headroom <<= request.preemptions
+        if self._is_protected(request):
+            needed = self._worst_blocks(request)
+            headroom = 0
+        taken = needed - len(matched) + self.kv.num_idle(matched)
+        return taken + headroom - (self.kv.num_free - self._reserved)
+
+    def _admit(self, request: Request, matched: Sequence[int]) -> bool:
+        """Give a waiting request its blocks and let it run; False if they are lacking."""
+        if self._shortage(request, matched) > 0:
+            return False
+        self._waiting.discard(request)
+        self.kv.acquire(matched)
+        new = self._blocks_of(request.num_tokens) - len(matched)
+        request.block_table = [*matched, *self.kv.allocate(new)]
+        if self._is_protected(request):
+            request.reserved_blocks = self._worst_blocks(request) - len(request.block_table)
+            self._reserved += request.reserved_blocks
+        request.num_cached_blocks = len(matched)
+        request.num_computed_tokens = len(matched) * self.kv.block_size
+        if request.first_scheduled_us == 0 and request.preemptions == 0:
+            request.cached_tokens = min(request.num_computed_tokens, request.num_prompt_tokens)
+            self.prefix_hit_tokens += request.num_computed_tokens
+            self.prefix_query_tokens += request.num_tokens
+        for digest in request.block_hashes[len(matched) :]:
+            self._computing.setdefault(digest, request.key)
+        request.status = Status.RUNNING
+        insort(self._running, request, key=lambda running: running.order)
+        return True
+
+    # ------------------------------------------------------------ blocks
+
+    def _blocks_of(self, tokens: int) -> int:
+        return -(-tokens // self.kv.block_size)
+
+    def _worst_blocks(self, request: Request) -> int:
+        """The last token is sampled but never computed."""
+        tokens = min(request.num_prompt_tokens + request.max_tokens, self.max_model_len) - 1
+        return max(self._blocks_of(tokens), self._blocks_of(request.num_tokens))
+
+    def _is_protected(self, request: Request) -> bool:
+        return request.preemptions >= self.limits.max_preemptions
+
+    def _grow(self, request: Request, plan: "_Plan") -> bool:
+        """Take the block for one more token; False if the request had to give way itself."""
+        if self._blocks_of(request.num_tokens) <= len(request.block_table):
+            return True
+        if request.reserved_blocks > 0:
+            request.reserved_blocks -= 1
+            self._reserved -= 1
+        else:
+            while self.kv.num_free <= self._reserved:
+                victim = self._victim(request)
+                self._preempt(victim, plan)
+                if victim is request:
+                    return False
+        request.block_table.extend(self.kv.allocate(1))
+        return True
+
+    def _victim(self, request: Request) -> Request:
+        """The last that is not protected, at the latest `request`, which is not."""
+        for running in reversed(self._running):
+            if not self._is_protected(running):
+                return running
+        raise RuntimeError(f"protected request {request.key} lacks a block it had reserved")
+
+    def _preempt(self, request: Request, plan: "_Plan") -> None:
+        self._running.remove(request)
+        self._release(request)
+        request.num_computed_tokens = 0
+        request.preemptions += 1
+        request.status = Status.WAITING
+        self._waiting.push(request)
+        self.num_preemptions += 1
+        plan.preempted.append(request.key)
+
+    def _make_room_for_priority(self, plan: "_Plan") -> None:
+        """Preempt for the first waiting request where only less important ones are in its way."""
+        request = self._waiting.peek()
+        if request is None or not self._running:
+            return
+        if self._running[-1].priority <= request.priority:
+            return
+        matched = self._match(request)
+        shortage = self._shortage(request, matched)
+        slots_lacking = len(self._running) + 1 - self.limits.max_num_seqs
+        if shortage <= 0 and slots_lacking <= 0:
+            return
+        victims: list[Request] = []
+        matched_blocks = set(matched)
+        for running in reversed(self._running):
+            if running.priority <= request.priority:
+                return
+            if not self._is_protected(running):
+                victims.append(running)
+                shortage -= self.kv.num_sole(running.block_table, matched_blocks)
+                if shortage <= 0 and len(victims) >= slots_lacking:
+                    break
+        else:
+            return
+        for victim in victims:
+            self._preempt(victim, plan)
+        matched = self._match(request)
+        if self._admit(request, matched):
+            plan.admitted.append(request.key)
+
+    def _store_full_blocks(self, request: Request) -> None:
+        kv = self.kv
+        full = request.num_computed_tokens // kv.block_size
+        if full <= request.num_cached_blocks or not kv.prefix_caching:
+            return
+        hashes = request.block_hashes
+        if len(hashes) < full:
+            extend_hashes(hashes, request.token_ids, kv.block_size, request.cache_salt)
+        for i in range(request.num_cached_blocks, full):
+            kv.store(request.block_table[i], hashes[i], hashes[i - 1] if i else b"")
+            if self._computing.get(hashes[i]) == request.key:
+                del self._computing[hashes[i]]
+        request.num_cached_blocks = full
+
+    def _release(self, request: Request) -> None:
+        """Give back all blocks; what was computed of them stays findable until evicted."""
+        self._reserved -= request.reserved_blocks
+        request.reserved_blocks = 0
+        for digest in request.block_hashes[request.num_cached_blocks :]:
+            if self._computing.get(digest) == request.key:
+                del self._computing[digest]
+        self.kv.free(request.block_table)
+        request.block_table = []
+        request.num_cached_blocks = 0
+
+    def check_integrity(self) -> None:
+        """Raise AssertionError unless blocks, queues and reservations agree."""
+        self.kv.check_integrity(request.block_table for request in self._running)
+        orders = [request.order for request in self._running]
+        if orders != sorted(orders):
+            raise AssertionError("running requests are out of order")
+        queued = {request.key for request in self._waiting}
+        running = {request.key for request in self._running}
+        if queued & running or queued | running != self.requests.keys():
+            raise AssertionError("a request is in two places, or in none")
+        if any(request.block_table for request in self._waiting):
+            raise AssertionError("a waiting request holds blocks")
+        if self._reserved != sum(request.reserved_blocks for request in self._running):
+            raise AssertionError("reservations do not add up")
+        if not 0 <= self._reserved <= self.kv.num_free:
+            raise AssertionError(f"{self._reserved} blocks reserved, {self.kv.num_free} free")
+        if not set(self._computing.values()) <= running:
+            raise AssertionError("a block is said to be computed by a request that does not run")
+
+
+class _Plan:
+    """A step in the making."""
+
+    def __init__(self, tokens_left: int) -> None:
+        self.tokens_left = tokens_left
+        self.num_chunks = 0
+        self.prompt_logits_left = PROMPT_LOGITS_PER_STEP
+        self.keys: list[int] = []
+        self.spans: list[Span] = []
+        self.admitted: list[int] = []
+        self.preempted: list[int] = []
+        self._attended = 0.0
+        self._tokens = 0
+
+    @property
+    def shape(self) -> StepShape:
+        return StepShape(self._tokens, self._attended, len(self.spans))
+
+    def append(self, request: Request, tokens: int, now_us: int) -> None:
+        start = request.num_computed_tokens
+        end = start + tokens
+        num_logits = 1 if end == request.num_tokens else 0
+        if request.wants_prompt_logprobs:
+            first = max(start, request.prompt_logprobs_done)
+            if first < min(end, request.num_prompt_tokens - 1):
+                num_logits = end - first
+                self.prompt_logits_left -= num_logits
+        if request.first_scheduled_us == 0:
+            request.first_scheduled_us = now_us
+        token_ids = request.token_ids
+        ids = (token_ids[start],) if tokens == 1 else tuple(token_ids[start:end])
+        self.keys.append(request.key)
+        self.spans.append(Span(ids, start, tuple(request.block_table), num_logits))
+        self.tokens_left -= tokens
+        self._tokens += tokens
+        self._attended += tokens * start + tokens * (tokens + 1) / 2
+
+    def step(self, step_time: StepTime) -> Step:
+        shape = self.shape
+        return Step(
+            tuple(self.keys),
+            tuple(self.spans),
+            tuple(self.admitted),
+            tuple(self.preempted),
+            shape,
+            step_time.predict_ms(shape),
+        )
