@@ -116,10 +116,10 @@ class GatewayConfig:
         16 * 2**20, "Largest request body", ("serve",), minimum=1024, maximum=2**31
     )
     max_in_flight: int = setting(
-        4096, "Requests the gateway holds at once", ("serve",), minimum=1, maximum=1_000_000
+        2048, "Requests the gateway holds at once", ("serve",), minimum=1, maximum=1_000_000
     )
     request_timeout_s: float = setting(
-        600.0, "Longest life of one request", ("serve",), above=0, maximum=86_400
+        3600.0, "Longest life of one request; 0: no limit", ("serve",), minimum=0, maximum=86_400
     )
 
     def __post_init__(self) -> None:

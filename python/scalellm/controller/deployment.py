@@ -1,0 +1,143 @@
+"""From settings to a process tree: the commands of gateway, controller and engines."""
+
+import errno
+import json
+import os
+import socket
+import sys
+from collections.abc import Sequence
+from dataclasses import fields
+from pathlib import Path
+
+from scalellm.config import SETTINGS, EngineConfig, LogConfig, ServeConfig
+from scalellm.controller.child import Command
+from scalellm.controller.policy import Limits
+from scalellm.controller.supervisor import Plan
+from scalellm.errors import AddressInUseError, ServeError
+
+# -P: the working folder must not shadow modules of ours.
+PYTHON = (sys.executable, "-P", "-m")
+
+
+def plan_deployment(config: ServeConfig, model_path: Path, port: int, folder: Path) -> Plan:
+    """The tree of one `serve`; writes the gateway's configuration into `folder`."""
+    deployment = config.deployment
+    names = [f"engine-{index}" for index in range(deployment.replicas)]
+    addresses = [f"unix:{folder / name}.sock" for name in names]
+    file = folder / "gateway.toml"
+    file.touch(mode=0o600)
+    file.write_text(gateway_toml(config, model_path, port, addresses), encoding="utf-8")
+    threads = config.engine.cpu_threads or max(1, usable_cores() // deployment.replicas)
+    nice = 0 if config.engine.device == "cuda" else deployment.engine_nice
+    flags = engine_flags(config.engine, config.log, served_name(config.engine), threads)
+    return Plan(
+        url=f"http://{_in_url(config.gateway.host)}:{port}",
+        model=served_name(config.engine),
+        gateway=Command((*PYTHON, "scalellm", "gateway", "--config", str(file))),
+        controller=Command((*PYTHON, "scalellm.controller")),
+        engines={
+            name: (
+                address,
+                Command(
+                    (*PYTHON, "scalellm", "engine", str(model_path), *flags, "--listen", address),
+                    nice,
+                ),
+            )
+            for name, address in zip(names, addresses, strict=True)
+        },
+        limits=Limits(
+            hung_after_s=deployment.hung_after_s, start_timeout_s=deployment.start_timeout_s
+        ),
+        drain_timeout_s=deployment.drain_timeout_s,
+    )
+
+
+def served_name(engine: EngineConfig) -> str:
+    return engine.served_model_name or engine.model
+
+
+def engine_flags(engine: EngineConfig, log: LogConfig, name: str, threads: int) -> list[str]:
+    """Every setting spelt out, so that an engine runs with what `serve` has resolved."""
+    special = {"model": None, "listen": None, "served_model_name": name, "cpu_threads": threads}
+    given = {entry.name: getattr(engine, entry.name) for entry in fields(engine)}
+    given |= {entry.name: getattr(log, entry.name) for entry in fields(log)} | special
+    flags = []
+    for setting_name, value in given.items():
+        if value is None or setting_name not in SETTINGS:
+            continue
+        flag = SETTINGS[setting_name].flag
+        if isinstance(value, bool):
+            flags.append(flag if value else f"--no-{flag[2:]}")
+        else:
+            flags += [flag, str(value)]
+    return flags
+
+
+def gateway_toml(config: ServeConfig, model_path: Path, port: int, addresses: Sequence[str]) -> str:
+    """The gateway's configuration file."""
+    gateway, log = config.gateway, config.log
+    top: dict[str, object] = {
+        "host": gateway.host,
+        "port": port,
+        "api_keys": list(gateway.api_key),
+        "max_body_bytes": gateway.max_body_bytes,
+        "max_in_flight": gateway.max_in_flight,
+        "request_timeout_s": gateway.request_timeout_s,
+        "drain_timeout_s": config.deployment.drain_timeout_s,
+        "log_level": log.log_level,
+        "log_format": log.log_format,
+    }
+    model: dict[str, object] = {
+        "name": served_name(config.engine),
+        "path": str(model_path),
+        "replicas": list(addresses),
+    }
+    if config.engine.max_model_len is not None:
+        model["max_model_len"] = config.engine.max_model_len
+    if gateway.chat_template is not None:
+        model["chat_template"] = str(Path(gateway.chat_template).resolve())
+    lines = [f"{key} = {_toml(value)}" for key, value in top.items()]
+    lines += ["", "[[models]]", *(f"{key} = {_toml(value)}" for key, value in model.items())]
+    return "\n".join(lines) + "\n"
+
+
+def _toml(value: object) -> str:
+    """A value of the few types above; JSON's strings, numbers and lists are TOML's too."""
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+
+
+def free_port(host: str, port: int) -> int:
+    """The port to listen on: `port` after proof that it can be had, or a free one for 0.
+
+    Raises AddressInUseError when somebody listens there, ServeError when `host` is not ours.
+    """
+    try:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        family, kind, protocol, _, address = found[0]
+        with socket.socket(family, kind, protocol) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(address)
+            probe.listen(1)
+            return int(probe.getsockname()[1])
+    except PermissionError:
+        raise ServeError(f"port {port}: not allowed; ports below 1024 need privileges") from None
+    except OSError as error:
+        if error.errno == errno.EADDRINUSE:
+            raise AddressInUseError(
+                f"port {port} of {host} is taken; stop what listens there or use --port"
+            ) from None
+        raise ServeError(f"cannot listen on {host}:{port}: {error.strerror or error}") from None
+
+
+def usable_cores() -> int:
+    """Cores this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _in_url(host: str) -> str:
+    """A host to reach the gateway at from this machine, as it stands in a URL."""
+    if host in ("0.0.0.0", ""):
+        return "127.0.0.1"
+    if host == "::":
+        return "[::1]"
+    return f"[{host}]" if ":" in host else host
