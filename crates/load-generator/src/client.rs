@@ -1,0 +1,380 @@
+//! Sends one request and writes down what happens to it.
+
+use std::error::Error as _;
+use std::io;
+use std::net::SocketAddr;
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::time::Duration;
+
+use bytes::Bytes;
+use http_body_util::{BodyExt, Full};
+use hyper::body::Incoming;
+use hyper::header::{ACCEPT, AUTHORIZATION, CONTENT_TYPE, HOST, HeaderValue};
+use hyper::{Request, Response};
+use tokio::time::{timeout, timeout_at};
+
+use crate::answer::{Answer, Event, excerpt};
+use crate::body::request_bodies;
+use crate::connection::{Clock, Connection};
+use crate::error::LoadError;
+use crate::plan::Plan;
+use crate::record::{Failure, FailureKind, Outcome, Record};
+use crate::sse::{EventTooLong, SseParser};
+use crate::url::Target;
+
+/// Largest event of a stream, and largest answer that is not streamed.
+const MAX_EVENT_BYTES: usize = 4 << 20;
+const MAX_WHOLE_BYTES: usize = 64 << 20;
+/// Bytes of an error answer that are read for its message.
+const MAX_ERROR_BYTES: usize = 4096;
+/// Gaps kept of one request; a stream that never ends must not fill the memory.
+const MAX_GAPS: usize = 1 << 20;
+/// How long after `[DONE]` the body may take to end before its connection is given up.
+const AFTER_DONE: Duration = Duration::from_millis(500);
+
+/// The endpoint as one level sees it: its addresses, idle connections and ready-made bodies.
+pub(crate) struct Client {
+    target: Target,
+    addresses: Result<Vec<SocketAddr>, String>,
+    authorization: Option<HeaderValue>,
+    bodies: Vec<Bytes>,
+    stream: bool,
+    timeout: Duration,
+    clock: Clock,
+    next_prompt: AtomicUsize,
+    token_chunks: AtomicU64,
+    /// Most recently used last; never more than requests were in flight.
+    idle: Mutex<Vec<Connection>>,
+}
+
+/// A finished request, and how late it was sent through the generator's own doing.
+pub(crate) struct Exchange {
+    pub record: Record,
+    pub send_lag_ns: Option<u64>,
+}
+
+/// What is known so far; survives the timeout that ends the exchange.
+#[derive(Default)]
+struct Observed {
+    sent_ns: Option<u64>,
+    send_lag_ns: u64,
+    first_ns: Option<u64>,
+    last_ns: Option<u64>,
+    end_ns: Option<u64>,
+    max_gap_ns: u64,
+    gaps_us: Vec<u32>,
+    status: Option<u16>,
+    answer: Answer,
+}
+
+impl Client {
+    /// Resolves the target's name; failing that, every request fails with `connect`.
+    pub async fn new(plan: &Plan, clock: Clock) -> Result<Client, LoadError> {
+        let target = plan.target()?;
+        let addresses = match tokio::net::lookup_host(&target.socket).await {
+            Ok(found) => Ok(found.collect()),
+            Err(error) => Err(format!("cannot resolve {}: {error}", target.socket)),
+        };
+        let authorization = match &plan.api_key {
+            Some(key) => {
+                let mut value = HeaderValue::from_str(&format!("Bearer {key}"))
+                    .map_err(|error| LoadError::Plan(format!("api_key: {error}")))?;
+                value.set_sensitive(true);
+                Some(value)
+            }
+            None => None,
+        };
+        Ok(Client {
+            target,
+            addresses,
+            authorization,
+            bodies: request_bodies(plan),
+            stream: plan.stream,
+            timeout: Duration::from_secs_f64(plan.timeout_s),
+            clock,
+            next_prompt: AtomicUsize::new(0),
+            token_chunks: AtomicU64::new(0),
+            idle: Mutex::default(),
+        })
+    }
+
+    /// How many requests took a prompt so far, and how many prompts there are.
+    pub fn prompts(&self) -> (usize, usize) {
+        (self.next_prompt.load(Ordering::Relaxed), self.bodies.len())
+    }
+
+    /// Chunks with tokens received so far, of all requests.
+    pub fn token_chunks(&self) -> u64 {
+        self.token_chunks.load(Ordering::Relaxed)
+    }
+
+    /// Sends the next prompt now. `scheduled_ns`: when it should have been sent (open loop), from
+    /// which its wait is then counted.
+    pub async fn exchange(&self, scheduled_ns: Option<u64>) -> Exchange {
+        let prompt = self.next_prompt.fetch_add(1, Ordering::Relaxed) % self.bodies.len();
+        let begin_ns = self.clock.now_ns();
+        let due_ns = scheduled_ns.unwrap_or(begin_ns);
+        let mut observed = Observed {
+            send_lag_ns: begin_ns.saturating_sub(due_ns),
+            ..Observed::default()
+        };
+        let deadline = self.clock.instant(due_ns) + self.timeout;
+        let outcome = match timeout_at(deadline.into(), self.attempt(prompt, &mut observed)).await {
+            Ok(Ok(())) => Outcome::Completed,
+            Ok(Err(failure)) => Outcome::Failed(failure),
+            Err(_) => Outcome::TimedOut,
+        };
+        let (tokens, token_source) = observed.answer.tokens();
+        Exchange {
+            send_lag_ns: observed.sent_ns.map(|_| observed.send_lag_ns),
+            record: Record {
+                prompt: u32::try_from(prompt).unwrap_or(u32::MAX),
+                origin_ns: scheduled_ns.or(observed.sent_ns).unwrap_or(begin_ns),
+                sent_ns: observed.sent_ns,
+                first_token_ns: observed.first_ns,
+                last_token_ns: observed.last_ns,
+                end_ns: observed.end_ns.unwrap_or_else(|| self.clock.now_ns()),
+                tokens,
+                token_source,
+                prompt_tokens: observed.answer.prompt_tokens(),
+                chunks: observed.answer.token_chunks(),
+                max_gap_ns: observed.max_gap_ns,
+                status: observed.status,
+                outcome,
+                gaps_us: observed.gaps_us,
+            },
+        }
+    }
+
+    async fn attempt(&self, prompt: usize, observed: &mut Observed) -> Result<(), Failure> {
+        let (connection, response) = self.send(prompt, observed).await?;
+        observed.status = Some(response.status().as_u16());
+        let reusable = if !response.status().is_success() {
+            let status = response.status();
+            let body = read_up_to(response.into_body(), MAX_ERROR_BYTES).await;
+            let (body, ended) = body.unwrap_or_default();
+            if ended {
+                self.keep(connection);
+            }
+            return Err(Failure::new(
+                FailureKind::Status,
+                format!("HTTP {}: {}", status.as_u16(), excerpt(&body)),
+            ));
+        } else if self.stream {
+            self.read_stream(&connection, response, observed).await?
+        } else {
+            let (body, ended) = read_up_to(response.into_body(), MAX_WHOLE_BYTES).await?;
+            observed.end_ns = Some(connection.read_ns());
+            observed.answer.on_whole(&body)?;
+            ended
+        };
+        if reusable {
+            self.keep(connection);
+        }
+        match observed.answer.tokens().0 {
+            0 => Err(Failure::new(FailureKind::Empty, "an answer without a token")),
+            _ => Ok(()),
+        }
+    }
+
+    /// Hands the request to an idle connection or a new one. Only a request of which nothing was
+    /// written is tried again.
+    async fn send(
+        &self,
+        prompt: usize,
+        observed: &mut Observed,
+    ) -> Result<(Connection, Response<Incoming>), Failure> {
+        let mut request = self.request(prompt);
+        loop {
+            let (mut connection, is_new) = match self.take_idle().await {
+                Some(connection) => (connection, false),
+                None => (self.connect().await?, true),
+            };
+            let ready_ns = self.clock.now_ns();
+            connection.expect_send();
+            let outcome = connection.sender.try_send_request(request).await;
+            observed.sent_ns = connection.sent_ns();
+            if let Some(sent_ns) = observed.sent_ns {
+                observed.send_lag_ns += sent_ns.saturating_sub(ready_ns);
+            }
+            match outcome {
+                Ok(response) => return Ok((connection, response)),
+                Err(mut error) => match error.take_message() {
+                    Some(unsent) if !is_new => request = unsent,
+                    _ => return Err(http_failure(&error.into_error())),
+                },
+            }
+        }
+    }
+
+    fn request(&self, prompt: usize) -> Request<Full<Bytes>> {
+        let body = self.bodies[prompt].clone();
+        let mut request = Request::new(Full::new(body));
+        *request.method_mut() = hyper::Method::POST;
+        // Both were parsed from a URL, so they fit; what does not is the server's to refuse.
+        *request.uri_mut() = self.target.path.parse().unwrap_or_default();
+        let headers = request.headers_mut();
+        if let Ok(host) = HeaderValue::from_str(&self.target.authority) {
+            headers.insert(HOST, host);
+        }
+        headers.insert(CONTENT_TYPE, HeaderValue::from_static("application/json"));
+        let accept = if self.stream { "text/event-stream" } else { "application/json" };
+        headers.insert(ACCEPT, HeaderValue::from_static(accept));
+        if let Some(authorization) = &self.authorization {
+            headers.insert(AUTHORIZATION, authorization.clone());
+        }
+        request
+    }
+
+    async fn connect(&self) -> Result<Connection, Failure> {
+        let fail = |message: String| Failure::new(FailureKind::Connect, message);
+        let addresses = self.addresses.as_ref().map_err(|error| fail(error.clone()))?;
+        Connection::open(addresses, self.clock)
+            .await
+            .map_err(|error| fail(format!("cannot connect to {}: {error}", self.target.socket)))
+    }
+
+    async fn take_idle(&self) -> Option<Connection> {
+        loop {
+            let mut connection = self.lock_idle().pop()?;
+            if connection.sender.ready().await.is_ok() {
+                return Some(connection);
+            }
+        }
+    }
+
+    fn keep(&self, connection: Connection) {
+        if !connection.sender.is_closed() {
+            self.lock_idle().push(connection);
+        }
+    }
+
+    fn lock_idle(&self) -> std::sync::MutexGuard<'_, Vec<Connection>> {
+        self.idle.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
+    }
+
+    /// Reads the stream to its end. Returns whether the connection can be used again.
+    async fn read_stream(
+        &self,
+        connection: &Connection,
+        response: Response<Incoming>,
+        observed: &mut Observed,
+    ) -> Result<bool, Failure> {
+        require_event_stream(&response)?;
+        let mut body = response.into_body();
+        let mut parser = SseParser::new(MAX_EVENT_BYTES);
+        let mut bytes_seen = false;
+        loop {
+            let Some(frame) = body.frame().await else {
+                observed.end_ns = Some(self.clock.now_ns());
+                return finish(&observed.answer, &parser, bytes_seen).map(|()| true);
+            };
+            let frame = frame.map_err(|error| http_failure(&error))?;
+            let Ok(data) = frame.into_data() else { continue };
+            bytes_seen |= !data.is_empty();
+            let read_ns = connection.read_ns();
+            let mut done = false;
+            parser.push(&data, |event| -> Result<(), Failure> {
+                match observed.answer.on_event(event)? {
+                    Event::Token => self.note_token(observed, read_ns),
+                    Event::Done => done = true,
+                    Event::Other => {}
+                }
+                Ok(())
+            })?;
+            if done {
+                observed.end_ns = Some(read_ns);
+                return Ok(ends_soon(&mut body).await);
+            }
+        }
+    }
+
+    fn note_token(&self, observed: &mut Observed, read_ns: u64) {
+        if let Some(last_ns) = observed.last_ns {
+            let gap_ns = read_ns.saturating_sub(last_ns);
+            observed.max_gap_ns = observed.max_gap_ns.max(gap_ns);
+            if observed.gaps_us.len() < MAX_GAPS {
+                observed.gaps_us.push(u32::try_from(gap_ns / 1000).unwrap_or(u32::MAX));
+            }
+        }
+        self.token_chunks.fetch_add(1, Ordering::Relaxed);
+        observed.first_ns.get_or_insert(read_ns);
+        observed.last_ns = Some(read_ns);
+    }
+}
+
+fn require_event_stream(response: &Response<Incoming>) -> Result<(), Failure> {
+    let content_type = response.headers().get(CONTENT_TYPE);
+    let content_type = content_type.map_or("", |value| value.to_str().unwrap_or("?"));
+    match content_type.trim_start().to_ascii_lowercase().starts_with("text/event-stream") {
+        true => Ok(()),
+        false => Err(Failure::new(
+            FailureKind::Garbage,
+            format!("a stream was asked for, the answer's content type is {content_type:?}"),
+        )),
+    }
+}
+
+/// Judges a body that ended without `[DONE]`.
+fn finish(answer: &Answer, parser: &SseParser, bytes_seen: bool) -> Result<(), Failure> {
+    if answer.is_complete() {
+        return Ok(());
+    }
+    let (kind, message) = if !bytes_seen {
+        (FailureKind::Empty, "the stream ended without a byte")
+    } else if answer.token_chunks() == 0 && parser.unknown_lines() > 0 {
+        (FailureKind::Garbage, "the body is not a server-sent event stream")
+    } else {
+        (FailureKind::Unfinished, "the stream ended without [DONE] or a finish reason")
+    };
+    Err(Failure::new(kind, message))
+}
+
+/// Whether nothing but the body's end follows.
+async fn ends_soon(body: &mut Incoming) -> bool {
+    let rest = timeout(AFTER_DONE, async {
+        while let Some(frame) = body.frame().await {
+            let data = frame.ok().and_then(|frame| frame.into_data().ok());
+            if data.is_none_or(|data| !data.trim_ascii().is_empty()) {
+                return false;
+            }
+        }
+        true
+    });
+    rest.await.unwrap_or(false)
+}
+
+/// The body's first `limit` bytes, and whether it ended within them.
+async fn read_up_to(mut body: Incoming, limit: usize) -> Result<(Vec<u8>, bool), Failure> {
+    let mut bytes = Vec::new();
+    while let Some(frame) = body.frame().await {
+        if let Ok(data) = frame.map_err(|error| http_failure(&error))?.into_data() {
+            bytes.extend_from_slice(&data[..data.len().min(limit - bytes.len())]);
+        }
+        if bytes.len() >= limit {
+            return Ok((bytes, false));
+        }
+    }
+    Ok((bytes, true))
+}
+
+fn http_failure(error: &hyper::Error) -> Failure {
+    let mut message = error.to_string();
+    let mut cause = error.source();
+    let mut is_io = false;
+    while let Some(inner) = cause {
+        is_io |= inner.is::<io::Error>();
+        message = format!("{message}: {inner}");
+        cause = inner.source();
+    }
+    let broken = is_io || error.is_incomplete_message() || error.is_canceled() || error.is_closed();
+    let kind = if error.is_parse() || !broken { FailureKind::Garbage } else { FailureKind::Reset };
+    Failure::new(kind, message)
+}
+
+impl From<EventTooLong> for Failure {
+    fn from(error: EventTooLong) -> Failure {
+        Failure::new(FailureKind::Garbage, error.to_string())
+    }
+}
