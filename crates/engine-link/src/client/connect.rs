@@ -1,0 +1,150 @@
+//! From an address to a gRPC channel over one socket.
+
+use std::io;
+use std::sync::Arc;
+use std::time::Duration;
+
+use hyper_util::rt::TokioIo;
+use parking_lot::Mutex;
+use tokio::io::{AsyncRead, AsyncWrite};
+use tokio::net::{TcpStream, UnixStream};
+use tonic::transport::{Channel, Endpoint, Uri};
+
+use super::config::ReplicaConfig;
+use crate::address::Address;
+
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) enum ConnectError {
+    /// Nobody listens: the engine's process is gone.
+    Dead(String),
+    /// Anything else: it may pass.
+    Failed(String),
+}
+
+impl ConnectError {
+    pub(super) fn reason(&self) -> &str {
+        let (ConnectError::Dead(reason) | ConnectError::Failed(reason)) = self;
+        reason
+    }
+}
+
+impl From<io::Error> for ConnectError {
+    fn from(error: io::Error) -> Self {
+        match error.kind() {
+            io::ErrorKind::ConnectionRefused | io::ErrorKind::NotFound => {
+                Self::Dead(error.to_string())
+            }
+            _ => Self::Failed(error.to_string()),
+        }
+    }
+}
+
+trait Socket: AsyncRead + AsyncWrite + Send + Unpin {}
+impl<T: AsyncRead + AsyncWrite + Send + Unpin> Socket for T {}
+
+/// Windows large enough that a step's frame or a prompt's chunk never waits for an update.
+const STREAM_WINDOW_BYTES: u32 = 4 << 20;
+const CONNECTION_WINDOW_BYTES: u32 = 8 << 20;
+
+/// Connects one socket and makes a channel of it. The channel never reconnects by itself, so that the session
+/// knows what became of its peer.
+pub(super) async fn open(
+    address: &Address,
+    config: &ReplicaConfig,
+) -> Result<Channel, ConnectError> {
+    match tokio::time::timeout(config.connect_timeout, connect(address, config)).await {
+        Ok(result) => result,
+        Err(_) => Err(ConnectError::Failed(format!(
+            "no connection within {:?}",
+            config.connect_timeout
+        ))),
+    }
+}
+
+async fn connect(address: &Address, config: &ReplicaConfig) -> Result<Channel, ConnectError> {
+    let socket: Box<dyn Socket> = match address {
+        Address::Unix(path) => Box::new(UnixStream::connect(path).await?),
+        Address::Tcp(host_port) => {
+            let socket = TcpStream::connect(host_port.as_str()).await?;
+            socket.set_nodelay(true)?;
+            Box::new(socket)
+        }
+    };
+    let only_once = Arc::new(Mutex::new(Some(TokioIo::new(socket))));
+    let connector = tower::service_fn(move |_: Uri| {
+        let socket = only_once.lock().take();
+        async move { socket.ok_or_else(|| io::Error::from(io::ErrorKind::NotConnected)) }
+    });
+    Endpoint::from_static("http://engine")
+        .initial_stream_window_size(STREAM_WINDOW_BYTES)
+        .initial_connection_window_size(CONNECTION_WINDOW_BYTES)
+        .http2_keep_alive_interval(config.keepalive_interval)
+        .keep_alive_timeout(config.peer_silence)
+        .keep_alive_while_idle(true)
+        .connect_with_connector(connector)
+        .await
+        .map_err(|error| ConnectError::Failed(full_message(&error)))
+}
+
+/// An error with its causes.
+pub(super) fn full_message(error: &dyn std::error::Error) -> String {
+    let mut message = error.to_string();
+    let mut source = error.source();
+    while let Some(cause) = source {
+        message.push_str(": ");
+        message.push_str(&cause.to_string());
+        source = cause.source();
+    }
+    message
+}
+
+/// Waits between attempts: doubled each time, each drawn between half and the whole, so that many gateways do
+/// not come back in step.
+pub(super) struct Backoff {
+    min: Duration,
+    max: Duration,
+    next: Duration,
+}
+
+impl Backoff {
+    pub(super) fn new(config: &ReplicaConfig) -> Self {
+        let min = config.backoff_min.max(Duration::from_millis(1));
+        Self {
+            min,
+            max: config.backoff_max.max(min),
+            next: min,
+        }
+    }
+
+    pub(super) fn reset(&mut self) {
+        self.next = self.min;
+    }
+
+    pub(super) fn wait(&mut self) -> Duration {
+        let whole = self.next;
+        self.next = (whole * 2).min(self.max);
+        whole.mul_f64(rand::random_range(0.5..=1.0))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn backoff_doubles_up_to_its_limit_and_starts_again() {
+        let config = ReplicaConfig {
+            backoff_min: Duration::from_millis(100),
+            backoff_max: Duration::from_millis(350),
+            ..ReplicaConfig::default()
+        };
+        let mut backoff = Backoff::new(&config);
+        for whole_ms in [100, 200, 350, 350] {
+            let wait = backoff.wait();
+            let whole = Duration::from_millis(whole_ms);
+            assert!(wait <= whole && wait >= whole / 2, "{wait:?} of {whole:?}");
+        }
+        backoff.reset();
+        assert!(backoff.wait() <= Duration::from_millis(100));
+    }
+}

@@ -1,0 +1,15 @@
+//! The gateway's side: one [`Replica`] per engine, a few sessions each, every request multiplexed over them.
+
+mod config;
+mod connect;
+mod kv_view;
+mod replica;
+mod session;
+mod shared;
+mod stream;
+mod table;
+
+pub use config::ReplicaConfig;
+pub use replica::{Replica, ReplicaState};
+pub use stream::{RequestStream, StreamError};
+pub use table::SubmitError;

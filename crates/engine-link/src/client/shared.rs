@@ -1,0 +1,158 @@
+//! What the sessions of one replica have in common.
+
+use std::sync::Arc;
+
+use parking_lot::Mutex;
+use tokio::sync::watch;
+
+use super::config::ReplicaConfig;
+use super::kv_view::KvView;
+use super::replica::ReplicaState;
+use super::table::{InFlight, Table};
+use crate::address::Address;
+use crate::proto;
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum SlotState {
+    Connecting,
+    Attached,
+    Reattaching,
+    Down,
+}
+
+pub(super) struct Shared {
+    pub(super) address: Address,
+    pub(super) config: ReplicaConfig,
+    pub(super) in_flight: Arc<InFlight>,
+    /// One for each session, for the replica's whole life.
+    pub(super) tables: Vec<Arc<Table>>,
+    pub(super) kv: Mutex<KvView>,
+    pub(super) changed: watch::Sender<u64>,
+    seen: Mutex<Seen>,
+}
+
+struct Seen {
+    slots: Vec<SlotState>,
+    info: Option<Arc<proto::DescribeResponse>>,
+    load: proto::Load,
+    hung: bool,
+}
+
+impl Shared {
+    pub(super) fn new(address: Address, config: ReplicaConfig) -> Arc<Self> {
+        let sessions = config.sessions.max(1);
+        let in_flight = Arc::new(InFlight::default());
+        let table = || Table::new(in_flight.clone(), config.max_in_flight, config.chunk_ids);
+        Arc::new(Self {
+            address,
+            tables: (0..sessions).map(|_| table()).collect(),
+            in_flight,
+            kv: Mutex::new(KvView::default()),
+            changed: watch::channel(0).0,
+            seen: Mutex::new(Seen {
+                slots: vec![SlotState::Connecting; sessions],
+                info: None,
+                load: proto::Load::default(),
+                hung: false,
+            }),
+            config,
+        })
+    }
+
+    pub(super) fn state(&self) -> ReplicaState {
+        let seen = self.seen.lock();
+        if seen.slots.contains(&SlotState::Attached) {
+            if seen.hung {
+                ReplicaState::Hung
+            } else if seen.load.draining {
+                ReplicaState::Draining
+            } else {
+                ReplicaState::Ready
+            }
+        } else if seen
+            .slots
+            .iter()
+            .any(|s| matches!(s, SlotState::Connecting | SlotState::Reattaching))
+        {
+            ReplicaState::Connecting
+        } else {
+            ReplicaState::Lost
+        }
+    }
+
+    pub(super) fn info(&self) -> Option<Arc<proto::DescribeResponse>> {
+        self.seen.lock().info.clone()
+    }
+
+    pub(super) fn load(&self) -> proto::Load {
+        self.seen.lock().load
+    }
+
+    fn tick(&self) {
+        self.changed
+            .send_modify(|count| *count = count.wrapping_add(1));
+    }
+
+    pub(super) fn set_slot(&self, slot: usize, state: SlotState) {
+        {
+            let mut seen = self.seen.lock();
+            if seen.slots[slot] == state {
+                return;
+            }
+            seen.slots[slot] = state;
+            // A new connection is judged by its own frames.
+            if !seen.slots.contains(&SlotState::Attached) {
+                seen.hung = false;
+            }
+        }
+        self.tick();
+    }
+
+    pub(super) fn set_info(&self, info: proto::DescribeResponse) {
+        {
+            let mut seen = self.seen.lock();
+            if seen.info.as_deref() == Some(&info) {
+                return;
+            }
+            seen.load = proto::Load {
+                epoch: info.epoch,
+                ..proto::Load::default()
+            };
+            seen.info = Some(Arc::new(info));
+        }
+        self.tick();
+    }
+
+    /// Judges the engine's loop by the age of its last step; a hung one's requests end here, at once.
+    pub(super) fn on_load(&self, load: proto::Load) {
+        let hung = u128::from(load.step_age_ms) > self.config.hung_after.as_millis();
+        let (was_hung, changed) = {
+            let mut seen = self.seen.lock();
+            let changed = seen.hung != hung || seen.load.draining != load.draining;
+            let was_hung = std::mem::replace(&mut seen.hung, hung);
+            seen.load = load;
+            (was_hung, changed)
+        };
+        if hung && !was_hung {
+            tracing::warn!(engine = %self.address, step_age_ms = load.step_age_ms, "the engine's loop hangs");
+            let reason = format!(
+                "the engine's loop has not come round for {} ms",
+                load.step_age_ms
+            );
+            for table in &self.tables {
+                table.abandon_all(&reason);
+            }
+        }
+        if changed {
+            self.tick();
+        }
+    }
+
+    pub(super) fn lose_all(&self, reason: &str) {
+        for table in &self.tables {
+            table.lose_all(reason);
+        }
+        self.seen.lock().slots.fill(SlotState::Down);
+        self.tick();
+    }
+}
