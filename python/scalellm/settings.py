@@ -86,7 +86,9 @@ class Setting:
         """What stands for the value in a usage line."""
         if self.declaration.choices:
             return "{" + ",".join(self.declaration.choices) + "}"
-        return "BYTES" if self.is_bytes else {str: "TEXT", tuple: "TEXT"}.get(self.kind, "N")
+        if self.is_bytes:
+            return "BYTES"
+        return "TEXT" if self.kind in (str, tuple) else "N"
 
     @property
     def help_text(self) -> str:
