@@ -33,8 +33,9 @@ def run(arguments: argparse.Namespace) -> int:
     )
     report = Report(config.log.log_format)
     port = free_port(config.gateway.host, config.gateway.port)
-    model_path = resolve_model(config.engine.model, config.engine.revision)
-    check_folder(model_path, needs_tokenizer=True)
+    weights = config.engine.load_format != "dummy"
+    model_path = resolve_model(config.engine.model, config.engine.revision, weights)
+    check_folder(model_path, needs_tokenizer=True, needs_weights=weights)
     report.phase("resolve model", report.elapsed_s(), str(model_path))
     folder = make_runtime_folder()
     try:
