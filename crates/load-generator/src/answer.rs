@@ -162,9 +162,14 @@ impl Choice {
     fn has_token(&self) -> bool {
         let held_back = |content: &Content| content.1 && !self.finish_reason;
         let delta = self.delta.as_ref().is_some_and(|delta| {
-            [&delta.content, &delta.reasoning_content, &delta.reasoning, &delta.tool_calls]
-                .iter()
-                .any(|content| content.0 > 0)
+            [
+                &delta.content,
+                &delta.reasoning_content,
+                &delta.reasoning,
+                &delta.tool_calls,
+            ]
+            .iter()
+            .any(|content| content.0 > 0)
                 || (!delta.role && held_back(&delta.content))
         });
         self.token_ids.0 > 0 || self.text.0 > 0 || delta || held_back(&self.text)
@@ -283,9 +288,15 @@ mod tests {
     #[test]
     fn error_events_and_foreign_json_fail_by_kind() {
         let kind = |data: &str| {
-            Answer::default().on_event(data.as_bytes()).expect_err(data).kind
+            Answer::default()
+                .on_event(data.as_bytes())
+                .expect_err(data)
+                .kind
         };
-        assert_eq!(kind(r#"{"error":{"message":"engine lost"}}"#), FailureKind::Error);
+        assert_eq!(
+            kind(r#"{"error":{"message":"engine lost"}}"#),
+            FailureKind::Error
+        );
         assert_eq!(kind("<html>"), FailureKind::Garbage);
         assert_eq!(kind(r#"{"hello":1}"#), FailureKind::Garbage);
         assert_eq!(kind(r#"{"choices":3}"#), FailureKind::Garbage);

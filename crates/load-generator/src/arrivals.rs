@@ -18,7 +18,12 @@ pub struct Arrivals {
 impl Arrivals {
     /// `rate` in requests per second, positive. Equal seeds give equal times.
     pub fn new(process: ArrivalProcess, rate: f64, seed: u64) -> Arrivals {
-        Arrivals { process, rate, at_s: 0.0, random: StdRng::seed_from_u64(seed) }
+        Arrivals {
+            process,
+            rate,
+            at_s: 0.0,
+            random: StdRng::seed_from_u64(seed),
+        }
     }
 }
 
@@ -43,7 +48,10 @@ mod tests {
 
     fn gaps(process: ArrivalProcess, seed: u64) -> Vec<f64> {
         let times: Vec<_> = Arrivals::new(process, 50.0, seed).take(20_001).collect();
-        times.windows(2).map(|pair| (pair[1] - pair[0]).as_secs_f64()).collect()
+        times
+            .windows(2)
+            .map(|pair| (pair[1] - pair[0]).as_secs_f64())
+            .collect()
     }
 
     #[test]
@@ -52,12 +60,20 @@ mod tests {
         let mean = gaps.iter().sum::<f64>() / gaps.len() as f64;
         let variance = gaps.iter().map(|g| (g - mean).powi(2)).sum::<f64>() / gaps.len() as f64;
         assert!((mean - 0.02).abs() < 0.0006, "mean {mean}");
-        assert!((variance.sqrt() / mean - 1.0).abs() < 0.05, "spread {}", variance.sqrt() / mean);
+        assert!(
+            (variance.sqrt() / mean - 1.0).abs() < 0.05,
+            "spread {}",
+            variance.sqrt() / mean
+        );
     }
 
     #[test]
     fn constant_gaps_are_equal() {
-        assert!(gaps(ArrivalProcess::Constant, 7).iter().all(|gap| (gap - 0.02).abs() < 1e-6));
+        assert!(
+            gaps(ArrivalProcess::Constant, 7)
+                .iter()
+                .all(|gap| (gap - 0.02).abs() < 1e-6)
+        );
     }
 
     #[test]

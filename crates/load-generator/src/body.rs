@@ -16,7 +16,10 @@ fn request_body(plan: &Plan, prompt: &Prompt) -> Value {
     body.insert("model".into(), json!(plan.model));
     match (plan.endpoint, &prompt.content) {
         (Endpoint::Chat, PromptContent::Text(text)) => {
-            body.insert("messages".into(), json!([{"role": "user", "content": text}]));
+            body.insert(
+                "messages".into(),
+                json!([{"role": "user", "content": text}]),
+            );
         }
         (_, PromptContent::Text(text)) => {
             body.insert("prompt".into(), json!(text));
@@ -69,7 +72,10 @@ mod tests {
         assert_eq!(bodies[0]["prompt"], "a");
         assert_eq!(bodies[1]["prompt"], json!([1, 2]));
         assert_eq!(bodies[0]["stream_options"], json!({"include_usage": true}));
-        assert!(bodies[0].get("ignore_eos").is_none(), "only sent when asked for");
+        assert!(
+            bodies[0].get("ignore_eos").is_none(),
+            "only sent when asked for"
+        );
     }
 
     #[test]

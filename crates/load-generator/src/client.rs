@@ -173,7 +173,10 @@ impl Client {
             self.keep(connection);
         }
         match observed.answer.tokens().0 {
-            0 => Err(Failure::new(FailureKind::Empty, "an answer without a token")),
+            0 => Err(Failure::new(
+                FailureKind::Empty,
+                "an answer without a token",
+            )),
             _ => Ok(()),
         }
     }
@@ -219,7 +222,11 @@ impl Client {
             headers.insert(HOST, host);
         }
         headers.insert(CONTENT_TYPE, HeaderValue::from_static("application/json"));
-        let accept = if self.stream { "text/event-stream" } else { "application/json" };
+        let accept = if self.stream {
+            "text/event-stream"
+        } else {
+            "application/json"
+        };
         headers.insert(ACCEPT, HeaderValue::from_static(accept));
         if let Some(authorization) = &self.authorization {
             headers.insert(AUTHORIZATION, authorization.clone());
@@ -229,7 +236,10 @@ impl Client {
 
     async fn connect(&self) -> Result<Connection, Failure> {
         let fail = |message: String| Failure::new(FailureKind::Connect, message);
-        let addresses = self.addresses.as_ref().map_err(|error| fail(error.clone()))?;
+        let addresses = self
+            .addresses
+            .as_ref()
+            .map_err(|error| fail(error.clone()))?;
         Connection::open(addresses, self.clock)
             .await
             .map_err(|error| fail(format!("cannot connect to {}: {error}", self.target.socket)))
@@ -251,7 +261,9 @@ impl Client {
     }
 
     fn lock_idle(&self) -> std::sync::MutexGuard<'_, Vec<Connection>> {
-        self.idle.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
+        self.idle
+            .lock()
+            .unwrap_or_else(std::sync::PoisonError::into_inner)
     }
 
     /// Reads the stream to its end. Returns whether the connection can be used again.
@@ -271,7 +283,9 @@ impl Client {
                 return finish(&observed.answer, &parser, bytes_seen).map(|()| true);
             };
             let frame = frame.map_err(|error| http_failure(&error))?;
-            let Ok(data) = frame.into_data() else { continue };
+            let Ok(data) = frame.into_data() else {
+                continue;
+            };
             bytes_seen |= !data.is_empty();
             let read_ns = connection.read_ns();
             let mut done = false;
@@ -295,7 +309,9 @@ impl Client {
             let gap_ns = read_ns.saturating_sub(last_ns);
             observed.max_gap_ns = observed.max_gap_ns.max(gap_ns);
             if observed.gaps_us.len() < MAX_GAPS {
-                observed.gaps_us.push(u32::try_from(gap_ns / 1000).unwrap_or(u32::MAX));
+                observed
+                    .gaps_us
+                    .push(u32::try_from(gap_ns / 1000).unwrap_or(u32::MAX));
             }
         }
         self.token_chunks.fetch_add(1, Ordering::Relaxed);
@@ -307,7 +323,11 @@ impl Client {
 fn require_event_stream(response: &Response<Incoming>) -> Result<(), Failure> {
     let content_type = response.headers().get(CONTENT_TYPE);
     let content_type = content_type.map_or("", |value| value.to_str().unwrap_or("?"));
-    match content_type.trim_start().to_ascii_lowercase().starts_with("text/event-stream") {
+    match content_type
+        .trim_start()
+        .to_ascii_lowercase()
+        .starts_with("text/event-stream")
+    {
         true => Ok(()),
         false => Err(Failure::new(
             FailureKind::Garbage,
@@ -324,9 +344,15 @@ fn finish(answer: &Answer, parser: &SseParser, bytes_seen: bool) -> Result<(), F
     let (kind, message) = if !bytes_seen {
         (FailureKind::Empty, "the stream ended without a byte")
     } else if answer.token_chunks() == 0 && parser.unknown_lines() > 0 {
-        (FailureKind::Garbage, "the body is not a server-sent event stream")
+        (
+            FailureKind::Garbage,
+            "the body is not a server-sent event stream",
+        )
     } else {
-        (FailureKind::Unfinished, "the stream ended without [DONE] or a finish reason")
+        (
+            FailureKind::Unfinished,
+            "the stream ended without [DONE] or a finish reason",
+        )
     };
     Err(Failure::new(kind, message))
 }
@@ -369,7 +395,11 @@ fn http_failure(error: &hyper::Error) -> Failure {
         cause = inner.source();
     }
     let broken = is_io || error.is_incomplete_message() || error.is_canceled() || error.is_closed();
-    let kind = if error.is_parse() || !broken { FailureKind::Garbage } else { FailureKind::Reset };
+    let kind = if error.is_parse() || !broken {
+        FailureKind::Garbage
+    } else {
+        FailureKind::Reset
+    };
     Failure::new(kind, message)
 }
 

@@ -24,7 +24,9 @@ pub(crate) struct Clock {
 
 impl Clock {
     pub fn start() -> Clock {
-        Clock { epoch: Instant::now() }
+        Clock {
+            epoch: Instant::now(),
+        }
     }
 
     pub fn now_ns(self) -> u64 {
@@ -68,14 +70,21 @@ impl Connection {
             sent_ns: AtomicU64::new(UNSENT),
             read_ns: AtomicU64::new(0),
         });
-        let stream = StampedStream { stream, stamps: Arc::clone(&stamps) };
+        let stream = StampedStream {
+            stream,
+            stamps: Arc::clone(&stamps),
+        };
         let (sender, connection) = Builder::new()
             .handshake(TokioIo::new(stream))
             .await
             .map_err(io::Error::other)?;
         // What goes wrong on the connection reaches the request in flight, which records it.
         let driver = tokio::spawn(async move { connection.await.unwrap_or_default() });
-        Ok(Connection { sender, driver, stamps })
+        Ok(Connection {
+            sender,
+            driver,
+            stamps,
+        })
     }
 
     /// The next write is the first of a request.
@@ -124,7 +133,9 @@ impl AsyncRead for StampedStream {
         let before = buffer.filled().len();
         let outcome = Pin::new(&mut self.stream).poll_read(context, buffer);
         if buffer.filled().len() > before {
-            self.stamps.read_ns.store(self.stamps.clock.now_ns(), Ordering::Relaxed);
+            self.stamps
+                .read_ns
+                .store(self.stamps.clock.now_ns(), Ordering::Relaxed);
         }
         outcome
     }

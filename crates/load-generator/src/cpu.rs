@@ -9,11 +9,19 @@ pub(crate) struct ThreadCpu {
 impl ThreadCpu {
     pub fn now() -> Option<ThreadCpu> {
         let text = std::fs::read_to_string("/proc/thread-self/schedstat").ok()?;
-        let mut ns = text.split_whitespace().map(|field| field.parse::<u64>().ok());
-        Some(ThreadCpu { run_s: ns.next()?? as f64 / 1e9, wait_s: ns.next()?? as f64 / 1e9 })
+        let mut ns = text
+            .split_whitespace()
+            .map(|field| field.parse::<u64>().ok());
+        Some(ThreadCpu {
+            run_s: ns.next()?? as f64 / 1e9,
+            wait_s: ns.next()?? as f64 / 1e9,
+        })
     }
 
     pub fn since(self, earlier: ThreadCpu) -> ThreadCpu {
-        ThreadCpu { run_s: self.run_s - earlier.run_s, wait_s: self.wait_s - earlier.wait_s }
+        ThreadCpu {
+            run_s: self.run_s - earlier.run_s,
+            wait_s: self.wait_s - earlier.wait_s,
+        }
     }
 }

@@ -22,11 +22,17 @@ pub struct LagReport {
 
 impl Lag {
     pub fn new() -> Result<Lag, LoadError> {
-        Ok(Lag { send: Gaps::new()?, wake: Gaps::new()? })
+        Ok(Lag {
+            send: Gaps::new()?,
+            wake: Gaps::new()?,
+        })
     }
 
     pub fn report(&self) -> LagReport {
-        LagReport { send_ms: self.send.summary(), read_ms: self.wake.summary() }
+        LagReport {
+            send_ms: self.send.summary(),
+            read_ms: self.wake.summary(),
+        }
     }
 }
 
@@ -57,9 +63,16 @@ pub(crate) fn bottleneck_reason(
     measured_ms: &[Option<f64>],
 ) -> Option<String> {
     if let Some(cpu_s) = cpu_s.filter(|cpu| wall_s > 0.1 && cpu / wall_s > TOLERATED_CPU_SHARE) {
-        return Some(format!("its core was busy for {:.0}% of the time", cpu_s / wall_s * 100.0));
+        return Some(format!(
+            "its core was busy for {:.0}% of the time",
+            cpu_s / wall_s * 100.0
+        ));
     }
-    let smallest = measured_ms.iter().flatten().copied().fold(f64::INFINITY, f64::min);
+    let smallest = measured_ms
+        .iter()
+        .flatten()
+        .copied()
+        .fold(f64::INFINITY, f64::min);
     let allowed = (smallest * TOLERATED_LAG_SHARE).max(TOLERATED_LAG_MS);
     for (what, lag) in [("sends", lag.send_ms.p99), ("reads", lag.read_ms.p99)] {
         if let Some(late) = lag.filter(|&late| smallest.is_finite() && late > allowed) {
@@ -76,14 +89,26 @@ mod tests {
     use super::*;
 
     fn lag(send_p99: f64, read_p99: f64) -> LagReport {
-        let summary = |p99| Summary { p99: Some(p99), ..Summary::default() };
-        LagReport { send_ms: summary(send_p99), read_ms: summary(read_p99) }
+        let summary = |p99| Summary {
+            p99: Some(p99),
+            ..Summary::default()
+        };
+        LagReport {
+            send_ms: summary(send_p99),
+            read_ms: summary(read_p99),
+        }
     }
 
     #[test]
     fn small_lag_and_lag_small_beside_the_measure_are_fine() {
-        assert_eq!(bottleneck_reason(&lag(0.9, 0.5), Some(1.0), 10.0, &[Some(2.0)]), None);
-        assert_eq!(bottleneck_reason(&lag(4.0, 4.0), None, 10.0, &[Some(1000.0), Some(90.0)]), None);
+        assert_eq!(
+            bottleneck_reason(&lag(0.9, 0.5), Some(1.0), 10.0, &[Some(2.0)]),
+            None
+        );
+        assert_eq!(
+            bottleneck_reason(&lag(4.0, 4.0), None, 10.0, &[Some(1000.0), Some(90.0)]),
+            None
+        );
     }
 
     #[test]
@@ -91,11 +116,18 @@ mod tests {
         let reason = |lag, cpu_s| bottleneck_reason(&lag, cpu_s, 10.0, &[Some(50.0), None]);
         assert!(reason(lag(9.0, 0.1), None).expect("late").contains("sends"));
         assert!(reason(lag(0.1, 9.0), None).expect("late").contains("reads"));
-        assert!(reason(lag(0.1, 0.1), Some(9.5)).expect("busy").contains("95%"));
+        assert!(
+            reason(lag(0.1, 0.1), Some(9.5))
+                .expect("busy")
+                .contains("95%")
+        );
     }
 
     #[test]
     fn a_level_without_answers_blames_nobody() {
-        assert_eq!(bottleneck_reason(&lag(90.0, 90.0), None, 1.0, &[None, None]), None);
+        assert_eq!(
+            bottleneck_reason(&lag(90.0, 90.0), None, 1.0, &[None, None]),
+            None
+        );
     }
 }

@@ -65,11 +65,15 @@ impl LevelContext {
                 Mode::Closed { concurrency } => concurrency,
                 Mode::Open { .. } => WARMUP_CLIENTS,
             };
-            let warmup = Mode::Closed { concurrency: clients.min(level.warmup) };
-            self.drive(Phase::Warmup, number, level, warmup, level.warmup).await?;
+            let warmup = Mode::Closed {
+                concurrency: clients.min(level.warmup),
+            };
+            self.drive(Phase::Warmup, number, level, warmup, level.warmup)
+                .await?;
         }
-        let measured =
-            self.drive(Phase::Measure, number, level, mode, level.request_limit()).await?;
+        let measured = self
+            .drive(Phase::Measure, number, level, mode, level.request_limit())
+            .await?;
         Ok(LevelReport::sum_up(level, measured, self.record_gaps))
     }
 
@@ -110,7 +114,10 @@ impl LevelContext {
             Mode::Closed { .. } => None,
         };
         let until = duration.unwrap_or(Duration::MAX);
-        let arrivals = schedule.into_iter().flatten().take_while(move |due| *due < until);
+        let arrivals = schedule
+            .into_iter()
+            .flatten()
+            .take_while(move |due| *due < until);
         let cpu_before = ThreadCpu::now();
         let pacer = Pacer::start(start, arrivals.take(limit))?;
         let mut tasks = JoinSet::new();
@@ -120,7 +127,8 @@ impl LevelContext {
             }
         }
         let chunks_before = self.client.token_chunks();
-        self.attend(&shared, pacer, &mut tasks, chunks_before).await?;
+        self.attend(&shared, pacer, &mut tasks, chunks_before)
+            .await?;
         tasks.shutdown().await;
         let cpu = cpu_before.and_then(|before| ThreadCpu::now().map(|now| now.since(before)));
         let cancelled = shared.in_flight.load(Ordering::Relaxed);
@@ -243,7 +251,10 @@ impl Shared {
 
 impl Results {
     fn add(&mut self, exchange: Exchange) {
-        let Exchange { mut record, send_lag_ns } = exchange;
+        let Exchange {
+            mut record,
+            send_lag_ns,
+        } = exchange;
         if let Some(lag_ns) = send_lag_ns {
             self.lag.send.record_ns(lag_ns);
         }

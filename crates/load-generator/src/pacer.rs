@@ -36,10 +36,16 @@ impl Pacer {
     ) -> std::io::Result<Pacer> {
         let (tick_sender, ticks) = channel::channel(QUEUED_TICKS);
         let (stop, stopped) = mpsc::channel();
-        let thread = std::thread::Builder::new().name("bench-pacer".into()).spawn(move || {
-            pace(start, arrivals, &tick_sender, &stopped);
-        })?;
-        Ok(Pacer { ticks, stop: Some(stop), thread: Some(thread) })
+        let thread = std::thread::Builder::new()
+            .name("bench-pacer".into())
+            .spawn(move || {
+                pace(start, arrivals, &tick_sender, &stopped);
+            })?;
+        Ok(Pacer {
+            ticks,
+            stop: Some(stop),
+            thread: Some(thread),
+        })
     }
 
     /// The next tick; None only if the thread died.
@@ -77,7 +83,9 @@ fn pace(
             Some(due) if due <= probe => Tick::Arrival(due),
             _ => Tick::Probe(probe),
         };
-        let (Tick::Arrival(due) | Tick::Probe(due)) = tick else { return };
+        let (Tick::Arrival(due) | Tick::Probe(due)) = tick else {
+            return;
+        };
         let wait = due.saturating_duration_since(Instant::now());
         if !wait.is_zero() && stopped.recv_timeout(wait) != Err(RecvTimeoutError::Timeout) {
             return;

@@ -148,9 +148,9 @@ impl Level {
             return bad(format!("warmup: must be at most {MAX_REQUESTS_PER_LEVEL}"));
         }
         match self.duration_s {
-            Some(s) if !(s.is_finite() && s > 0.0 && s <= 1e6) => {
-                bad(format!("duration_s {s}: must be over 0 and at most 1000000"))
-            }
+            Some(s) if !(s.is_finite() && s > 0.0 && s <= 1e6) => bad(format!(
+                "duration_s {s}: must be over 0 and at most 1000000"
+            )),
             _ => Ok(()),
         }
     }
@@ -186,7 +186,11 @@ impl Plan {
         if !self.temperature.is_finite() || self.temperature < 0.0 {
             return bad("temperature: must be a finite number, at least 0");
         }
-        if self.api_key.as_ref().is_some_and(|key| !key.bytes().all(|b| b.is_ascii_graphic())) {
+        if self
+            .api_key
+            .as_ref()
+            .is_some_and(|key| !key.bytes().all(|b| b.is_ascii_graphic()))
+        {
             return bad("api_key: only visible ASCII characters can be sent in a header");
         }
         let ids = |prompt: &Prompt| matches!(prompt.content, PromptContent::TokenIds(_));
@@ -232,7 +236,10 @@ mod tests {
         let plan = plan(|_| {}).expect("valid");
         assert!(plan.stream && plan.include_usage && !plan.return_token_ids);
         assert_eq!(plan.timeout_s, 60.0);
-        assert_eq!(plan.levels[0].mode().expect("mode"), Mode::Closed { concurrency: 1 });
+        assert_eq!(
+            plan.levels[0].mode().expect("mode"),
+            Mode::Closed { concurrency: 1 }
+        );
     }
 
     #[test]
@@ -240,14 +247,24 @@ mod tests {
         type Change = fn(&mut Value);
         let cases: [(&str, Change); 12] = [
             ("levels", |v| v["levels"] = json!([])),
-            ("either concurrency or rate", |v| v["levels"] = json!([{"requests": 1}])),
+            ("either concurrency or rate", |v| {
+                v["levels"] = json!([{"requests": 1}])
+            }),
             ("either concurrency or rate", |v| {
                 v["levels"] = json!([{"concurrency": 1, "rate": 1.0, "requests": 1}])
             }),
-            ("requests or duration_s", |v| v["levels"] = json!([{"concurrency": 1}])),
-            ("concurrency 0", |v| v["levels"] = json!([{"concurrency": 0, "requests": 1}])),
-            ("rate -1", |v| v["levels"] = json!([{"rate": -1.0, "requests": 1}])),
-            ("duration_s", |v| v["levels"] = json!([{"rate": 1.0, "duration_s": 0.0}])),
+            ("requests or duration_s", |v| {
+                v["levels"] = json!([{"concurrency": 1}])
+            }),
+            ("concurrency 0", |v| {
+                v["levels"] = json!([{"concurrency": 0, "requests": 1}])
+            }),
+            ("rate -1", |v| {
+                v["levels"] = json!([{"rate": -1.0, "requests": 1}])
+            }),
+            ("duration_s", |v| {
+                v["levels"] = json!([{"rate": 1.0, "duration_s": 0.0}])
+            }),
             ("prompts", |v| v["prompts"] = json!([])),
             ("token_ids", |v| v["prompts"] = json!([{"token_ids": [1]}])),
             ("max_tokens", |v| v["max_tokens"] = json!(0)),

@@ -33,7 +33,10 @@ pub struct Failure {
 
 impl Failure {
     pub fn new(kind: FailureKind, message: impl Into<String>) -> Failure {
-        Failure { kind, message: message.into() }
+        Failure {
+            kind,
+            message: message.into(),
+        }
     }
 }
 
@@ -81,7 +84,8 @@ pub struct Record {
 impl Record {
     /// Time to first token: origin to first token received.
     pub fn ttft_ns(&self) -> Option<u64> {
-        self.first_token_ns.map(|first| first.saturating_sub(self.origin_ns))
+        self.first_token_ns
+            .map(|first| first.saturating_sub(self.origin_ns))
     }
 
     /// Time between tokens: (last - first) / (n - 1); absent below two tokens or two chunks.

@@ -73,14 +73,30 @@ pub struct FailureCount {
 
 impl LevelReport {
     pub(crate) fn sum_up(level: &Level, measured: Measured, with_gaps: bool) -> LevelReport {
-        let Measured { records, gaps, lag, cancelled, cpu, start_ns, wall_s } = measured;
-        let done: Vec<&Record> =
-            records.iter().filter(|record| record.outcome == Outcome::Completed).collect();
+        let Measured {
+            records,
+            gaps,
+            lag,
+            cancelled,
+            cpu,
+            start_ns,
+            wall_s,
+        } = measured;
+        let done: Vec<&Record> = records
+            .iter()
+            .filter(|record| record.outcome == Outcome::Completed)
+            .collect();
         let timed_out = count(&records, |outcome| *outcome == Outcome::TimedOut);
         let failed = count(&records, |outcome| matches!(outcome, Outcome::Failed(_)));
         let duration_s = duration_s(&records).unwrap_or(wall_s);
         let output_tokens: u64 = done.iter().map(|record| u64::from(record.tokens)).sum();
-        let per_second = |number: f64| if duration_s > 0.0 { number / duration_s } else { 0.0 };
+        let per_second = |number: f64| {
+            if duration_s > 0.0 {
+                number / duration_s
+            } else {
+                0.0
+            }
+        };
         let timed_out_share = timed_out as f64 / records.len().max(1) as f64;
         let of = |value: fn(&Record) -> Option<f64>| {
             Summary::of(done.iter().filter_map(|record| value(record)).collect())
@@ -88,8 +104,12 @@ impl LevelReport {
         let ttft_ms = of(ttft_ms);
         let itl_ms = gaps.summary();
         let lag = lag.report();
-        let reason =
-            bottleneck_reason(&lag, cpu.map(|cpu| cpu.run_s), wall_s, &[ttft_ms.p50, itl_ms.p50]);
+        let reason = bottleneck_reason(
+            &lag,
+            cpu.map(|cpu| cpu.run_s),
+            wall_s,
+            &[ttft_ms.p50, itl_ms.p50],
+        );
         LevelReport {
             concurrency: level.concurrency,
             rate: level.rate,
@@ -132,11 +152,18 @@ impl LevelReport {
 }
 
 fn state(timed_out_share: f64, limit: f64) -> LevelState {
-    if timed_out_share > limit { LevelState::Timeout } else { LevelState::Ok }
+    if timed_out_share > limit {
+        LevelState::Timeout
+    } else {
+        LevelState::Ok
+    }
 }
 
 fn count(records: &[Record], matches: impl Fn(&Outcome) -> bool) -> usize {
-    records.iter().filter(|record| matches(&record.outcome)).count()
+    records
+        .iter()
+        .filter(|record| matches(&record.outcome))
+        .count()
 }
 
 fn duration_s(records: &[Record]) -> Option<f64> {
@@ -163,7 +190,10 @@ fn failures(records: &[Record]) -> BTreeMap<FailureKind, FailureCount> {
         if let Outcome::Failed(failure) = &record.outcome {
             kinds
                 .entry(failure.kind)
-                .or_insert_with(|| FailureCount { count: 0, example: failure.message.clone() })
+                .or_insert_with(|| FailureCount {
+                    count: 0,
+                    example: failure.message.clone(),
+                })
                 .count += 1;
         }
     }
@@ -183,7 +213,9 @@ fn columns(records: &[Record], start_ns: u64, with_gaps: bool) -> Value {
             outcome,
             record.prompt,
             ms(record.origin_ns.saturating_sub(start_ns)),
-            record.sent_ns.map(|sent| ms(sent.saturating_sub(record.origin_ns))),
+            record
+                .sent_ns
+                .map(|sent| ms(sent.saturating_sub(record.origin_ns))),
             ttft_ms(record).map(microseconds),
             tbt_ms(record).map(microseconds),
             max_gap_ms(record).map(microseconds),
@@ -199,8 +231,18 @@ fn columns(records: &[Record], start_ns: u64, with_gaps: bool) -> Value {
         row
     });
     let mut names = vec![
-        "outcome", "prompt", "start_ms", "send_delay_ms", "ttft_ms", "tbt_ms", "max_gap_ms",
-        "e2e_ms", "input_tokens", "output_tokens", "chunks", "status",
+        "outcome",
+        "prompt",
+        "start_ms",
+        "send_delay_ms",
+        "ttft_ms",
+        "tbt_ms",
+        "max_gap_ms",
+        "e2e_ms",
+        "input_tokens",
+        "output_tokens",
+        "chunks",
+        "status",
     ];
     if with_gaps {
         names.push("gaps_us");

@@ -51,12 +51,19 @@ impl Run {
         let (stop, stopped) = watch::channel(false);
         let (progress_sender, progress) = watch::channel(Progress::default());
         let (result_sender, result) = mpsc::sync_channel(1);
-        let thread = std::thread::Builder::new().name("bench-load".into()).spawn(move || {
-            let result = drive(&plan, stopped, progress_sender);
-            // Nobody waits any more when the owner was dropped.
-            result_sender.send(result).unwrap_or_default();
-        })?;
-        Ok(Run { stop, progress, result, thread: Some(thread) })
+        let thread = std::thread::Builder::new()
+            .name("bench-load".into())
+            .spawn(move || {
+                let result = drive(&plan, stopped, progress_sender);
+                // Nobody waits any more when the owner was dropped.
+                result_sender.send(result).unwrap_or_default();
+            })?;
+        Ok(Run {
+            stop,
+            progress,
+            result,
+            thread: Some(thread),
+        })
     }
 
     pub fn progress(&self) -> Progress {
@@ -73,9 +80,9 @@ impl Run {
         match self.result.recv_timeout(at_most) {
             Ok(result) => Some(result),
             Err(RecvTimeoutError::Timeout) => None,
-            Err(RecvTimeoutError::Disconnected) => {
-                Some(Err(LoadError::Panicked("its thread ended without a report".into())))
-            }
+            Err(RecvTimeoutError::Disconnected) => Some(Err(LoadError::Panicked(
+                "its thread ended without a report".into(),
+            ))),
         }
     }
 }
@@ -95,7 +102,9 @@ fn drive(
     stop: watch::Receiver<bool>,
     progress: watch::Sender<Progress>,
 ) -> Result<Report, LoadError> {
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()?;
     let report = runtime.block_on(async {
         let clock = Clock::start();
         let client = Arc::new(Client::new(plan, clock).await?);
@@ -116,7 +125,12 @@ fn drive(
             }
         }
         let (prompts_sent, prompts) = client.prompts();
-        Ok(Report { interrupted: *context.stop.borrow(), prompts_sent, prompts, levels })
+        Ok(Report {
+            interrupted: *context.stop.borrow(),
+            prompts_sent,
+            prompts,
+            levels,
+        })
     });
     // A name lookup may still sit in the runtime's blocking pool.
     runtime.shutdown_timeout(Duration::from_secs(1));

@@ -56,7 +56,10 @@ impl SseParser {
                 bytes = &bytes[1..];
                 continue;
             }
-            let Some(end) = bytes.iter().position(|&byte| byte == b'\n' || byte == b'\r') else {
+            let Some(end) = bytes
+                .iter()
+                .position(|&byte| byte == b'\n' || byte == b'\r')
+            else {
                 self.keep(bytes)?;
                 return Ok(());
             };
@@ -100,7 +103,10 @@ impl SseParser {
             }
             return Ok(());
         }
-        let colon = line.iter().position(|&byte| byte == b':').unwrap_or(line.len());
+        let colon = line
+            .iter()
+            .position(|&byte| byte == b':')
+            .unwrap_or(line.len());
         let value = line.get(colon + 1..).unwrap_or_default();
         let value = value.strip_prefix(b" ").unwrap_or(value);
         match &line[..colon] {

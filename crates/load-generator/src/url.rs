@@ -31,7 +31,11 @@ impl Target {
         if authority.host().is_empty() {
             return Err(bad("names no host"));
         }
-        let socket = format!("{}:{}", authority.host(), authority.port_u16().unwrap_or(80));
+        let socket = format!(
+            "{}:{}",
+            authority.host(),
+            authority.port_u16().unwrap_or(80)
+        );
         let prefix = uri.path().trim_end_matches('/');
         let prefix = prefix.strip_suffix("/v1").unwrap_or(prefix);
         let tail = match endpoint {
@@ -56,7 +60,12 @@ mod tests {
 
     #[test]
     fn base_urls_with_and_without_version_and_prefix_reach_the_same_route() {
-        for url in ["http://h:1", "http://h:1/", "http://h:1/v1", "http://h:1/v1/"] {
+        for url in [
+            "http://h:1",
+            "http://h:1/",
+            "http://h:1/v1",
+            "http://h:1/v1/",
+        ] {
             assert_eq!(path(url), "/v1/chat/completions");
         }
         assert_eq!(path("http://h/openai/v1"), "/openai/v1/chat/completions");
@@ -78,7 +87,9 @@ mod tests {
             ("/v1", "http://"),
             ("", "not a URL"),
         ] {
-            let message = Target::parse(url, Endpoint::Chat).expect_err(url).to_string();
+            let message = Target::parse(url, Endpoint::Chat)
+                .expect_err(url)
+                .to_string();
             assert!(message.contains(why), "{url}: {message}");
         }
     }
