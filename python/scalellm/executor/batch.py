@@ -1,9 +1,9 @@
 """What the engine hands to an executor: which positions of which sequences a step computes.
 
-    sequence   |<------ in the KV cache ------>|<------- token_ids ------->|  not yet scheduled
-    position   0                             start               start + len(token_ids)
-    KV blocks  [   b0   ][   b1   ][   b2   ][   b3   ][   b4   ]    block_table = [b0, b1, ...]
-                                                         |<- num_logits ->|
+sequence   |<------ in the KV cache ------>|<------- token_ids ------->|  not yet scheduled
+position   0                             start               start + len(token_ids)
+KV blocks  [   b0   ][   b1   ][   b2   ][   b3   ][   b4   ]    block_table = [b0, b1, ...]
+                                                     |<- num_logits ->|
 """
 
 from collections.abc import Sequence
@@ -16,7 +16,9 @@ class Span:
 
     token_ids: Sequence[int]  # ids at positions start .. start + len - 1; never empty
     start: int  # tokens whose keys and values are already in the KV cache
-    block_table: Sequence[int]  # physical KV blocks, covering at least start + len(token_ids) tokens
+    block_table: Sequence[
+        int
+    ]  # physical KV blocks, covering at least start + len(token_ids) tokens
     num_logits: int  # how many of the last positions need logits: 0, 1, or more for prompt logprobs
 
 

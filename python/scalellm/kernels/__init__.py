@@ -1,0 +1,1 @@
+"""One folder per operation: reference.py in torch, and faster ones beside it."""

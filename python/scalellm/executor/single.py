@@ -1,0 +1,112 @@
+"""Runs batches on one device."""
+
+import time
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from scalellm.config import EngineConfig
+from scalellm.executor.batch import Batch
+from scalellm.executor.inputs import build_step
+from scalellm.kernels.attention import KVCache
+from scalellm.loader.load import (
+    LoadedModel,
+    Progress,
+    available_device_bytes,
+    check_max_model_len,
+    kv_dtype,
+    load_model,
+)
+from scalellm.loader.memory import CPU_KV_SHARE, KVSize, gib, size_kv_cache
+from scalellm.models.config import ModelConfig
+
+
+class SingleExecutor:
+    """One model and its KV cache. Not thread-safe: one loop owns it."""
+
+    def __init__(self, loaded: LoadedModel, cache: KVCache, max_model_len: int) -> None:
+        self.model_config: ModelConfig = loaded.config
+        self.device = loaded.device
+        self.dtype = loaded.dtype
+        self.weight_bytes = loaded.weight_bytes
+        self.max_model_len = max_model_len
+        self._model = loaded.model
+        self._geometry = loaded.geometry
+        self._cache = cache
+
+    @classmethod
+    def load(cls, config: EngineConfig, progress: Progress | None = None) -> Self:
+        """Load `config.model_path` and take memory for its KV cache.
+
+        `progress(phase, seconds)` is called as each phase ends. Raises ModelError, ConfigError.
+        """
+        report = progress or (lambda _phase, _seconds: None)
+        if config.cpu_threads is not None:
+            torch.set_num_threads(config.cpu_threads)
+        loaded = load_model(config, report)
+        started = time.monotonic()
+        size, cache = _allocate(config, loaded)
+        tokens = size.num_blocks * config.block_size
+        held = gib(tokens * loaded.geometry.bytes_per_token(kv_dtype(config, loaded.dtype)))
+        phase = f"KV cache: {held}, {size.num_blocks} blocks, {tokens} tokens"
+        limit = config.max_model_len or check_max_model_len(None, loaded.config)
+        if size.max_model_len < limit:
+            phase += f"; max_model_len {size.max_model_len}, as {limit} needs more memory"
+        report(phase, time.monotonic() - started)
+        return cls(loaded, cache, size.max_model_len)
+
+    @property
+    def block_size(self) -> int:
+        return self._cache.block_size
+
+    @property
+    def num_blocks(self) -> int:
+        return self._cache.num_blocks
+
+    @property
+    def vocab_size(self) -> int:
+        return self.model_config.vocab_size
+
+    def forward(self, batch: Batch) -> Tensor:
+        """Compute a batch of at least one span and store its keys and values.
+
+        Returns logits fp32 [sum of num_logits, vocab_size] on `device`, in span order, positions
+        ascending. Raises ValueError for a batch that contradicts itself.
+        """
+        with torch.inference_mode():
+            token_ids, step = build_step(
+                batch, self._cache, self._geometry, self.dtype, self.device
+            )
+            return self._model.forward(token_ids, step)
+
+    def close(self) -> None:
+        """Give the memory back; the executor is of no use afterwards."""
+        del self._model, self._cache
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+def _allocate(config: EngineConfig, loaded: LoadedModel) -> tuple[KVSize, KVCache]:
+    dtype = kv_dtype(config, loaded.dtype)
+    size = size_kv_cache(
+        kv_bytes_per_token=loaded.geometry.bytes_per_token(dtype),
+        block_size=config.block_size,
+        max_model_len=config.max_model_len,
+        model_limit=check_max_model_len(config.max_model_len, loaded.config),
+        max_num_seqs=config.max_num_seqs,
+        kv_cache_memory_bytes=config.kv_cache_memory_bytes,
+        budget_bytes=_kv_budget(config, loaded.device),
+    )
+    cache = KVCache.allocate(
+        loaded.geometry, size.num_blocks, config.block_size, dtype, loaded.device
+    )
+    return size, cache
+
+
+def _kv_budget(config: EngineConfig, device: torch.device) -> int:
+    """Bytes for the KV cache when no size was given."""
+    if device.type == "cpu":
+        return int(available_device_bytes(device) * CPU_KV_SHARE)
+    free, total = torch.cuda.mem_get_info(device)
+    return max(0, int(free - (1 - config.gpu_memory_utilization) * total))

@@ -1,0 +1,25 @@
+"""What every layer of a step is given beside its input."""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from scalellm.kernels.attention import AttentionStep, KVCache
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """T tokens of several sequences, concatenated in the batch's order."""
+
+    positions: Tensor  # [T] int64: each token's position in its sequence
+    cache: KVCache
+    attention: AttentionStep
+    logit_rows: Tensor  # [n] int64: rows of the batch whose logits are asked for
+
+
+@dataclass(frozen=True, slots=True)
+class Angles:
+    """The rotary angles of a step's positions, the same in every layer."""
+
+    cos: Tensor  # [T, r / 2]
+    sin: Tensor  # [T, r / 2]

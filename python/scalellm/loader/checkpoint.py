@@ -1,0 +1,185 @@
+"""Sharded safetensors: checked as a whole before the first byte is used, then read by mmap."""
+
+import json
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from scalellm.errors import ModelFileError, ModelNotFoundError, UnsupportedModelError
+from scalellm.loader.config import read_json
+
+INDEX = "model.safetensors.index.json"
+_BYTES = {"F64": 8, "F32": 4, "BF16": 2, "F16": 2}
+_SHOWN = 5  # tensors named in an error before "and N more"
+
+
+@dataclass(frozen=True, slots=True)
+class StoredTensor:
+    """A tensor as its shard's header declares it."""
+
+    file: Path
+    dtype: str
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """All tensors of a folder, by name."""
+
+    folder: Path
+    tensors: Mapping[str, StoredTensor]
+
+    @classmethod
+    def open(cls, folder: Path) -> Self:
+        """Read and check every shard's header. Raises ModelNotFoundError, ModelFileError."""
+        tensors: dict[str, StoredTensor] = {}
+        shards, promised = _shards(folder)
+        for shard in shards:
+            for name, tensor in read_header(shard).items():
+                if name in tensors:
+                    raise ModelFileError(f"{name} is in both {tensors[name].file} and {shard}")
+                tensors[name] = tensor
+        if absent := sorted(promised - tensors.keys()):
+            raise ModelFileError(f"{folder / INDEX} promises {_list(absent)}, in no shard")
+        return cls(folder, tensors)
+
+    @property
+    def numbers(self) -> int:
+        """How many numbers all tensors hold together."""
+        return sum(prod(tensor.shape) for tensor in self.tensors.values())
+
+    def check(self, expected: Mapping[str, tuple[int, ...]], ignored: frozenset[str]) -> None:
+        """Compare with the tensors that the configuration asks for.
+
+        `ignored` names tensors that may be there and are not used. Raises ModelFileError, which
+        names what is missing, unexpected or of another shape; UnsupportedModelError for a dtype.
+        """
+        complaints = []
+        if missing := [name for name in expected if name not in self.tensors]:
+            complaints.append(f"missing {_list(missing)}")
+        unexpected = [
+            name
+            for name in self.tensors
+            if name not in expected and name not in ignored and not name.endswith(".inv_freq")
+        ]
+        if unexpected:
+            complaints.append(f"unexpected {_list(unexpected)}")
+        wrong = [
+            f"{name} ({list(self.tensors[name].shape)}, config.json asks for {list(shape)})"
+            for name, shape in expected.items()
+            if name in self.tensors and self.tensors[name].shape != shape
+        ]
+        if wrong:
+            complaints.append(f"of another shape {_list(wrong)}")
+        if complaints:
+            raise ModelFileError(
+                f"{self.folder}: the weights do not fit config.json: {'; '.join(complaints)}"
+            )
+        for name in expected:
+            if self.tensors[name].dtype not in _BYTES:
+                raise UnsupportedModelError(
+                    f"{self.tensors[name].file}: {name} is stored as {self.tensors[name].dtype}; "
+                    f"this version reads {', '.join(_BYTES)}"
+                )
+
+
+class CheckpointSource:
+    """A WeightSource that copies from a checkpoint; a context manager that holds its files open."""
+
+    def __init__(self, checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -> None:
+        self.dtype = dtype
+        self.device = device
+        self._checkpoint = checkpoint
+        self._files = ExitStack()
+        self._open: dict[Path, Any] = {}
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._files.close()
+
+    def fill(self, out: Tensor, name: str) -> None:
+        file = self._checkpoint.tensors[name].file
+        if file not in self._open:
+            self._open[file] = self._files.enter_context(safe_open(file, framework="pt"))
+        out.copy_(self._open[file].get_tensor(name))
+
+
+def read_header(file: Path) -> dict[str, StoredTensor]:
+    """What a safetensors file declares, checked against its size.
+
+        [u64 little endian: n][n bytes of JSON][tensors, back to back]
+
+    Raises ModelFileError when it is truncated or its header makes no sense.
+    """
+    size = file.stat().st_size
+    with file.open("rb") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        if size < 8 or length > size - 8:
+            raise ModelFileError(
+                f"{file} is truncated: its header has {length} bytes, the whole file {size}"
+            )
+        try:
+            header = json.loads(stream.read(length))
+            tensors = {
+                name: (entry["dtype"], tuple(entry["shape"]), tuple(entry["data_offsets"]))
+                for name, entry in header.items()
+                if name != "__metadata__"
+            }
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ModelFileError(f"{file} is no safetensors file: {error!r}") from None
+    end = max((offsets[1] for _, _, offsets in tensors.values()), default=0)
+    if 8 + length + end != size:
+        state = "is truncated" if 8 + length + end > size else "has extra bytes"
+        raise ModelFileError(
+            f"{file} {state}: {size} bytes where its header declares {8 + length + end}"
+        )
+    for name, (dtype, shape, (first, last)) in tensors.items():
+        if dtype in _BYTES and last - first != prod(shape) * _BYTES[dtype]:
+            raise ModelFileError(
+                f"{file}: {name} has {last - first} bytes, which is not {dtype} {list(shape)}"
+            )
+    return {name: StoredTensor(file, dtype, shape) for name, (dtype, shape, _) in tensors.items()}
+
+
+def _shards(folder: Path) -> tuple[list[Path], frozenset[str]]:
+    """The shard files, and the tensor names that the index promises."""
+    if (folder / INDEX).is_file():
+        weight_map = read_json(folder / INDEX).get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise ModelFileError(f"{folder / INDEX}: weight_map must name tensors and their files")
+        shards = [folder / name for name in sorted(set(weight_map.values()))]
+        if absent := [shard.name for shard in shards if not shard.is_file()]:
+            raise ModelNotFoundError(
+                f"{folder} lacks {len(absent)} of {len(shards)} shards: {_list(absent)}"
+            )
+        return shards, frozenset(weight_map)
+    if (folder / "model.safetensors").is_file():
+        return [folder / "model.safetensors"], frozenset()
+    # Mistral's repositories hold the weights a second time, under other names, in consolidated*.
+    shards = sorted(
+        path for path in folder.glob("*.safetensors") if not path.name.startswith("consolidated")
+    )
+    if shards:
+        return shards, frozenset()
+    if any(folder.glob("*.bin")) or any(folder.glob("*.pt")):
+        raise ModelNotFoundError(
+            f"{folder} has weights in torch's pickle format only, which can run code when read; "
+            "convert it with transformers' save_pretrained"
+        )
+    raise ModelNotFoundError(
+        f"{folder} has no *.safetensors; --load-format dummy serves random weights from config.json"
+    )
+
+
+def _list(names: list[str]) -> str:
+    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return ", ".join(names[:_SHOWN]) + more

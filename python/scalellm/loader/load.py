@@ -1,0 +1,125 @@
+"""From a model folder to a model in memory."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from scalellm.config import EngineConfig
+from scalellm.errors import ConfigError
+from scalellm.kernels.attention import KVGeometry
+from scalellm.loader.checkpoint import Checkpoint, CheckpointSource
+from scalellm.loader.config import read_model_config
+from scalellm.loader.device import choose_device, choose_dtype
+from scalellm.loader.fallback import count_numbers, load_fallback
+from scalellm.loader.memory import LEAST_MODEL_LEN, available_cpu_bytes, check_fits, gib
+from scalellm.loader.sources import DummySource, InventorySource
+from scalellm.models.config import ModelConfig
+from scalellm.models.decoder import CausalLM
+from scalellm.models.registry import build
+
+# Called as each phase of loading ends: what was done, and the seconds it took.
+Progress = Callable[[str, float], None]
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedModel:
+    model: CausalLM
+    config: ModelConfig
+    dtype: torch.dtype
+    device: torch.device
+    weight_bytes: int
+
+    @property
+    def geometry(self) -> KVGeometry:
+        return self.model.geometry
+
+
+def load_model(
+    config: EngineConfig, progress: Progress, available_bytes: int | None = None
+) -> LoadedModel:
+    """Load the model of `config.model_path` as `config` says.
+
+    `available_bytes`: memory to fit into; what the device really has if None. Raises ModelError
+    (every kind of it) and ConfigError.
+    """
+    folder = config.model_path
+    started = time.monotonic()
+    model_config = read_model_config(folder)
+    device = choose_device(config.device)
+    dtype, reason = choose_dtype(config.dtype, model_config.checkpoint_dtype, device)
+    limit = check_max_model_len(config.max_model_len, model_config)
+    dummy = config.load_format == "dummy"
+    checkpoint = None if dummy else Checkpoint.open(folder)
+    inventory = InventorySource(dtype)
+    if model_config.family == "transformers":
+        numbers = (
+            checkpoint.numbers if checkpoint else count_numbers(folder, model_config.architecture)
+        )
+        weight_bytes = numbers * dtype.itemsize
+    else:
+        build(model_config, inventory)
+        weight_bytes = inventory.bytes
+        if checkpoint is not None:
+            tied = frozenset(("lm_head.weight",) if model_config.tie_word_embeddings else ())
+            checkpoint.check(inventory.shapes, ignored=tied)
+    check_fits(
+        weight_bytes=weight_bytes,
+        kv_bytes_per_token=model_config.kv_geometry.bytes_per_token(kv_dtype(config, dtype)),
+        max_model_len=config.max_model_len or min(LEAST_MODEL_LEN, limit),
+        kv_cache_memory_bytes=config.kv_cache_memory_bytes,
+        available_bytes=available_device_bytes(device)
+        if available_bytes is None
+        else available_bytes,
+        dtype=_name(dtype),
+    )
+    _done(progress, f"config: {model_config.architecture}, {_name(dtype)} ({reason})", started)
+
+    started = time.monotonic()
+    model: CausalLM
+    if model_config.family == "transformers":
+        seed = config.seed if dummy else None
+        model = load_fallback(folder, model_config, dtype, device, seed)
+    elif checkpoint is None:
+        model = build(model_config, DummySource(config.seed, dtype, device))
+    else:
+        with CheckpointSource(checkpoint, dtype, device) as source:
+            model = build(model_config, source)
+    kind = "random weights" if dummy else "weights"
+    _done(progress, f"{kind}: {gib(weight_bytes)} on {device}", started)
+    return LoadedModel(model, model_config, dtype, device, weight_bytes)
+
+
+def check_max_model_len(requested: int | None, config: ModelConfig) -> int:
+    """The most tokens the model's positions reach. Raises ConfigError if more are requested."""
+    limit = config.max_position_embeddings
+    if config.rope.kind == "yarn":
+        limit = max(limit, int(config.rope.original_max_position * config.rope.factor))
+    if requested is not None and requested > limit:
+        raise ConfigError(
+            f"--max-model-len {requested} is more than the {limit} positions of "
+            f"{config.architecture}'s config.json"
+        )
+    return limit
+
+
+def kv_dtype(config: EngineConfig, model_dtype: torch.dtype) -> torch.dtype:
+    """The type of cached keys and values."""
+    named = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+    return named.get(config.kv_cache_dtype, model_dtype)
+
+
+def available_device_bytes(device: torch.device) -> int:
+    if device.type == "cpu":
+        return available_cpu_bytes()
+    free, _ = torch.cuda.mem_get_info(device)
+    return free
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _done(progress: Progress, phase: str, started: float) -> None:
+    progress(phase, time.monotonic() - started)

@@ -1,0 +1,58 @@
+"""The frame that all decoder-only families share: embed, a stack of blocks, norm, project."""
+
+from typing import Protocol
+
+from torch import Tensor
+
+from scalellm.kernels.attention import KVGeometry
+from scalellm.layers.linear import Embedding, Linear
+from scalellm.layers.norm import RMSNorm
+from scalellm.layers.rotary import Rotary
+from scalellm.layers.step import Angles, Step
+from scalellm.layers.weights import WeightSource
+from scalellm.models.config import ModelConfig
+
+
+class CausalLM(Protocol):
+    """What an executor runs."""
+
+    @property
+    def geometry(self) -> KVGeometry:
+        """What a token needs in the KV cache."""
+
+    def forward(self, token_ids: Tensor, step: Step) -> Tensor:
+        """Ids [T] int64 to logits fp32 [n, vocab_size] of step.logit_rows; stores keys, values."""
+
+
+class Block(Protocol):
+    """One layer of a family: residual stream [T, hidden] -> [T, hidden]."""
+
+    def __call__(self, x: Tensor, step: Step, angles: Angles) -> Tensor: ...
+
+
+class BlockFactory(Protocol):
+    def __call__(self, config: ModelConfig, source: WeightSource, layer: int) -> Block: ...
+
+
+class Decoder:
+    """A CausalLM made of one family's blocks."""
+
+    def __init__(self, config: ModelConfig, source: WeightSource, block: BlockFactory) -> None:
+        self.geometry = config.kv_geometry
+        self.embedding = Embedding(
+            source, "model.embed_tokens", config.vocab_size, config.hidden_size
+        )
+        self.rotary = Rotary(config.rope, source.device)
+        self.blocks = [block(config, source, layer) for layer in range(config.num_layers)]
+        self.norm = RMSNorm(source, "model.norm", config.hidden_size, config.norm_eps)
+        if config.tie_word_embeddings:
+            self.output = Linear(self.embedding.weight)
+        else:
+            self.output = Linear.load(source, "lm_head", config.hidden_size, config.vocab_size)
+
+    def forward(self, token_ids: Tensor, step: Step) -> Tensor:
+        x = self.embedding(token_ids)
+        angles = Angles(*self.rotary(step.positions, x.dtype))
+        for block in self.blocks:
+            x = block(x, step, angles)
+        return self.output(self.norm(x.index_select(0, step.logit_rows))).float()

@@ -1,0 +1,30 @@
+"""Llama 2, 3, 3.1 and later (Touvron et al., 2023; Grattafiori et al., 2024)."""
+
+from torch import Tensor
+
+from scalellm.layers.attention import Attention
+from scalellm.layers.mlp import GatedMLP
+from scalellm.layers.norm import RMSNorm
+from scalellm.layers.step import Angles, Step
+from scalellm.layers.weights import WeightSource
+from scalellm.models.config import ModelConfig
+
+
+class LlamaBlock:
+    """x + Attention(Norm(x)), then x + MLP(Norm(x))."""
+
+    def __init__(self, config: ModelConfig, source: WeightSource, layer: int) -> None:
+        name = f"model.layers.{layer}"
+        hidden, eps = config.hidden_size, config.norm_eps
+        self.attention_norm = RMSNorm(source, f"{name}.input_layernorm", hidden, eps)
+        self.attention = Attention(
+            source, f"{name}.self_attn", config.attention, layer, config.windows[layer]
+        )
+        self.mlp_norm = RMSNorm(source, f"{name}.post_attention_layernorm", hidden, eps)
+        self.mlp = GatedMLP(
+            source, f"{name}.mlp", hidden, config.intermediate_size, config.mlp_bias
+        )
+
+    def __call__(self, x: Tensor, step: Step, angles: Angles) -> Tensor:
+        x = x + self.attention(self.attention_norm(x), step, angles)
+        return x + self.mlp(self.mlp_norm(x))

@@ -1,0 +1,36 @@
+"""Mixtral (Jiang et al., 2024): Mistral's attention, and experts in every layer."""
+
+from torch import Tensor
+
+from scalellm.layers.attention import Attention
+from scalellm.layers.moe import ExpertNames, MoeShape, SparseMoE
+from scalellm.layers.norm import RMSNorm
+from scalellm.layers.step import Angles, Step
+from scalellm.layers.weights import WeightSource
+from scalellm.models.config import ModelConfig
+
+
+class MixtralBlock:
+    """x + Attention(Norm(x)), then x + Experts(Norm(x))."""
+
+    def __init__(self, config: ModelConfig, source: WeightSource, layer: int) -> None:
+        name = f"model.layers.{layer}"
+        hidden, eps = config.hidden_size, config.norm_eps
+        self.attention_norm = RMSNorm(source, f"{name}.input_layernorm", hidden, eps)
+        self.attention = Attention(
+            source, f"{name}.self_attn", config.attention, layer, config.windows[layer]
+        )
+        self.experts_norm = RMSNorm(source, f"{name}.post_attention_layernorm", hidden, eps)
+        moe = f"{name}.block_sparse_moe"
+        names = ExpertNames(f"{moe}.gate", f"{moe}.experts", gate="w1", up="w3", down="w2")
+        self.experts = SparseMoE(source, names, self.shape(config))
+
+    @staticmethod
+    def shape(config: ModelConfig) -> MoeShape:
+        if config.experts is None:
+            raise ValueError("a Mixtral configuration has experts")
+        return config.experts
+
+    def __call__(self, x: Tensor, step: Step, angles: Angles) -> Tensor:
+        x = x + self.attention(self.attention_norm(x), step, angles)
+        return x + self.experts(self.experts_norm(x))

@@ -1,0 +1,41 @@
+"""Qwen3-MoE (Yang et al., 2025): Qwen3's attention; layers have experts or one dense MLP."""
+
+from torch import Tensor
+
+from scalellm.layers.attention import Attention
+from scalellm.layers.mlp import GatedMLP
+from scalellm.layers.moe import ExpertNames, SparseMoE
+from scalellm.layers.norm import RMSNorm
+from scalellm.layers.step import Angles, Step
+from scalellm.layers.weights import WeightSource
+from scalellm.models.config import ModelConfig
+
+
+class Qwen3MoeBlock:
+    """x + Attention(Norm(x)), then x + Experts(Norm(x)) or x + MLP(Norm(x))."""
+
+    def __init__(self, config: ModelConfig, source: WeightSource, layer: int) -> None:
+        name = f"model.layers.{layer}"
+        hidden, eps = config.hidden_size, config.norm_eps
+        self.attention_norm = RMSNorm(source, f"{name}.input_layernorm", hidden, eps)
+        self.attention = Attention(
+            source, f"{name}.self_attn", config.attention, layer, config.windows[layer]
+        )
+        self.mlp_norm = RMSNorm(source, f"{name}.post_attention_layernorm", hidden, eps)
+        mlp = f"{name}.mlp"
+        self.mlp: SparseMoE | GatedMLP
+        if (
+            config.moe is not None
+            and config.experts is not None
+            and config.moe.sparse_layers[layer]
+        ):
+            names = ExpertNames(
+                f"{mlp}.gate", f"{mlp}.experts", gate="gate_proj", up="up_proj", down="down_proj"
+            )
+            self.mlp = SparseMoE(source, names, config.experts)
+        else:
+            self.mlp = GatedMLP(source, mlp, hidden, config.intermediate_size)
+
+    def __call__(self, x: Tensor, step: Step, angles: Angles) -> Tensor:
+        x = x + self.attention(self.attention_norm(x), step, angles)
+        return x + self.mlp(self.mlp_norm(x))
