@@ -1,1 +1,18 @@
-//! placeholder
+//! `scalellm._core`: glue between Python and the crates, and nothing else.
+//!
+//! One file per part; each has `register`, which adds its classes and functions to the module.
+
+use pyo3::prelude::*;
+
+mod fake_engine;
+mod listener;
+mod load_generator;
+
+#[pymodule]
+fn _core(module: &Bound<'_, PyModule>) -> PyResult<()> {
+    module.add("__version__", env!("CARGO_PKG_VERSION"))?;
+    listener::register(module)?;
+    fake_engine::register(module)?;
+    load_generator::register(module)?;
+    Ok(())
+}

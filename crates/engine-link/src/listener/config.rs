@@ -1,5 +1,7 @@
 use std::time::Duration;
 
+use crate::proto::RefusalCode;
+
 /// Limits and waits of an engine's listener. Every queue and wait of the listener has its bound here.
 #[derive(Debug, Clone)]
 pub struct ListenerConfig {
@@ -25,6 +27,8 @@ pub struct ListenerConfig {
     pub flush_timeout: Duration,
     /// Waits this long before each Welcome: a fault for tests of gateways.
     pub welcome_delay: Duration,
+    /// Refuses every Submit with this code: a fault for tests of gateways.
+    pub refuse: Option<RefusalCode>,
 }
 
 impl Default for ListenerConfig {
@@ -41,6 +45,7 @@ impl Default for ListenerConfig {
             calibrate_timeout: Duration::from_secs(120),
             flush_timeout: Duration::from_secs(1),
             welcome_delay: Duration::ZERO,
+            refuse: None,
         }
     }
 }

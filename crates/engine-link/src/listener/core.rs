@@ -486,6 +486,13 @@ impl Core {
                 "the engine is draining".to_owned(),
             ));
         }
+        if let Some(code) = self.config.refuse {
+            return Err(refusal(
+                code,
+                "",
+                "the engine was told to refuse".to_owned(),
+            ));
+        }
         let limit = self.info.max_num_seqs as usize + self.config.max_waiting;
         if state.requests.len() + state.assembling >= limit {
             let message = format!("the engine has {limit} requests; allowed is {limit}");
