@@ -10,6 +10,7 @@
 //! ├── Encode           the tokenizer refused the text
 //! ├── NoTemplate       the model has no chat template
 //! ├── Messages         messages or template arguments of the wrong shape
+//! ├── TemplateRaised   the chat template refused the conversation (raise_exception)
 //! └── Template         the chat template failed, or ran past its limits
 //! ```
 
@@ -71,6 +72,9 @@ pub enum TextError {
     /// Messages or template arguments of the wrong shape.
     #[error("{0}")]
     Messages(String),
+    /// The chat template refused the conversation, with this reason.
+    #[error("the chat template refused the messages: {0}")]
+    TemplateRaised(String),
     /// The chat template failed, or ran past its limits.
     #[error("the chat template failed: {0}")]
     Template(String),

@@ -9,12 +9,20 @@
 
 mod detokenizer;
 mod error;
+mod folder;
+mod json;
 mod model;
 mod output;
+mod python;
+mod rewrite;
+mod stop;
+mod stream;
 mod template;
+mod vocabulary;
 
 pub use detokenizer::Detokenizer;
 pub use error::TextError;
-pub use model::{TextModel, tokenizer_digest};
+pub use model::{MAX_TEXT_BYTES, TextModel, tokenizer_digest};
 pub use output::{OutputText, Piece};
+pub use stop::StopMatcher;
 pub use template::ChatOptions;

@@ -6,30 +6,65 @@ use serde_json::Value;
 use tokenizers::Tokenizer;
 
 use super::error::TextError;
-use super::template::ChatOptions;
+use super::folder::Folder;
+use super::stream::{Plan, Stream};
+use super::template::{ChatOptions, ChatTemplates};
+use super::vocabulary::Vocabulary;
+
+pub use super::folder::tokenizer_digest;
+
+/// The longest text that is tokenized at once.
+///
+/// The tokenizers' work grows in proportion to the text even when it is one giant word (about 1 s for each MB
+/// with byte-level BPE, SentencePiece-style BPE and Unigram alike), so a limit on bytes is a limit on time.
+pub const MAX_TEXT_BYTES: usize = 8 << 20;
 
 /// Tokenizer and chat template of one model; shared by all its requests.
 pub struct TextModel {
     tokenizer: Tokenizer,
+    plan: Plan,
+    vocabulary: Vocabulary,
+    templates: ChatTemplates,
     eos_token_ids: Vec<u32>,
+    digest: String,
 }
 
 impl TextModel {
-    /// Read `folder`'s `tokenizer.json` and what belongs to it.
+    /// Read `folder`'s `tokenizer.json` and what belongs to it: special tokens, ends of sequence, chat templates.
+    ///
+    /// A chat template that does not compile is reported when it is used, not here: the model can still complete.
     pub fn load(folder: &Path) -> Result<Self, TextError> {
-        let path = folder.join("tokenizer.json");
-        let tokenizer = Tokenizer::from_file(&path).map_err(|e| TextError::Damaged {
-            path,
-            reason: e.to_string(),
-        })?;
+        let folder = Folder::open(folder)?;
+        let (mut tokenizer, digest) = folder.tokenizer()?;
+        // Requests are never cut or filled up behind the client's back.
+        tokenizer.with_padding(None);
+        tokenizer
+            .with_truncation(None)
+            .map_err(|e| TextError::Unsupported(e.to_string()))?;
+        let plan = Plan::new(tokenizer.get_decoder())?;
+        let vocabulary = Vocabulary::new(&tokenizer, &plan)?;
+        let eos_token_ids = folder.eos_token_ids(|token| tokenizer.token_to_id(token))?;
+        let templates = ChatTemplates::new(folder.chat_templates()?, folder.special_tokens()?);
         Ok(Self {
             tokenizer,
-            eos_token_ids: Vec::new(),
+            plan,
+            vocabulary,
+            templates,
+            eos_token_ids,
+            digest,
         })
     }
 
     /// Token ids of `text`; `add_special` puts the model's own first and last tokens around it.
+    ///
+    /// Errors: [`TextError::TooLong`] above [`MAX_TEXT_BYTES`].
     pub fn encode(&self, text: &str, add_special: bool) -> Result<Vec<u32>, TextError> {
+        if text.len() > MAX_TEXT_BYTES {
+            return Err(TextError::TooLong {
+                bytes: text.len(),
+                limit: MAX_TEXT_BYTES,
+            });
+        }
         let encoding = self
             .tokenizer
             .encode_fast(text, add_special)
@@ -39,49 +74,76 @@ impl TextModel {
 
     /// Text of `ids`; ids outside the vocabulary add nothing.
     pub fn decode(&self, ids: &[u32], skip_special: bool) -> String {
-        self.tokenizer.decode(ids, skip_special).unwrap_or_default()
+        let mut stream = Stream::new(&self.plan);
+        let mut text = String::new();
+        for piece in ids.iter().filter_map(|&id| self.piece(id, skip_special)) {
+            stream.push(piece, &mut text);
+        }
+        stream.finish(&mut text);
+        text
     }
 
-    /// One token for a logprobs answer: how it reads alone, and its bytes.
+    /// One token for a logprobs answer: how it reads within a text, and its bytes.
+    ///
+    /// A token that is part of a character has its true bytes, and U+FFFD as its text. An id outside the
+    /// vocabulary is empty.
     pub fn token_text(&self, id: u32) -> (String, Vec<u8>) {
-        let text = self.decode(&[id], false);
-        let bytes = text.clone().into_bytes();
-        (text, bytes)
+        let Some(piece) = self.piece(id, false) else {
+            return (String::new(), Vec::new());
+        };
+        let bytes = match self.plan.fallback_byte(piece) {
+            Some(byte) => vec![byte],
+            None if self.plan.is_byte_level() => piece.to_vec(),
+            None => {
+                let mut text = String::new();
+                let mut stream = Stream::within_text(&self.plan);
+                stream.push(piece, &mut text);
+                stream.finish(&mut text);
+                text.into_bytes()
+            }
+        };
+        (String::from_utf8_lossy(&bytes).into_owned(), bytes)
     }
 
-    /// The prompt for `messages`, a JSON array.
+    /// The prompt for `messages`, a JSON array of messages, as transformers' `apply_chat_template` renders it.
     pub fn render_chat(
         &self,
         messages: &Value,
         options: &ChatOptions,
     ) -> Result<String, TextError> {
-        let _ = (messages, options);
-        Err(TextError::NoTemplate)
+        self.templates.render(messages, options)
     }
 
     /// Whether the model brought a chat template.
     pub fn has_chat_template(&self) -> bool {
-        false
+        !self.templates.is_empty()
     }
 
     /// One more than the highest token id.
     pub fn vocab_size(&self) -> usize {
-        self.tokenizer.get_vocab_size(true)
+        self.vocabulary.len()
     }
 
-    /// Ids that end a generation.
+    /// The id of a token's string, such as `</s>`.
+    pub fn token_id(&self, token: &str) -> Option<u32> {
+        self.tokenizer.token_to_id(token)
+    }
+
+    /// Ids that end a generation, from `generation_config.json`, `config.json` or the tokenizer's `eos_token`.
     pub fn eos_token_ids(&self) -> &[u32] {
         &self.eos_token_ids
     }
 
-    /// Hex SHA-256 of what decides the ids.
+    /// Hex SHA-256 of what decides the ids: engines and gateways with equal digests agree on them.
     pub fn digest(&self) -> &str {
-        ""
+        &self.digest
     }
-}
 
-/// [`TextModel::digest`] of a folder, without loading the tokenizer.
-pub fn tokenizer_digest(folder: &Path) -> Result<String, TextError> {
-    let _ = folder;
-    Ok(String::new())
+    pub(super) fn plan(&self) -> &Plan {
+        &self.plan
+    }
+
+    pub(super) fn piece(&self, id: u32, skip_special: bool) -> Option<&[u8]> {
+        self.vocabulary.piece(id, skip_special)
+    }
 }

@@ -1,26 +1,37 @@
-//! One request's output: ids in, text for the client out.
+//! One choice's output: ids in, text for the client out.
 
+use std::collections::VecDeque;
 use std::ops::Range;
 use std::sync::Arc;
 
 use super::detokenizer::Detokenizer;
 use super::model::TextModel;
+use super::stop::StopMatcher;
 
 /// What one push released.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Piece {
     /// Text for the client; may be empty.
     pub text: String,
-    /// Output tokens (counted from 0) whose text is now out entirely.
+    /// Output tokens (counted from 0) that are settled now: their text is out entirely, or cut by the stop string.
     pub tokens: Range<usize>,
-    /// The stop string that ended the output, the first time it is met.
+    /// The stop string that this push met; nothing comes after it.
     pub stopped: Option<String>,
 }
 
 /// Detokenises one choice of a request and ends it at a stop string.
 pub struct OutputText {
     detokenizer: Detokenizer,
-    tokens: usize,
+    stop: StopMatcher,
+    min_tokens: usize,
+    /// Output tokens pushed, and settled.
+    pushed: usize,
+    settled: usize,
+    /// Bytes of text that came from the detokeniser.
+    text_bytes: usize,
+    /// Tokens whose text waits behind a possible stop string: (tokens up to here, where their text ends).
+    waiting: VecDeque<(usize, usize)>,
+    stopped: bool,
 }
 
 impl OutputText {
@@ -32,37 +43,86 @@ impl OutputText {
         skip_special: bool,
         include_stop: bool,
     ) -> Self {
-        let _ = (stop, include_stop);
         Self {
             detokenizer: Detokenizer::new(Arc::clone(model), prompt_ids, skip_special),
-            tokens: 0,
+            stop: StopMatcher::new(stop, include_stop),
+            min_tokens: 0,
+            pushed: 0,
+            settled: 0,
+            text_bytes: 0,
+            waiting: VecDeque::new(),
+            stopped: false,
         }
     }
 
     /// Stop strings that are complete within the first `tokens` output tokens do not stop.
     #[must_use]
-    pub fn with_min_tokens(self, tokens: usize) -> Self {
-        let _ = tokens;
+    pub fn with_min_tokens(mut self, tokens: usize) -> Self {
+        self.min_tokens = tokens;
         self
     }
 
-    /// Text that `ids` release. After a stop nothing more comes.
-    pub fn push(&mut self, ids: &[u32]) -> Piece {
-        let start = self.tokens;
-        self.tokens += ids.len();
-        Piece {
-            text: self.detokenizer.push(ids),
-            tokens: start..self.tokens,
-            stopped: None,
-        }
+    /// Whether a stop string was met.
+    pub fn is_stopped(&self) -> bool {
+        self.stopped
     }
 
-    /// What was held back, once no more ids come.
+    /// Text that `ids` release. Ids after the one that completes a stop string are dropped.
+    pub fn push(&mut self, ids: &[u32]) -> Piece {
+        let start = self.settled;
+        let mut piece = Piece::default();
+        let mut new = String::new();
+        for &id in ids {
+            if self.stopped {
+                break;
+            }
+            new.clear();
+            self.detokenizer.push_token(id, &mut new);
+            self.pushed += 1;
+            self.stop.arm(self.pushed > self.min_tokens);
+            self.take(&new, &mut piece);
+        }
+        piece.tokens = start..self.settled;
+        piece
+    }
+
+    /// What was held back, once no more ids come; it may yet complete a stop string.
     pub fn finish(&mut self) -> Piece {
-        Piece {
-            text: self.detokenizer.finish(),
-            tokens: self.tokens..self.tokens,
-            stopped: None,
+        let start = self.settled;
+        let mut piece = Piece::default();
+        if !self.stopped {
+            let rest = self.detokenizer.finish();
+            self.take(&rest, &mut piece);
+            self.stop.finish(&mut piece.text);
+            self.settled = self.pushed;
+            self.waiting.clear();
+        }
+        piece.tokens = start..self.settled;
+        piece
+    }
+
+    fn take(&mut self, new: &str, piece: &mut Piece) {
+        self.text_bytes += new.len();
+        piece.stopped = self.stop.push(new, &mut piece.text);
+        if piece.stopped.is_some() {
+            self.stopped = true;
+            self.settled = self.pushed;
+            self.waiting.clear();
+            return;
+        }
+        if self.detokenizer.is_settled() {
+            match self.waiting.back_mut() {
+                Some((tokens, end)) if *end == self.text_bytes => *tokens = self.pushed,
+                _ => self.waiting.push_back((self.pushed, self.text_bytes)),
+            }
+        }
+        let released = self.text_bytes - self.stop.held_bytes();
+        while let Some(&(tokens, end)) = self.waiting.front() {
+            if end > released {
+                break;
+            }
+            self.settled = tokens;
+            self.waiting.pop_front();
         }
     }
 }
