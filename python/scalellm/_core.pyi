@@ -43,7 +43,8 @@ class EngineListener:
 
     address: str  # the bound address; names the real port when 0 was asked for
     def __init__(self, address: str, info: Mapping[str, Any]) -> None:
-        """Bind `unix:PATH` or `HOST:PORT`. `info` holds DescribeResponse's fields by name.
+        """Bind `unix:PATH` or `HOST:PORT`. `info` holds DescribeResponse's fields by name,
+        and optionally `max_waiting`: how many requests beyond `max_num_seqs` are taken.
 
         Raises OSError if the address is taken, ValueError on a bad one."""
     def poll(self, timeout_s: float) -> list[tuple[str, Any]]:
@@ -62,30 +63,50 @@ class EngineListener:
         `load` is (running, waiting, backlog_tokens, kv_blocks_used, kv_blocks_total, step_ms, overhead_ms,
         steps, preemptions, prefix_hit_tokens, prefix_query_tokens). Also call it (with no outputs) when idle,
         at least every 200 ms: it is the sign of life of the loop."""
-    def emit_kv(self, stored: Sequence[tuple[bytes, bytes]], removed: Sequence[bytes], snapshot: bool) -> None:
+    def emit_kv(
+        self, stored: Sequence[tuple[bytes, bytes]], removed: Sequence[bytes], snapshot: bool
+    ) -> None:
         """Changes of the prefix cache, as (parent, hash) and hash."""
     def answer_calibrate(self, ticket: int, step_ms: Sequence[float]) -> None: ...
+    def drain(self) -> None:
+        """Refuse new requests from now on; the next poll says ("drain", None)."""
     def close(self) -> None:
         """Stop listening, flush what was emitted for at most a second, and join the thread."""
 
 # ---------------------------------------------------------------- text (crates/gateway/src/text)
 
+def tokenizer_digest(folder: str) -> str:
+    """Hex SHA-256 of what decides the token ids in a model folder (its tokenizer.json).
+
+    Raises FileNotFoundError without one, ValueError if it cannot be read."""
+
 @final
 class Tokenizer:
     """The gateway's tokenizer and chat template of a Hugging Face folder."""
 
-    vocab_size: int
+    vocab_size: int  # one more than the highest id
     eos_token_ids: list[int]
-    def __init__(self, folder: str) -> None: ...
-    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]: ...
-    def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str: ...
+    has_chat_template: bool
+    digest: str  # tokenizer_digest of the folder
+    def __init__(self, folder: str) -> None:
+        """Raises FileNotFoundError without a tokenizer.json, ValueError if a file is damaged."""
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        """Raises ValueError above 8 MiB of text."""
+    def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
+        """Ids outside the vocabulary add nothing."""
+    def token_text(self, id: int) -> tuple[str, bytes]:
+        """One token as it reads within a text, and its bytes."""
     def apply_chat_template(
         self,
         messages_json: str,
         add_generation_prompt: bool = True,
         template: str | None = None,
         kwargs_json: str | None = None,
-    ) -> str: ...
+        continue_final_message: bool = False,
+    ) -> str:
+        """As transformers renders it; `kwargs_json` is an object of template variables, `tools` among them.
+
+        Raises ValueError if there is no template, or it fails or refuses the messages."""
 
 @final
 class Detokenizer:
@@ -98,7 +119,9 @@ class Detokenizer:
         stop: Sequence[str],
         skip_special_tokens: bool = True,
         include_stop: bool = False,
-    ) -> None: ...
+        min_tokens: int = 0,
+    ) -> None:
+        """Stop strings that are complete within the first `min_tokens` ids do not stop."""
     def push(self, ids: Sequence[int]) -> tuple[str, bool]:
         """New text that is safe to show, and whether a stop string was met."""
     def finish(self) -> str:

@@ -7,6 +7,7 @@ use pyo3::prelude::*;
 mod fake_engine;
 mod listener;
 mod load_generator;
+mod text;
 
 #[pymodule]
 fn _core(module: &Bound<'_, PyModule>) -> PyResult<()> {
@@ -14,5 +15,6 @@ fn _core(module: &Bound<'_, PyModule>) -> PyResult<()> {
     listener::register(module)?;
     fake_engine::register(module)?;
     load_generator::register(module)?;
+    text::register(module)?;
     Ok(())
 }
