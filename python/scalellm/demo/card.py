@@ -16,7 +16,10 @@ def write_card(report: Report, folder: Path) -> None:
     rows.append(
         f"| {coherent.name} | {coherent.right} of {coherent.total} | {coherent.share:.2%} |"
     )
-    samples = "\n\n".join(f"> **{question}**\n>\n> {answer}" for question, answer in report.samples)
+    samples = "\n\n".join(
+        f"> **{question}**\n>\n> {answer.replace(chr(10), chr(10) + '> ')}"
+        for question, answer in report.samples
+    )
     least, thousandth, hundredth = report.digit_margins
     millions = report.num_parameters / 1e6
     text = f"""\

@@ -100,10 +100,10 @@ class Packer:
         while len(ids) < length:
             document = self._tokenizer.encode(next(self._documents)).ids
             ids += document
-            weights += self._weights(document)
+            weights += self.weights(document)
         return ids[:length], weights[:length]
 
-    def _weights(self, ids: list[int]) -> list[float]:
+    def weights(self, ids: list[int]) -> list[float]:
         """The weight of each token as a target.
 
         1 for answers and stories; less for what the user says, who speaks, and the operands in
@@ -175,7 +175,7 @@ def held_out_accuracy(network: Network, tokenizer: Tokenizer, recipe: Recipe) ->
 
 
 def make_optimizers(network: Network, recipe: Recipe) -> list[torch.optim.Optimizer]:
-    """Muon for the layers' matrices (half the steps of AdamW), AdamW for everything else."""
+    """Muon (K. Jordan, 2024) for the layers' matrices, AdamW for embedding and norms."""
     matrices = [p for p in network.model.layers.parameters() if p.dim() == 2]
     norms = [p for p in network.parameters() if p.dim() == 1]
     return [
