@@ -1,0 +1,350 @@
+"""The engine's loop: takes requests from a listener, runs steps, hands results back.
+
+    poll -> take in -> schedule -> worker computes; meanwhile: emit the last step, poll, take in
+                ^                        |
+                `-------- update <-------'
+
+One thread owns scheduler and KV cache; it never waits for a client, and not for the model without
+looking after the listener. It gives a sign of life at least every 200 ms, except when a step takes
+so much longer than predicted that it must be taken for hung: then it falls silent, and whoever
+watches the age of the last sign replaces the engine.
+"""
+
+import logging
+import math
+import statistics
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+from scalellm.config import EngineConfig
+from scalellm.engine.calibration import REPEATS, Shape, build_batch
+from scalellm.engine.kv_cache import KVCache
+from scalellm.engine.logprobs import TokenLogprobs
+from scalellm.engine.request import Request
+from scalellm.engine.sampler import Sampler
+from scalellm.engine.scheduler import Limits, Output, Scheduler, Step
+from scalellm.engine.worker import Computed, Done, Executor, Worker, compute
+from scalellm.errors import EngineError
+
+SIGN_OF_LIFE_S = 0.2
+CPU_STEP_BUDGET_MS = 200.0
+GPU_STEP_BUDGET_MS = 50.0
+_LOOK_EVERY_S = 0.02  # while a step runs
+_EMIT_EVERY_S = SIGN_OF_LIFE_S / 2
+_HUNG_AFTER_S = 10.0  # or _HUNG_FACTOR times the prediction, whichever is more
+_HUNG_FACTOR = 20.0
+_HUNG_UNPREDICTED_S = 120.0
+_MAX_FAILED_STEPS = 5  # in a row; then the engine is beyond help
+_MAX_CALIBRATIONS = 16
+
+Command = tuple[str, Any]
+EmittedLogprobs = list[TokenLogprobs]
+
+logger = logging.getLogger(__name__)
+
+
+class Listener(Protocol):
+    """Where requests come from and results go; `scalellm._core.EngineListener` is one."""
+
+    def poll(self, timeout_s: float) -> list[Command]: ...
+    def emit(self, outputs: Sequence[tuple[Any, ...]], load: tuple[Any, ...]) -> None: ...
+    def emit_kv(
+        self, stored: Sequence[tuple[bytes, bytes]], removed: Sequence[bytes], snapshot: bool
+    ) -> None: ...
+    def answer_calibrate(self, ticket: int, step_ms: Sequence[float]) -> None: ...
+    def drain(self) -> None: ...
+
+
+def limits_of(config: EngineConfig, max_model_len: int, device: str) -> Limits:
+    """A step's bounds; a batch cannot have more requests than the step has tokens."""
+    budget_ms = config.step_budget_ms
+    if budget_ms is None:
+        budget_ms = CPU_STEP_BUDGET_MS if device == "cpu" else GPU_STEP_BUDGET_MS
+    return Limits(
+        max_num_seqs=min(config.max_num_seqs, config.max_num_batched_tokens),
+        max_num_batched_tokens=config.max_num_batched_tokens,
+        max_model_len=max_model_len,
+        step_budget_ms=budget_ms,
+        max_preemptions=config.max_preemptions,
+    )
+
+
+class EngineLoop:
+    """Serves one executor until it is stopped, or drained and empty."""
+
+    def __init__(
+        self,
+        executor: Executor,
+        listener: Listener,
+        config: EngineConfig,
+        *,
+        limits: Limits,
+        eos_token_ids: Sequence[int],
+        drain_timeout_s: float = 30.0,
+        after_step: Callable[[Scheduler], None] | None = None,
+    ) -> None:
+        """`after_step` is called between steps, for tests and tools that look inside."""
+        self._executor = executor
+        self._listener = listener
+        self._cpu_threads = config.cpu_threads
+        self._eos_token_ids = frozenset(eos_token_ids)
+        self._drain_timeout_s = drain_timeout_s
+        self._after_step = after_step
+        kv = KVCache(executor.num_blocks, executor.block_size, config.enable_prefix_caching)
+        self.scheduler = Scheduler(limits, kv)
+        self._sampler = Sampler(executor.vocab_size)
+        self._worker: Worker[Any] = Worker(config.cpu_threads)
+        self._logprobs: dict[int, TokenLogprobs] = {}
+        self._prompt_logprobs: dict[int, EmittedLogprobs] = {}
+        self._calibrations: deque[tuple[int, list[Shape]]] = deque()
+        self._drain_wanted = False
+        self._stop_wanted = False
+        self._draining_since: float | None = None
+        self._emitted_at = -math.inf
+        self._steps = 0
+        self._step_ms = 0.0
+        self._overhead_ms = 0.0
+        self._failed_in_a_row = 0
+
+    def drain(self) -> None:
+        """Refuse new requests, finish those there are, then end `run`. Safe in signal handlers."""
+        self._drain_wanted = True
+
+    def stop(self) -> None:
+        """Cancel everything and end `run`. Safe in signal handlers."""
+        self._stop_wanted = True
+
+    def run(self) -> None:
+        """Raises EngineError when steps fail again and again."""
+        try:
+            with self._worker:
+                while self._turn():
+                    pass
+        finally:
+            self._end_all("error", "the engine ended before the request was finished")
+
+    def _turn(self) -> bool:
+        """One step, or a wait for work; False when the loop is to end."""
+        scheduler = self.scheduler
+        began = time.perf_counter()
+        if self._control():
+            return False
+        step = scheduler.schedule(_now_us())
+        if not step.keys:
+            return self._idle()
+        requests = [scheduler.requests[key] for key in step.keys]
+        done = self._compute(
+            lambda: compute(self._executor, self._sampler, step, requests), step.predicted_ms
+        )
+        self._finish_step(step, done)
+        self._step_ms = (time.perf_counter() - began) * 1e3
+        self._overhead_ms = max(0.0, self._step_ms - done.elapsed_ms)
+        self._take_in(self._listener.poll(0.0))
+        return True
+
+    def _idle(self) -> bool:
+        if self.scheduler.requests:
+            raise EngineError("the scheduler has requests and gives none of them work")
+        self._emit()
+        if self._calibrations:
+            self._calibrate(*self._calibrations.popleft())
+            return True
+        self._take_in(self._listener.poll(0.0 if self._draining_since else _EMIT_EVERY_S))
+        return self._draining_since is None or bool(self.scheduler.requests)
+
+    def _control(self) -> bool:
+        """Act on drain and stop; True when the loop is to end at once."""
+        if self._stop_wanted:
+            self._listener.drain()
+            self._end_all("cancelled", None)
+            return True
+        if self._drain_wanted and self._draining_since is None:
+            self._draining_since = time.monotonic()
+            self._listener.drain()
+        if (
+            self._draining_since is not None
+            and time.monotonic() - self._draining_since > self._drain_timeout_s
+        ):
+            self._end_all("error", "the engine stopped before the request was finished")
+            return True
+        return False
+
+    def _end_all(self, reason: Any, error: str | None) -> None:
+        self._take_in(self._listener.poll(0.0))
+        self.scheduler.cancel_all(_now_us(), reason, error)
+        self._emit()
+
+    # ------------------------------------------------------------ a step
+
+    def _compute(self, job: Callable[[], Any], predicted_ms: float) -> Done[Any]:
+        """Run a job on the worker; meanwhile emit, take in, and give signs of life."""
+        self._worker.start(job)
+        started = time.monotonic()
+        hung_after_s = max(_HUNG_AFTER_S, _HUNG_FACTOR * predicted_ms / 1e3)
+        if predicted_ms <= 0.0:
+            hung_after_s = _HUNG_UNPREDICTED_S
+        self._emit()
+        while True:
+            done = self._worker.wait(_LOOK_EVERY_S)
+            if done is not None:
+                return done
+            if time.monotonic() - started < hung_after_s:
+                self._take_in(self._listener.poll(0.0))
+                if time.monotonic() - self._emitted_at > _EMIT_EVERY_S:
+                    self._emit()
+
+    def _finish_step(self, step: Step, done: Done[Computed]) -> None:
+        scheduler = self.scheduler
+        self._steps += 1
+        if done.result is None:
+            self._fail_step(step, done.error)
+            return
+        self._failed_in_a_row = 0
+        scheduler.step_time.observe(step.shape, done.elapsed_ms)
+        computed = done.result
+        self._logprobs = computed.logprobs
+        for key, entries in computed.prompt_logprobs.items():
+            self._prompt_logprobs.setdefault(key, []).extend(entries)
+        scheduler.update(step, computed.token_ids, _now_us(), computed.errors)
+        if self._after_step is not None:
+            self._after_step(scheduler)
+
+    def _fail_step(self, step: Step, error: BaseException | None) -> None:
+        self._failed_in_a_row += 1
+        logger.error("step %d failed", self._steps, exc_info=error)
+        self._sampler = Sampler(self._executor.vocab_size)
+        reason = f"the engine could not compute a step: {type(error).__name__}: {error}"
+        self.scheduler.fail(step, reason, _now_us())
+        if self._failed_in_a_row >= _MAX_FAILED_STEPS:
+            raise EngineError(f"{_MAX_FAILED_STEPS} steps in a row failed; the last: {error}")
+
+    # ------------------------------------------------------------ in
+
+    def _take_in(self, commands: Sequence[Command]) -> None:
+        scheduler = self.scheduler
+        for name, value in commands:
+            if name == "submit":
+                request = Request.from_submission(value, self._eos_token_ids)
+                scheduler.add(request, _now_us())
+            elif name == "cancel":
+                scheduler.cancel(value, _now_us())
+            elif name == "drain":
+                self.drain()
+            elif name == "stop":
+                self.stop()
+            elif name == "kv_snapshot":
+                self._emit_kv()
+                self._listener.emit_kv(scheduler.kv.snapshot(), [], True)
+            elif name == "calibrate":
+                ticket, shapes = value
+                if len(self._calibrations) < _MAX_CALIBRATIONS:
+                    self._calibrations.append((ticket, [Shape(*shape) for shape in shapes]))
+                else:
+                    self._listener.answer_calibrate(ticket, [math.nan] * len(shapes))
+
+    def _calibrate(self, ticket: int, shapes: Sequence[Shape]) -> None:
+        """Time each shape on the idle engine; nan for one that does not fit it."""
+        times_ms = []
+        for shape in shapes:
+            times_ms.append(self._time_shape(shape))
+            if self._stop_wanted:
+                break
+        times_ms += [math.nan] * (len(shapes) - len(times_ms))
+        self._listener.answer_calibrate(ticket, times_ms)
+
+    def _time_shape(self, shape: Shape) -> float:
+        scheduler = self.scheduler
+        limits = scheduler.limits
+        if (
+            shape.decode_seqs > limits.max_num_seqs
+            or shape.decode_seqs + shape.prefill_tokens > limits.max_num_batched_tokens
+            or max(shape.context_tokens + 1, shape.prefill_tokens) > scheduler.max_model_len
+        ):
+            return math.nan
+        built = build_batch(shape, scheduler.kv)
+        if built is None:
+            return math.nan
+        batch, blocks = built
+        elapsed: list[float] = []
+        for _ in range(1 + REPEATS):
+            done = self._compute(lambda: self._executor.forward(batch).argmax(-1).tolist(), 0.0)
+            if done.error is not None:
+                logger.error("calibrating %s failed", shape, exc_info=done.error)
+                break
+            elapsed.append(done.elapsed_ms)
+        scheduler.kv.free(blocks)
+        return statistics.median(elapsed[1:]) if len(elapsed) == 1 + REPEATS else math.nan
+
+    # ------------------------------------------------------------ out
+
+    def _emit(self) -> None:
+        """Hand over what happened since the last call, and the load."""
+        scheduler = self.scheduler
+        outputs = [self._wire_output(output) for output in scheduler.take_outputs()]
+        kv = scheduler.kv
+        load = (
+            scheduler.num_running,
+            scheduler.num_waiting,
+            scheduler.backlog_tokens,
+            kv.num_used,
+            kv.num_blocks,
+            self._step_ms,
+            self._overhead_ms,
+            self._steps,
+            scheduler.num_preemptions,
+            scheduler.prefix_hit_tokens,
+            scheduler.prefix_query_tokens,
+        )
+        self._listener.emit(outputs, load)
+        self._emit_kv()
+        self._emitted_at = time.monotonic()
+
+    def _emit_kv(self) -> None:
+        stored, removed = self.scheduler.kv.take_events()
+        if stored or removed:
+            self._listener.emit_kv(stored, removed, False)
+
+    def _wire_output(self, output: Output) -> tuple[Any, ...]:
+        """As `EngineListener.emit` describes it."""
+        request = output.request
+        key = request.key
+        finished = output.finish_reason is not None
+        emitted_before = request.num_output_tokens - len(request.resume_ids) - len(output.token_ids)
+        first = emitted_before == 0
+        logprobs: EmittedLogprobs | None = None
+        if output.token_ids and request.sampling.logprobs is not None:
+            logprobs = [self._logprobs[key]]
+        prompt_logprobs: list[TokenLogprobs | None] | None = None
+        if first and request.prompt_logprobs is not None and output.token_ids:
+            prompt_logprobs = [None, *self._prompt_logprobs.get(key, ())]
+        if first or finished:
+            self._prompt_logprobs.pop(key, None)
+        times: tuple[int, ...] | None = None
+        if first or finished:
+            times = (
+                request.queued_us,
+                request.first_scheduled_us,
+                request.first_token_us,
+                request.finished_us,
+                request.preemptions,
+                request.steps,
+            )
+        if finished:
+            self._sampler.forget(key)
+        return (
+            key,
+            list(output.token_ids),
+            output.finish_reason,
+            request.cached_tokens,
+            logprobs,
+            prompt_logprobs,
+            times,
+            output.stop_token_id,
+            output.error,
+        )
+
+
+def _now_us() -> int:
+    return time.time_ns() // 1000

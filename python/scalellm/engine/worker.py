@@ -1,0 +1,153 @@
+"""The thread that computes: forward pass and sampling of one step at a time.
+
+    loop thread     schedule N | emit N-1, take in | .......... | update N | schedule N+1 | ...
+    worker thread              | forward, sample N              |
+
+torch releases the GIL inside its operations, so the loop thread's work hides behind the model's.
+"""
+
+import queue
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Generic, Protocol, Self, TypeVar
+
+import torch
+
+from scalellm.engine.logprobs import TokenLogprobs, token_logprobs
+from scalellm.engine.request import Request
+from scalellm.engine.sampler import Sampler
+from scalellm.engine.scheduler import Step
+from scalellm.executor.batch import Batch
+
+Result = TypeVar("Result")
+
+
+class Executor(Protocol):
+    """What computes batches; `scalellm.executor.single.SingleExecutor` is one."""
+
+    @property
+    def block_size(self) -> int: ...
+    @property
+    def num_blocks(self) -> int: ...
+    @property
+    def vocab_size(self) -> int: ...
+    def forward(self, batch: Batch) -> torch.Tensor: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Computed:
+    """A step's results; the dicts are by request key."""
+
+    token_ids: list[int | None]  # for each span of the step; None where nothing is sampled
+    errors: dict[int, str] = field(default_factory=dict)
+    logprobs: dict[int, TokenLogprobs] = field(default_factory=dict)
+    prompt_logprobs: dict[int, list[TokenLogprobs]] = field(default_factory=dict)
+
+
+def compute(
+    executor: Executor, sampler: Sampler, step: Step, requests: Sequence[Request]
+) -> Computed:
+    """Run one step; `requests[i]` is what `step.spans[i]` belongs to."""
+    with torch.inference_mode():
+        logits = executor.forward(Batch(step.spans))
+        sampling: list[int] = []  # spans that reach the end of their sequence
+        rows: list[int] = []  # their rows of `logits`
+        prompt_rows: dict[int, range] = {}  # span -> rows for prompt logprobs
+        end_row = 0
+        for i, (span, request) in enumerate(zip(step.spans, requests, strict=True)):
+            first_row = end_row
+            end_row += span.num_logits
+            if span.start + len(span.token_ids) == request.num_tokens:
+                sampling.append(i)
+                rows.append(end_row - 1)
+            if span.num_logits > 1 or (span.num_logits == 1 and request.wants_prompt_logprobs):
+                prompt_rows[i] = range(first_row, end_row)
+        token_ids: list[int | None] = [None] * len(requests)
+        if not rows:
+            found = Computed(token_ids)
+        else:
+            chosen = logits if len(rows) == logits.shape[0] else logits[rows]
+            sampled = sampler.sample(chosen, [requests[i] for i in sampling])
+            for i, token_id in zip(sampling, sampled.token_ids, strict=True):
+                token_ids[i] = token_id
+            found = Computed(
+                token_ids,
+                {step.keys[sampling[row]]: error for row, error in sampled.errors.items()},
+                {step.keys[sampling[row]]: entry for row, entry in sampled.logprobs.items()},
+            )
+        for i, span_rows in prompt_rows.items():
+            found.prompt_logprobs[step.keys[i]] = _prompt_logprobs(
+                logits, span_rows, step.spans[i].start + len(step.spans[i].token_ids), requests[i]
+            )
+        return found
+
+
+def _prompt_logprobs(
+    logits: torch.Tensor, rows: range, end: int, request: Request
+) -> list[TokenLogprobs]:
+    """Of the prompt ids that follow the positions of `rows`, the last of which is end - 1."""
+    first = end - len(rows)
+    count = min(len(rows), request.num_prompt_tokens - 1 - first)
+    if count <= 0:
+        return []
+    targets = list(request.prompt_ids[first + 1 : first + 1 + count])
+    alternatives = [request.prompt_logprobs or 0] * count
+    return token_logprobs(logits[rows.start : rows.start + count], targets, alternatives)
+
+
+@dataclass(frozen=True, slots=True)
+class Done(Generic[Result]):
+    """A finished job: its result or what it raised."""
+
+    elapsed_ms: float
+    result: Result | None = None
+    error: BaseException | None = None
+
+
+class Worker(Generic[Result]):
+    """One thread and one job at a time. A context manager: leaving it joins the thread."""
+
+    def __init__(self, num_threads: int | None = None) -> None:
+        self._jobs: queue.SimpleQueue[Callable[[], Result] | None] = queue.SimpleQueue()
+        self._done: queue.SimpleQueue[Done[Result]] = queue.SimpleQueue()
+        self._num_threads = num_threads
+        self._thread = threading.Thread(target=self._run, name="scalellm-step", daemon=True)
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._jobs.put(None)
+        self._thread.join()
+
+    def start(self, job: Callable[[], Result]) -> None:
+        self._jobs.put(job)
+
+    def wait(self, timeout_s: float) -> Done[Result] | None:
+        """The finished job, None if it still runs after `timeout_s`."""
+        try:
+            return self._done.get(timeout=timeout_s)
+        except queue.Empty:
+            return None
+
+    def _run(self) -> None:
+        if self._num_threads is not None:
+            torch.set_num_threads(self._num_threads)
+        while (job := self._jobs.get()) is not None:
+            started = time.perf_counter()
+            result: Result | None = None
+            error: BaseException | None = None
+            try:
+                result = job()
+            except Exception as raised:
+                error = raised
+            self._done.put(Done((time.perf_counter() - started) * 1e3, result, error))
