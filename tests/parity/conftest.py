@@ -25,6 +25,7 @@ class Pair:
 
     reference: Any
     executor: SingleExecutor
+    folder: Path
     random: Random = field(default_factory=lambda: Random(7))
 
     def __post_init__(self) -> None:
@@ -97,7 +98,7 @@ def make_pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[MakePair]:
                 block_size=BLOCK,
                 kv_cache_memory_bytes=2 << 20,
             )
-            pairs[key] = Pair(model, SingleExecutor.load(engine))
+            pairs[key] = Pair(model, SingleExecutor.load(engine), folder)
         return pairs[key]
 
     yield make

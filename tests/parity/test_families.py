@@ -1,4 +1,4 @@
-"""Every family, and the fallback, against transformers: logits at each position, and greedy tokens."""
+"""Every family and the fallback against transformers: logits at each position, greedy tokens."""
 
 import pytest
 import torch
@@ -77,9 +77,7 @@ FALLBACK: dict[str, PreTrainedConfig] = {
     "gemma2": Gemma2Config(**_TINY, head_dim=12, sliding_window=WINDOW, query_pre_attn_scalar=20),
     "phi3": Phi3Config(**_TINY, sliding_window=WINDOW),
     "gpt-neox": GPTNeoXConfig(**_TINY_MHA),
-    "gpt2": GPT2Config(
-        vocab_size=101, n_embd=48, n_layer=3, n_head=4, n_positions=128, **_SPECIAL
-    ),
+    "gpt2": GPT2Config(vocab_size=101, n_embd=48, n_layer=3, n_head=4, n_positions=128, **_SPECIAL),
     "opt": OPTConfig(
         vocab_size=101,
         hidden_size=48,
@@ -92,7 +90,7 @@ FALLBACK: dict[str, PreTrainedConfig] = {
     ),
     "olmo2": Olmo2Config(**_TINY),
     "smollm3": SmolLM3Config(**_TINY),
-    "cohere": CohereConfig(**_TINY),
+    "cohere": CohereConfig(**_TINY, logit_scale=1.0),
     "gpt-oss": GptOssConfig(
         **_TINY,
         head_dim=12,
@@ -148,7 +146,9 @@ def test_chunked_prompts_beside_decodes(make_pair, name):
     for chunk, decode in ((1, 3), (7, 5), (8, 1), (16, 1), (1, 1), (2, 1), (10, 18)):
         spans = [
             Span(ids[start : start + count], start, table, count)
-            for ids, start, table, count in zip((long, short), at, tables, (chunk, decode))
+            for ids, start, table, count in zip(
+                (long, short), at, tables, (chunk, decode), strict=True
+            )
         ]
         for piece, logits in zip(pieces, pair.run(*spans), strict=True):
             piece.append(logits)
