@@ -57,15 +57,16 @@ class Listener(Protocol):
     def drain(self) -> None: ...
 
 
-def limits_of(config: EngineConfig, max_model_len: int, device: str) -> Limits:
+def limits_of(config: EngineConfig, executor: Executor) -> Limits:
     """A step's bounds; a batch cannot have more requests than the step has tokens."""
     budget_ms = config.step_budget_ms
     if budget_ms is None:
-        budget_ms = CPU_STEP_BUDGET_MS if device == "cpu" else GPU_STEP_BUDGET_MS
+        on_cpu = executor.device.type == "cpu"
+        budget_ms = CPU_STEP_BUDGET_MS if on_cpu else GPU_STEP_BUDGET_MS
     return Limits(
         max_num_seqs=min(config.max_num_seqs, config.max_num_batched_tokens),
         max_num_batched_tokens=config.max_num_batched_tokens,
-        max_model_len=max_model_len,
+        max_model_len=executor.max_model_len,
         step_budget_ms=budget_ms,
         max_preemptions=config.max_preemptions,
     )
@@ -80,20 +81,17 @@ class EngineLoop:
         listener: Listener,
         config: EngineConfig,
         *,
-        limits: Limits,
-        eos_token_ids: Sequence[int],
         drain_timeout_s: float = 30.0,
         after_step: Callable[[Scheduler], None] | None = None,
     ) -> None:
         """`after_step` is called between steps, for tests and tools that look inside."""
         self._executor = executor
         self._listener = listener
-        self._cpu_threads = config.cpu_threads
-        self._eos_token_ids = frozenset(eos_token_ids)
+        self._eos_token_ids = frozenset(executor.model_config.eos_token_ids)
         self._drain_timeout_s = drain_timeout_s
         self._after_step = after_step
         kv = KVCache(executor.num_blocks, executor.block_size, config.enable_prefix_caching)
-        self.scheduler = Scheduler(limits, kv)
+        self.scheduler = Scheduler(limits_of(config, executor), kv)
         self._sampler = Sampler(executor.vocab_size)
         self._worker: Worker[Any] = Worker(config.cpu_threads)
         self._logprobs: dict[int, TokenLogprobs] = {}

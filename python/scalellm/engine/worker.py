@@ -25,9 +25,21 @@ from scalellm.executor.batch import Batch
 Result = TypeVar("Result")
 
 
+class ModelFacts(Protocol):
+    """What the engine wants to know of a model; `scalellm.models.config.ModelConfig` has it."""
+
+    @property
+    def eos_token_ids(self) -> tuple[int, ...]: ...
+
+
 class Executor(Protocol):
     """What computes batches; `scalellm.executor.single.SingleExecutor` is one."""
 
+    max_model_len: int
+    device: torch.device
+
+    @property
+    def model_config(self) -> ModelFacts: ...
     @property
     def block_size(self) -> int: ...
     @property
