@@ -14,7 +14,7 @@ WEIGHTS = "*.safetensors*"
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
-def resolve(
+def resolve_model(
     model: str, revision: str | None = None, token: str | None = None, weights: bool = True
 ) -> Path:
     """The folder of a model given as a folder or hub id; downloads with progress bars.
