@@ -76,7 +76,7 @@ impl Run {
     }
 
     /// Waits for the end; None when it is not there within `at_most`.
-    pub fn wait(&self, at_most: Duration) -> Option<Result<Report, LoadError>> {
+    pub fn wait(&mut self, at_most: Duration) -> Option<Result<Report, LoadError>> {
         match self.result.recv_timeout(at_most) {
             Ok(result) => Some(result),
             Err(RecvTimeoutError::Timeout) => None,

@@ -12,7 +12,9 @@ const PROGRESS_EVERY: Duration = Duration::from_millis(200);
 #[pyfunction]
 #[pyo3(signature = (plan_json, on_progress=None))]
 fn run_load(py: Python<'_>, plan_json: &str, on_progress: Option<Py<PyAny>>) -> PyResult<String> {
-    let run = Plan::from_json(plan_json).and_then(Run::start).map_err(to_python)?;
+    let mut run = Plan::from_json(plan_json)
+        .and_then(Run::start)
+        .map_err(to_python)?;
     let mut raised = None;
     loop {
         if let Some(report) = py.detach(|| run.wait(PROGRESS_EVERY)) {
@@ -37,7 +39,9 @@ fn run_load(py: Python<'_>, plan_json: &str, on_progress: Option<Py<PyAny>>) -> 
 /// Whether to go on.
 fn report_progress(py: Python<'_>, run: &Run, on_progress: Option<&Py<PyAny>>) -> PyResult<bool> {
     py.check_signals()?;
-    let Some(on_progress) = on_progress else { return Ok(true) };
+    let Some(on_progress) = on_progress else {
+        return Ok(true);
+    };
     let progress = json(serde_json::to_string(&run.progress()))?;
     on_progress.call1(py, (progress,))?.extract(py)
 }

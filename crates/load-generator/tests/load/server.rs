@@ -86,7 +86,7 @@ impl Server {
 }
 
 /// Waits for a run's end.
-pub fn finish(run: Run) -> Report {
+pub fn finish(mut run: Run) -> Report {
     run.wait(Duration::from_secs(60))
         .expect("the run ends")
         .expect("report")

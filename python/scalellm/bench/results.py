@@ -1,0 +1,70 @@
+"""The JSON that `scalellm bench serve --json` writes: schema 1.
+
+    {"schema": 1, "target": {...}, "machine": {...}, "workload": {...}, "interrupted": false,
+     "rows": [{"concurrency": 64, "rate": null, "completed", "failed", "timed_out", "duration_s",
+               "output_tok_s", "ttft_ms": {"mean", "p50", "p90", "p99", "max"}, "tbt_ms", "itl_ms",
+               "max_gap_ms", "e2e_ms", "level": "ok" | "timeout", ...}]}
+
+Rows come from the load generator (crates/load-generator, report.rs). Fields may be added within a
+schema, never changed.
+"""
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from scalellm.errors import ConfigError
+
+SCHEMA = 1
+Row = Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """One bench run."""
+
+    target: Mapping[str, Any]
+    machine: Mapping[str, Any]
+    workload: Mapping[str, Any]
+    rows: tuple[Row, ...]
+    interrupted: bool
+    started: str  # UTC, ISO 8601
+
+    @property
+    def failed(self) -> int:
+        """Requests that failed or timed out."""
+        return sum(row["failed"] + row["timed_out"] for row in self.rows)
+
+    @property
+    def completed(self) -> int:
+        return sum(row["completed"] for row in self.rows)
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "schema": SCHEMA,
+            "started": self.started,
+            "target": dict(self.target),
+            "machine": dict(self.machine),
+            "workload": dict(self.workload),
+            "interrupted": self.interrupted,
+            "rows": [dict(row) for row in self.rows],
+        }
+
+    def write(self, path: Path) -> None:
+        """Replace `path` in one step, so that a reader never sees half of it."""
+        partial = path.with_name(f".{path.name}.{os.getpid()}")
+        partial.write_text(json.dumps(self.to_json(), indent=1) + "\n", encoding="utf-8")
+        partial.replace(path)
+
+
+def check_writable(path: Path) -> None:
+    """Raise ConfigError now rather than after an hour of measuring."""
+    if path.is_dir():
+        raise ConfigError(f"json: {path} is a folder")
+    if not path.parent.is_dir():
+        raise ConfigError(f"json: there is no folder {path.parent}")
+    if not os.access(path.parent, os.W_OK):
+        raise ConfigError(f"json: no permission to write in {path.parent}")

@@ -1,0 +1,129 @@
+"""Rows as tables: for the terminal, and as Markdown."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from scalellm.bench.results import Result, Row
+
+NOT_MEASURED = "-"
+
+
+def row_label(row: Row) -> str:
+    return str(row["concurrency"]) if row["rate"] is None else f"{row['rate']:g}/s"
+
+
+def milliseconds(value: float | None) -> str:
+    """Three digits that count; a dash for what was not measured."""
+    if value is None:
+        return NOT_MEASURED
+    digits = 0 if value >= 100 else 1 if value >= 10 else 2
+    return f"{value:.{digits}f}"
+
+
+def _pair(summary: Row) -> str:
+    return f"{milliseconds(summary['p50'])} / {milliseconds(summary['p99'])}"
+
+
+def result_table(rows: Sequence[Row]) -> Table:
+    """One line a level, p50 / p99 of each latency."""
+    table = Table(title="milliseconds: p50 / p99", title_justify="left", title_style="dim")
+    table.add_column("open" if _is_open(rows) else "streams", justify="right")
+    for name in ("done", "failed", "timed out", "TTFT", "TBT", "ITL", "E2E", "tok/s", "req/s"):
+        table.add_column(name, justify="right", no_wrap=name in ("TTFT", "TBT"))
+    for row in rows:
+        table.add_row(
+            row_label(row),
+            str(row["completed"]),
+            Text(str(row["failed"]), style="red" if row["failed"] else ""),
+            Text(_timed_out(row), style="red" if row["timed_out"] else ""),
+            _pair(row["ttft_ms"]),
+            _pair(row["tbt_ms"]),
+            _pair(row["itl_ms"]),
+            _pair(row["e2e_ms"]),
+            f"{row['output_tok_s']:.1f}",
+            f"{row['request_s']:.2f}",
+        )
+    return table
+
+
+def _is_open(rows: Sequence[Row]) -> bool:
+    return bool(rows) and all(row["rate"] is not None for row in rows)
+
+
+def _timed_out(row: Row) -> str:
+    mark = " timeout" if row["level"] == "timeout" else ""
+    return f"{row['timed_out']}{mark}"
+
+
+def notes(result: Result) -> list[Text]:
+    """What a reader must know beside the figures: failures, lengths, the generator's own lag."""
+    lines = []
+    for row in result.rows:
+        where = f"{row_label(row)}: "
+        for kind, failure in row["failures"].items():
+            example = " ".join(str(failure["example"]).split())[:160]
+            text = f"{where}{failure['count']} failed by {kind}, e.g. {example}"
+            lines.append(Text(text, style="red"))
+        generator = row["generator"]
+        if generator["bottleneck"]:
+            text = f"{where}the load generator was the bottleneck: {generator['bottleneck_reason']}"
+            lines.append(Text(text, style="yellow"))
+        lines += [Text(where + text, style="yellow") for text in _length_notes(result, row)]
+    if result.rows:
+        lines.append(Text(_lag_note(result.rows), style="dim"))
+    return lines
+
+
+def _length_notes(result: Result, row: Row) -> list[str]:
+    found: list[str] = []
+    completed = row["completed"]
+    if completed == 0:
+        return found
+    for what, field in (("prompts", "input_tokens"), ("answers", "output_tokens")):
+        asked, total = result.workload[field], row[field]
+        if total is not None and total != asked * completed:
+            found.append(f"{what} were {total / completed:.1f} tokens, asked for {asked}")
+    if "chunks" in row["token_sources"]:
+        found.append("the server tells no token counts: one chunk was counted as one token")
+    if row.get("prompts_sent", 0) > row.get("prompts", 0):
+        found.append("prompts were sent more than once; a prefix cache makes this level faster")
+    return found
+
+
+def _lag_note(rows: Sequence[Row]) -> str:
+    def worst(which: str, what: str) -> str:
+        found = [row["generator"]["lag"][which][what] for row in rows]
+        return milliseconds(max((value for value in found if value is not None), default=None))
+
+    return (
+        f"load generator: sends late by {worst('send_ms', 'p99')} ms (p99), "
+        f"{worst('send_ms', 'max')} at most; reads by {worst('read_ms', 'p99')} (p99), "
+        f"{worst('read_ms', 'max')} at most"
+    )
+
+
+def print_result(result: Result, console: Console) -> None:
+    console.print(result_table(result.rows))
+    for line in notes(result):
+        console.print(line)
+
+
+def markdown_table(rows: Sequence[Row]) -> str:
+    """The published form: TTFT and TBT by level, `timeout` where it applies."""
+    lines = [
+        "| concurrent requests | TTFT ms (p50 / p99) | TBT ms (p50 / p99) | tok/s | timed out |",
+        "|---:|---:|---:|---:|---:|",
+    ]
+    for row in rows:
+        ok = row["level"] == "ok" and row["completed"] > 0
+        state = "timeout" if row["level"] == "timeout" else "failed"
+        latencies: list[Any] = [_pair(row["ttft_ms"]), _pair(row["tbt_ms"])]
+        cells = latencies if ok else [state, state]
+        of_all = row["completed"] + row["failed"] + row["timed_out"]
+        cells += [f"{row['output_tok_s']:.1f}", f"{row['timed_out']} of {of_all}"]
+        lines.append(f"| {row_label(row)} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"

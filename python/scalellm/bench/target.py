@@ -1,0 +1,97 @@
+"""What answers at a URL: its models, its kind, and its tokenizer where it offers one."""
+
+import http.client
+import json
+import urllib.parse
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from scalellm.errors import ConfigError, EndpointError
+
+_TIMEOUT_S = 60.0
+_MAX_ANSWER_BYTES = 64 << 20
+# Servers known to take `return_token_ids`, by what they say owns their models.
+_TELLS_TOKEN_IDS = ("scalellm", "vllm")
+
+
+class TargetClient:
+    """Small requests to the target, beside the load. Not for measuring."""
+
+    def __init__(self, url: str, api_key: str = "") -> None:
+        parts = urllib.parse.urlsplit(url)
+        try:
+            port = parts.port or 80
+        except ValueError:
+            port = 0
+        if parts.scheme != "http" or not parts.hostname or port == 0:
+            raise ConfigError(
+                f"url: got {url!r}; allowed: http://HOST[:PORT], as the load speaks plain http"
+            )
+        self.url = url.rstrip("/").removesuffix("/v1")
+        self.host = parts.hostname
+        self._port = port
+        self._prefix = urllib.parse.urlsplit(self.url).path
+        self._headers = {"Content-Type": "application/json"}
+        if api_key:
+            self._headers["Authorization"] = f"Bearer {api_key}"
+
+    def call(self, method: str, path: str, body: Mapping[str, Any] | None = None) -> Any:
+        """The JSON of a 2xx answer. Raises EndpointError on anything else."""
+        connection = http.client.HTTPConnection(self.host, self._port, timeout=_TIMEOUT_S)
+        payload = None if body is None else json.dumps(body)
+        try:
+            connection.request(method, self._prefix + path, payload, self._headers)
+            response = connection.getresponse()
+            text = response.read(_MAX_ANSWER_BYTES)
+        except (OSError, http.client.HTTPException) as error:
+            reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
+            raise EndpointError(f"{self.url}{path}: {reason}") from None
+        finally:
+            connection.close()
+        if not 200 <= response.status < 300:
+            words = " ".join(text[:300].decode("utf-8", "replace").split())
+            raise EndpointError(f"{self.url}{path}: HTTP {response.status} {words}")
+        try:
+            return json.loads(text)
+        except ValueError:
+            raise EndpointError(f"{self.url}{path}: the answer is not JSON") from None
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """What was found. `problem`: why it does not look like an endpoint; the bench goes on."""
+
+    url: str
+    models: tuple[str, ...]
+    owned_by: str | None
+    version: str | None
+    problem: str | None
+
+    @property
+    def tells_token_ids(self) -> bool:
+        return self.owned_by is not None and self.owned_by.lower() in _TELLS_TOKEN_IDS
+
+
+def discover(client: TargetClient) -> Target:
+    """Ask for models and version; never raises for a target that is absent or strange."""
+    try:
+        entries = client.call("GET", "/v1/models")["data"]
+        models = tuple(str(entry["id"]) for entry in entries)
+        owners = [entry.get("owned_by") for entry in entries]
+    except EndpointError as error:
+        return Target(client.url, (), None, None, str(error))
+    except (KeyError, TypeError, AttributeError):
+        problem = f"{client.url}/v1/models does not answer like an OpenAI endpoint"
+        return Target(client.url, (), None, None, problem)
+    owner = next((str(owner) for owner in owners if owner), None)
+    return Target(client.url, models, owner, _version(client), None)
+
+
+def _version(client: TargetClient) -> str | None:
+    try:
+        found = client.call("GET", "/version")
+    except EndpointError:
+        return None
+    version = found.get("version") if isinstance(found, dict) else None
+    return None if version is None else str(version)
