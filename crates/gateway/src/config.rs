@@ -96,8 +96,8 @@ impl Config {
     /// # Errors
     /// `GatewayError::Config` names the key, what it got and what is allowed.
     pub fn from_toml(text: &str) -> Result<Config, GatewayError> {
-        let config: Config =
-            toml::from_str(text).map_err(|e| GatewayError::Config(e.to_string().trim_end().to_owned()))?;
+        let config: Config = toml::from_str(text)
+            .map_err(|e| GatewayError::Config(e.to_string().trim_end().to_owned()))?;
         config.validate()?;
         Ok(config)
     }
@@ -128,10 +128,16 @@ impl Config {
             let allowed = (0.0..=1e7).contains(&value) && !(positive && value == 0.0);
             if !allowed {
                 let least = if positive { "more than 0" } else { "0" };
-                return bad(format!("{name}: got {value}, allowed is {least} to 1e7 seconds"));
+                return bad(format!(
+                    "{name}: got {value}, allowed is {least} to 1e7 seconds"
+                ));
             }
         }
-        if self.api_keys.iter().any(|key| key.is_empty() || !key.bytes().all(|b| b.is_ascii_graphic())) {
+        if self
+            .api_keys
+            .iter()
+            .any(|key| key.is_empty() || !key.bytes().all(|b| b.is_ascii_graphic()))
+        {
             return bad("api_keys: every key must be visible ASCII and not empty".to_owned());
         }
         if self.models.is_empty() {
@@ -141,7 +147,9 @@ impl Config {
         for model in &self.models {
             for name in std::iter::once(&model.name).chain(&model.aliases) {
                 if name.is_empty() || name.len() > 256 {
-                    return bad(format!("models.name: got {name:?}, allowed are 1 to 256 bytes"));
+                    return bad(format!(
+                        "models.name: got {name:?}, allowed are 1 to 256 bytes"
+                    ));
                 }
                 if !names.insert(name) {
                     return bad(format!("models.name: {name:?} is used twice"));
@@ -152,7 +160,10 @@ impl Config {
             }
             model.addresses()?;
             if model.max_model_len == Some(0) {
-                return bad(format!("models.max_model_len: got 0 for {:?}, allowed is 1 or more", model.name));
+                return bad(format!(
+                    "models.max_model_len: got 0 for {:?}, allowed is 1 or more",
+                    model.name
+                ));
             }
         }
         Ok(())
@@ -212,16 +223,25 @@ mod tests {
             (format!("prot = 1\n{MODEL}"), "prot"),
             (format!("port = 'x'\n{MODEL}"), "port"),
             (format!("max_in_flight = 0\n{MODEL}"), "max_in_flight"),
-            (format!("drain_timeout_s = -1.0\n{MODEL}"), "drain_timeout_s"),
+            (
+                format!("drain_timeout_s = -1.0\n{MODEL}"),
+                "drain_timeout_s",
+            ),
             (format!("write_timeout_s = nan\n{MODEL}"), "write_timeout_s"),
             (format!("api_keys = ['']\n{MODEL}"), "api_keys"),
             (format!("{MODEL}{MODEL}"), "models.name"),
             (MODEL.replace("'unix:/run/m.sock'", ""), "models.replicas"),
-            (MODEL.replace("unix:/run/m.sock", "no port"), "models.replicas"),
+            (
+                MODEL.replace("unix:/run/m.sock", "no port"),
+                "models.replicas",
+            ),
             (format!("{MODEL}max_model_len = 0\n"), "max_model_len"),
         ] {
             let message = Config::from_toml(&text).unwrap_err().to_string();
-            assert!(message.contains(named), "{message:?} does not name {named:?}");
+            assert!(
+                message.contains(named),
+                "{message:?} does not name {named:?}"
+            );
         }
     }
 }

@@ -20,7 +20,10 @@ pub enum GatewayError {
     #[error("model {name:?}: {reason}")]
     Model { name: String, reason: String },
     #[error("cannot listen on {address}: {source}")]
-    Bind { address: String, source: std::io::Error },
+    Bind {
+        address: String,
+        source: std::io::Error,
+    },
     #[error("gateway runtime: {0}")]
     Runtime(#[from] std::io::Error),
 }
@@ -55,55 +58,111 @@ struct EnvelopeBody<'a> {
 }
 
 impl ApiError {
-    fn new(status: StatusCode, kind: &'static str, code: Option<&'static str>, message: impl Into<String>) -> ApiError {
-        ApiError { status, kind, message: message.into(), param: None, code, retry_after_s: None, close: false }
+    fn new(
+        status: StatusCode,
+        kind: &'static str,
+        code: Option<&'static str>,
+        message: impl Into<String>,
+    ) -> ApiError {
+        ApiError {
+            status,
+            kind,
+            message: message.into(),
+            param: None,
+            code,
+            retry_after_s: None,
+            close: false,
+        }
     }
 
     /// 400: a field of the request is wrong.
     #[must_use]
     pub fn field(param: impl Into<String>, message: impl Into<String>) -> Box<ApiError> {
-        let error = ApiError::new(StatusCode::BAD_REQUEST, "invalid_request_error", None, message);
-        Box::new(ApiError { param: Some(param.into()), ..error })
+        let error = ApiError::new(
+            StatusCode::BAD_REQUEST,
+            "invalid_request_error",
+            None,
+            message,
+        );
+        Box::new(ApiError {
+            param: Some(param.into()),
+            ..error
+        })
     }
 
     /// 400: a field that is known and cannot be honoured.
     #[must_use]
     pub fn unsupported(param: &str, message: impl Into<String>) -> Box<ApiError> {
-        Box::new(ApiError { code: Some("unsupported_field"), ..*ApiError::field(param, message) })
+        Box::new(ApiError {
+            code: Some("unsupported_field"),
+            ..*ApiError::field(param, message)
+        })
     }
 
     /// 400: the body as a whole is wrong.
     #[must_use]
     pub fn body(message: impl Into<String>) -> Box<ApiError> {
-        Box::new(ApiError::new(StatusCode::BAD_REQUEST, "invalid_request_error", Some("invalid_body"), message))
+        Box::new(ApiError::new(
+            StatusCode::BAD_REQUEST,
+            "invalid_request_error",
+            Some("invalid_body"),
+            message,
+        ))
     }
 
     #[must_use]
     pub fn context_length(param: &str, message: String) -> Box<ApiError> {
-        Box::new(ApiError { code: Some("context_length_exceeded"), ..*ApiError::field(param, message) })
+        Box::new(ApiError {
+            code: Some("context_length_exceeded"),
+            ..*ApiError::field(param, message)
+        })
     }
 
     #[must_use]
     pub fn unauthorized(message: &str) -> Box<ApiError> {
-        Box::new(ApiError::new(StatusCode::UNAUTHORIZED, "authentication_error", Some("invalid_api_key"), message))
+        Box::new(ApiError::new(
+            StatusCode::UNAUTHORIZED,
+            "authentication_error",
+            Some("invalid_api_key"),
+            message,
+        ))
     }
 
     #[must_use]
     pub fn unknown_model(name: &str, known: &[&str]) -> Box<ApiError> {
         let message = format!("model: got {}, served are {known:?}", shown(name));
-        let error = ApiError::new(StatusCode::NOT_FOUND, "invalid_request_error", Some("model_not_found"), message);
-        Box::new(ApiError { param: Some("model".to_owned()), ..error })
+        let error = ApiError::new(
+            StatusCode::NOT_FOUND,
+            "invalid_request_error",
+            Some("model_not_found"),
+            message,
+        );
+        Box::new(ApiError {
+            param: Some("model".to_owned()),
+            ..error
+        })
     }
 
     #[must_use]
     pub fn unknown_route(method: &str, path: &str) -> Box<ApiError> {
-        let message = format!("there is no {method} {}; GET / lists the endpoints", shown(path));
-        Box::new(ApiError::new(StatusCode::NOT_FOUND, "invalid_request_error", Some("unknown_url"), message))
+        let message = format!(
+            "there is no {method} {}; GET / lists the endpoints",
+            shown(path)
+        );
+        Box::new(ApiError::new(
+            StatusCode::NOT_FOUND,
+            "invalid_request_error",
+            Some("unknown_url"),
+            message,
+        ))
     }
 
     #[must_use]
     pub fn method_not_allowed(method: &str, path: &str) -> Box<ApiError> {
-        let message = format!("{} does not take {method}; the allow header names what it takes", shown(path));
+        let message = format!(
+            "{} does not take {method}; the allow header names what it takes",
+            shown(path)
+        );
         Box::new(ApiError::new(
             StatusCode::METHOD_NOT_ALLOWED,
             "invalid_request_error",
@@ -114,63 +173,123 @@ impl ApiError {
 
     #[must_use]
     pub fn body_too_large(limit_bytes: usize) -> Box<ApiError> {
-        let message = format!("the request body is larger than max_body_bytes, {limit_bytes} bytes");
-        let error =
-            ApiError::new(StatusCode::PAYLOAD_TOO_LARGE, "invalid_request_error", Some("body_too_large"), message);
-        Box::new(ApiError { close: true, ..error })
+        let message =
+            format!("the request body is larger than max_body_bytes, {limit_bytes} bytes");
+        let error = ApiError::new(
+            StatusCode::PAYLOAD_TOO_LARGE,
+            "invalid_request_error",
+            Some("body_too_large"),
+            message,
+        );
+        Box::new(ApiError {
+            close: true,
+            ..error
+        })
     }
 
     #[must_use]
     pub fn body_timeout(limit_s: f64) -> Box<ApiError> {
         let message = format!("the request body did not arrive within body_timeout_s, {limit_s} s");
-        let error = ApiError::new(StatusCode::REQUEST_TIMEOUT, "timeout_error", Some("body_timeout"), message);
-        Box::new(ApiError { close: true, ..error })
+        let error = ApiError::new(
+            StatusCode::REQUEST_TIMEOUT,
+            "timeout_error",
+            Some("body_timeout"),
+            message,
+        );
+        Box::new(ApiError {
+            close: true,
+            ..error
+        })
     }
 
     /// 503: try again a little later.
     #[must_use]
-    pub fn busy(code: &'static str, message: impl Into<String>, retry_after_s: u32) -> Box<ApiError> {
-        let error = ApiError::new(StatusCode::SERVICE_UNAVAILABLE, "server_error", Some(code), message);
-        Box::new(ApiError { retry_after_s: Some(retry_after_s), ..error })
+    pub fn busy(
+        code: &'static str,
+        message: impl Into<String>,
+        retry_after_s: u32,
+    ) -> Box<ApiError> {
+        let error = ApiError::new(
+            StatusCode::SERVICE_UNAVAILABLE,
+            "server_error",
+            Some(code),
+            message,
+        );
+        Box::new(ApiError {
+            retry_after_s: Some(retry_after_s),
+            ..error
+        })
     }
 
     #[must_use]
     pub fn draining(retry_after_s: u32) -> Box<ApiError> {
-        let error = ApiError::busy("draining", "this server is shutting down and takes no new requests", retry_after_s);
-        Box::new(ApiError { close: true, ..*error })
+        let error = ApiError::busy(
+            "draining",
+            "this server is shutting down and takes no new requests",
+            retry_after_s,
+        );
+        Box::new(ApiError {
+            close: true,
+            ..*error
+        })
     }
 
     /// 502: the engine that ran the request is gone.
     #[must_use]
     pub fn engine_lost(reason: &str) -> Box<ApiError> {
         let message = format!("the engine that ran this request was lost: {reason}");
-        Box::new(ApiError::new(StatusCode::BAD_GATEWAY, "server_error", Some("engine_lost"), message))
+        Box::new(ApiError::new(
+            StatusCode::BAD_GATEWAY,
+            "server_error",
+            Some("engine_lost"),
+            message,
+        ))
     }
 
     #[must_use]
     pub fn deadline(message: impl Into<String>) -> Box<ApiError> {
-        Box::new(ApiError::new(StatusCode::GATEWAY_TIMEOUT, "timeout_error", Some("deadline_exceeded"), message))
+        Box::new(ApiError::new(
+            StatusCode::GATEWAY_TIMEOUT,
+            "timeout_error",
+            Some("deadline_exceeded"),
+            message,
+        ))
     }
 
     #[must_use]
     pub fn internal(message: impl Into<String>) -> Box<ApiError> {
-        Box::new(ApiError::new(StatusCode::INTERNAL_SERVER_ERROR, "server_error", Some("internal_error"), message))
+        Box::new(ApiError::new(
+            StatusCode::INTERNAL_SERVER_ERROR,
+            "server_error",
+            Some("internal_error"),
+            message,
+        ))
     }
 
     /// The envelope as JSON, for a body or for an event of a stream that has begun.
     #[must_use]
     pub fn to_json(&self) -> Vec<u8> {
-        let body =
-            EnvelopeBody { message: &self.message, r#type: self.kind, param: self.param.as_deref(), code: self.code };
+        let body = EnvelopeBody {
+            message: &self.message,
+            r#type: self.kind,
+            param: self.param.as_deref(),
+            code: self.code,
+        };
         serde_json::to_vec(&Envelope { error: body }).unwrap_or_default()
     }
 }
 
 impl IntoResponse for ApiError {
     fn into_response(self) -> Response {
-        let mut response =
-            (self.status, [(header::CONTENT_TYPE, HeaderValue::from_static("application/json"))], self.to_json())
-                .into_response();
+        let mut response = (
+            self.status,
+            [(
+                header::CONTENT_TYPE,
+                HeaderValue::from_static("application/json"),
+            )],
+            self.to_json(),
+        )
+            .into_response();
         let headers = response.headers_mut();
         if let Some(seconds) = self.retry_after_s {
             headers.insert(header::RETRY_AFTER, HeaderValue::from(seconds));
@@ -181,7 +300,10 @@ impl IntoResponse for ApiError {
         if self.close {
             headers.insert(header::CONNECTION, HeaderValue::from_static("close"));
         }
-        response.extensions_mut().insert(ErrorNote { code: self.code, message: self.message });
+        response.extensions_mut().insert(ErrorNote {
+            code: self.code,
+            message: self.message,
+        });
         response
     }
 }

@@ -8,11 +8,37 @@
 //! request/             JSON to checked fields               parse
 //! admission            a place among the running requests   admission
 //! prompt, text_pool    template and ids, on own threads     template, tokenise
-//! fleet                model name to replicas; the choice   route
+//! fleet, attempt       model name to replica; submit        route
 //! choice, generation   engine outputs to text               queue, prefill, link, decode, detokenise
 //! respond/             JSON bodies and SSE frames           serialise
 //! ```
+//!
+//! `routes/` strings these together, one short handler for each endpoint.
 
+mod admission;
+mod app;
+mod attempt;
+mod auth;
+mod body;
+mod choice;
 pub mod config;
+mod connection;
 pub mod error;
+mod fleet;
+mod generation;
+mod metrics;
+mod observe;
+mod prompt;
+mod record;
+mod request;
+mod respond;
+mod routes;
+mod serve;
+mod server;
+mod stages;
 pub mod text;
+mod text_pool;
+
+pub use config::{Config, LogFormat, ModelConfig};
+pub use error::GatewayError;
+pub use serve::{Gateway, serve};

@@ -5,6 +5,7 @@
 use pyo3::prelude::*;
 
 mod fake_engine;
+mod gateway;
 mod listener;
 mod load_generator;
 mod text;
@@ -14,6 +15,7 @@ fn _core(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add("__version__", env!("CARGO_PKG_VERSION"))?;
     listener::register(module)?;
     fake_engine::register(module)?;
+    gateway::register(module)?;
     load_generator::register(module)?;
     text::register(module)?;
     Ok(())

@@ -55,7 +55,10 @@ pub struct LeastLoad {
 impl LeastLoad {
     #[must_use]
     pub fn new(replicas: usize) -> LeastLoad {
-        LeastLoad { speeds: vec![Estimate::default(); replicas], rotation: 0 }
+        LeastLoad {
+            speeds: vec![Estimate::default(); replicas],
+            rotation: 0,
+        }
     }
 
     /// A prompt's uncached `tokens` took replica `index` this long from first being scheduled to its first token.
@@ -68,7 +71,12 @@ impl LeastLoad {
     }
 
     /// The candidate with the least predicted time; equal ones take turns. `None` if there is none.
-    pub fn pick(&mut self, candidates: &[Candidate], prompt_tokens: usize, now_ms: f64) -> Option<Pick> {
+    pub fn pick(
+        &mut self,
+        candidates: &[Candidate],
+        prompt_tokens: usize,
+        now_ms: f64,
+    ) -> Option<Pick> {
         if candidates.is_empty() {
             return None;
         }
@@ -77,10 +85,16 @@ impl LeastLoad {
         let (later, sooner) = candidates.split_at(start);
         let mut best: Option<Pick> = None;
         for candidate in sooner.iter().chain(later) {
-            let speed = self.speeds.get(candidate.index).map_or(typical, |s| s.aged(typical, now_ms));
+            let speed = self
+                .speeds
+                .get(candidate.index)
+                .map_or(typical, |s| s.aged(typical, now_ms));
             let predicted_ms = predict_ms(candidate, prompt_tokens, speed);
             if best.is_none_or(|b| predicted_ms < b.predicted_ms) {
-                best = Some(Pick { index: candidate.index, predicted_ms });
+                best = Some(Pick {
+                    index: candidate.index,
+                    predicted_ms,
+                });
             }
         }
         let at = best.and_then(|b| candidates.iter().position(|c| c.index == b.index));
@@ -98,11 +112,20 @@ impl LeastLoad {
 
 fn predict_ms(candidate: &Candidate, prompt_tokens: usize, speed: f64) -> f64 {
     let queued = candidate.backlog_tokens.max(candidate.own_tokens as u64);
-    let requests = (u64::from(candidate.running) + u64::from(candidate.waiting)).max(candidate.own_requests as u64);
-    let slots = if candidate.max_num_seqs == 0 { 256.0 } else { f64::from(candidate.max_num_seqs) };
+    let requests = (u64::from(candidate.running) + u64::from(candidate.waiting))
+        .max(candidate.own_requests as u64);
+    let slots = if candidate.max_num_seqs == 0 {
+        256.0
+    } else {
+        f64::from(candidate.max_num_seqs)
+    };
     let over = (requests as f64 + 1.0 - slots).max(0.0);
     // An idle engine's last step tells of a batch that is gone: it does not count then.
-    let step_ms = if candidate.step_ms.is_finite() { f64::from(candidate.step_ms.max(0.0)) } else { 0.0 };
+    let step_ms = if candidate.step_ms.is_finite() {
+        f64::from(candidate.step_ms.max(0.0))
+    } else {
+        0.0
+    };
     let busy_step_ms = if requests == 0 { 0.0 } else { step_ms };
     (queued as f64 + prompt_tokens as f64) / speed.max(1e-6)
         + busy_step_ms * (1.0 + requests as f64 / slots)
@@ -117,7 +140,12 @@ mod tests {
     use proptest::prelude::*;
 
     fn idle(index: usize) -> Candidate {
-        Candidate { index, max_num_seqs: 64, step_ms: 20.0, ..Candidate::default() }
+        Candidate {
+            index,
+            max_num_seqs: 64,
+            step_ms: 20.0,
+            ..Candidate::default()
+        }
     }
 
     #[test]
@@ -129,7 +157,9 @@ mod tests {
     fn equal_replicas_take_turns() {
         let mut policy = LeastLoad::new(3);
         let fleet = [idle(0), idle(1), idle(2)];
-        let picks: Vec<usize> = (0..6).map(|_| policy.pick(&fleet, 10, 0.0).unwrap().index).collect();
+        let picks: Vec<usize> = (0..6)
+            .map(|_| policy.pick(&fleet, 10, 0.0).unwrap().index)
+            .collect();
         assert_eq!(picks, [0, 1, 2, 0, 1, 2]);
     }
 
@@ -138,16 +168,37 @@ mod tests {
         let mut policy = LeastLoad::new(2);
         policy.observe_prefill(0, 1000, 100.0, 0.0);
         policy.observe_prefill(1, 1000, 1000.0, 0.0);
-        let fleet = [Candidate { backlog_tokens: 2000, running: 2, ..idle(0) }, idle(1)];
+        let fleet = [
+            Candidate {
+                backlog_tokens: 2000,
+                running: 2,
+                ..idle(0)
+            },
+            idle(1),
+        ];
         assert_eq!(policy.pick(&fleet, 1000, 0.0).unwrap().index, 0);
-        let fleet = [Candidate { backlog_tokens: 20_000, running: 2, ..idle(0) }, idle(1)];
+        let fleet = [
+            Candidate {
+                backlog_tokens: 20_000,
+                running: 2,
+                ..idle(0)
+            },
+            idle(1),
+        ];
         assert_eq!(policy.pick(&fleet, 1000, 0.0).unwrap().index, 1);
     }
 
     #[test]
     fn own_tokens_count_before_the_engine_reports_them() {
         let mut policy = LeastLoad::new(2);
-        let fleet = [Candidate { own_tokens: 500, own_requests: 1, ..idle(0) }, idle(1)];
+        let fleet = [
+            Candidate {
+                own_tokens: 500,
+                own_requests: 1,
+                ..idle(0)
+            },
+            idle(1),
+        ];
         for _ in 0..4 {
             assert_eq!(policy.pick(&fleet, 10, 0.0).unwrap().index, 1);
         }
@@ -156,8 +207,16 @@ mod tests {
     #[test]
     fn a_full_batch_is_avoided() {
         let mut policy = LeastLoad::new(2);
-        let full = Candidate { running: 64, waiting: 8, ..idle(0) };
-        let busy = Candidate { running: 60, step_ms: 40.0, ..idle(1) };
+        let full = Candidate {
+            running: 64,
+            waiting: 8,
+            ..idle(0)
+        };
+        let busy = Candidate {
+            running: 60,
+            step_ms: 40.0,
+            ..idle(1)
+        };
         assert_eq!(policy.pick(&[full, busy], 10, 0.0).unwrap().index, 1);
     }
 
@@ -167,7 +226,17 @@ mod tests {
         policy.observe_prefill(0, 100, 10_000.0, 0.0);
         policy.observe_prefill(1, 100, 10.0, 0.0);
         policy.observe_prefill(2, 100, 10.0, 0.0);
-        let fleet = [idle(0), Candidate { backlog_tokens: 200, ..idle(1) }, Candidate { backlog_tokens: 200, ..idle(2) }];
+        let fleet = [
+            idle(0),
+            Candidate {
+                backlog_tokens: 200,
+                ..idle(1)
+            },
+            Candidate {
+                backlog_tokens: 200,
+                ..idle(2)
+            },
+        ];
         assert_ne!(policy.pick(&fleet, 100, 0.0).unwrap().index, 0);
         assert_eq!(policy.pick(&fleet, 100, 900_000.0).unwrap().index, 0);
     }
@@ -203,18 +272,54 @@ mod tests {
             }
         }
         let slow_share = f64::from(counts[2]) / f64::from(counts.iter().sum::<u32>());
-        assert!((0.05..0.2).contains(&slow_share), "the slow replica got {slow_share} of the requests");
-        assert!(backlog.iter().all(|left| *left < 500.0), "work piled up: {backlog:?}");
+        assert!(
+            (0.05..0.2).contains(&slow_share),
+            "the slow replica got {slow_share} of the requests"
+        );
+        assert!(
+            backlog.iter().all(|left| *left < 500.0),
+            "work piled up: {backlog:?}"
+        );
     }
 
     fn candidates() -> impl Strategy<Value = Vec<Candidate>> {
-        let one = (0..300_u32, 0..300_u32, 0..100_000_u64, 0.0..2000.0_f32, 0..300_u32, 0..300_usize, 0..50_000_usize);
+        let one = (
+            0..300_u32,
+            0..300_u32,
+            0..100_000_u64,
+            0.0..2000.0_f32,
+            0..300_u32,
+            0..300_usize,
+            0..50_000_usize,
+        );
         proptest::collection::vec(one, 1..8).prop_map(|all| {
             all.into_iter()
                 .enumerate()
-                .map(|(index, (running, waiting, backlog_tokens, step_ms, max_num_seqs, own_requests, own_tokens))| {
-                    Candidate { index, running, waiting, backlog_tokens, step_ms, max_num_seqs, own_requests, own_tokens }
-                })
+                .map(
+                    |(
+                        index,
+                        (
+                            running,
+                            waiting,
+                            backlog_tokens,
+                            step_ms,
+                            max_num_seqs,
+                            own_requests,
+                            own_tokens,
+                        ),
+                    )| {
+                        Candidate {
+                            index,
+                            running,
+                            waiting,
+                            backlog_tokens,
+                            step_ms,
+                            max_num_seqs,
+                            own_requests,
+                            own_tokens,
+                        }
+                    },
+                )
                 .collect()
         })
     }

@@ -1,0 +1,150 @@
+//! One choice's way through the engines: routed, submitted, and once tried again elsewhere while that loses nothing.
+
+use std::sync::Arc;
+use std::sync::atomic::Ordering::Relaxed;
+use std::task::{Context, Poll, ready};
+
+use futures_util::StreamExt;
+use scalellm_engine_link::{RequestStream, StreamError, SubmitError, proto};
+
+use crate::app::App;
+use crate::error::{ApiError, ApiResult};
+use crate::fleet::Model;
+
+/// A submitted request: its first replica and one more.
+const MAX_ATTEMPTS: usize = 2;
+
+/// A choice's outputs. Dropping it cancels the choice in the engine.
+pub struct Attempt {
+    stream: RequestStream,
+    /// Kept until the first output, after which another replica could not start anew.
+    submit: Option<proto::Submit>,
+    tried: Vec<usize>,
+}
+
+impl Attempt {
+    /// Submits to `preferred`, or where the policy says.
+    ///
+    /// # Errors
+    /// 503 when no replica takes it.
+    pub fn start(
+        app: &App,
+        model: &Model,
+        submit: proto::Submit,
+        preferred: Option<usize>,
+    ) -> ApiResult<Attempt> {
+        let mut tried = Vec::new();
+        let stream = submit_to_any(app, model, &submit, preferred, &mut tried)?;
+        Ok(Attempt {
+            stream,
+            submit: Some(submit),
+            tried,
+        })
+    }
+
+    /// The replica that runs it now.
+    #[must_use]
+    pub fn replica(&self) -> usize {
+        self.tried.last().copied().unwrap_or(0)
+    }
+
+    /// The next output. After an error, or the output with a finish reason, it must not be polled again.
+    pub fn poll_output(
+        &mut self,
+        app: &App,
+        model: &Arc<Model>,
+        cx: &mut Context<'_>,
+    ) -> Poll<ApiResult<proto::Output>> {
+        loop {
+            let error = match ready!(self.stream.poll_next_unpin(cx)) {
+                Some(Ok(output)) => {
+                    self.submit = None;
+                    return Poll::Ready(Ok(output));
+                }
+                Some(Err(error)) => error,
+                None => StreamError::Lost {
+                    reason: "it ended the request without a reason".to_owned(),
+                },
+            };
+            let another = may_go_elsewhere(&error) && self.tried.len() < MAX_ATTEMPTS;
+            match self.submit.as_mut().filter(|_| another) {
+                Some(submit) => {
+                    tracing::warn!(trace_id = submit.trace_id, %error, "trying another replica");
+                    match submit_to_any(app, model, submit, None, &mut self.tried) {
+                        Ok(stream) => {
+                            app.metrics.retried.fetch_add(1, Relaxed);
+                            self.stream = stream;
+                        }
+                        Err(_) => return Poll::Ready(Err(answer(model, error))),
+                    }
+                }
+                None => return Poll::Ready(Err(answer(model, error))),
+            }
+        }
+    }
+}
+
+fn submit_to_any(
+    app: &App,
+    model: &Model,
+    submit: &proto::Submit,
+    mut preferred: Option<usize>,
+    tried: &mut Vec<usize>,
+) -> ApiResult<RequestStream> {
+    while tried.len() < MAX_ATTEMPTS {
+        let prompt_tokens = submit.prompt_tokens as usize;
+        let picked = preferred
+            .take()
+            .or_else(|| model.pick(prompt_tokens, tried, app.clock.now_ms()));
+        let Some((index, replica)) =
+            picked.and_then(|index| Some((index, model.replicas.get(index)?)))
+        else {
+            break;
+        };
+        tried.push(index);
+        match replica.submit(submit.clone()) {
+            Ok(stream) => return Ok(stream),
+            Err(SubmitError::NotReady | SubmitError::Full) => {}
+        }
+    }
+    app.metrics.rejected("no_replica");
+    Err(model.no_replica())
+}
+
+fn may_go_elsewhere(error: &StreamError) -> bool {
+    match error {
+        StreamError::Lost { .. } => true,
+        StreamError::Refused(refusal) => {
+            matches!(
+                refusal.code(),
+                proto::RefusalCode::Draining | proto::RefusalCode::Full
+            )
+        }
+    }
+}
+
+fn answer(model: &Model, error: StreamError) -> Box<ApiError> {
+    match error {
+        StreamError::Lost { reason } => ApiError::engine_lost(&reason),
+        StreamError::Refused(refusal) => match refusal.code() {
+            proto::RefusalCode::Invalid => {
+                ApiError::field(client_field(&refusal.field), refusal.message)
+            }
+            proto::RefusalCode::Draining => model.no_replica(),
+            proto::RefusalCode::Full => ApiError::busy("overloaded", refusal.message, 1),
+            proto::RefusalCode::Duplicate | proto::RefusalCode::Unspecified => ApiError::internal(
+                format!("the engine refused the request: {}", refusal.message),
+            ),
+        },
+    }
+}
+
+/// The client's name of a field of the engine protocol.
+fn client_field(field: &str) -> String {
+    let field = field.strip_prefix("sampling.").unwrap_or(field);
+    if field.starts_with("prompt_ids") || field == "prompt_tokens" {
+        "prompt".to_owned()
+    } else {
+        field.to_owned()
+    }
+}

@@ -1,0 +1,177 @@
+//! One client's socket: notes when a request's first byte came, drops a client that does not read, and closes
+//! gently when a request was answered before its body was read.
+
+use std::io;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+use std::task::{Context, Poll, ready};
+use std::time::{Duration, Instant};
+
+use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tokio::net::TcpStream;
+use tokio::time::Sleep;
+
+use crate::metrics::Metrics;
+
+/// Before closing, this much of what the client still sends is read and thrown away: closing with unread bytes
+/// would reset the connection under an answer that came before the body's end.
+const LINGER_BYTES: usize = 4 << 20;
+const LINGER: Duration = Duration::from_secs(2);
+
+/// Shared by a connection's socket and its requests.
+#[derive(Debug)]
+pub struct ConnectionState {
+    opened: Instant,
+    pub requests: AtomicU64,
+    /// Microseconds from `opened` to the first byte read since the last request ended, plus 1; 0 is none.
+    first_byte_us: AtomicU64,
+}
+
+impl ConnectionState {
+    #[must_use]
+    pub fn new() -> Arc<ConnectionState> {
+        Arc::new(ConnectionState {
+            opened: Instant::now(),
+            requests: AtomicU64::new(0),
+            first_byte_us: AtomicU64::new(0),
+        })
+    }
+
+    fn saw_bytes(&self) {
+        if self.first_byte_us.load(Relaxed) == 0 {
+            let us = crate::stages::micros(self.opened.elapsed()) + 1;
+            self.first_byte_us.store(us, Relaxed);
+        }
+    }
+
+    /// When the first byte of the request that starts now was read.
+    pub fn request_started(&self) -> Option<Instant> {
+        self.requests.fetch_add(1, Relaxed);
+        let us = self.first_byte_us.load(Relaxed);
+        (us > 0).then(|| self.opened + Duration::from_micros(us - 1))
+    }
+
+    pub fn request_ended(&self) {
+        self.first_byte_us.store(0, Relaxed);
+    }
+}
+
+/// The socket as hyper sees it.
+pub struct ClientSocket {
+    tcp: TcpStream,
+    state: Arc<ConnectionState>,
+    metrics: Arc<Metrics>,
+    write_timeout: Duration,
+    /// Armed while a write waits for the client to read.
+    stalled: Option<Pin<Box<Sleep>>>,
+    lingering: Option<Pin<Box<Sleep>>>,
+    lingered_bytes: usize,
+}
+
+impl ClientSocket {
+    #[must_use]
+    pub fn new(
+        tcp: TcpStream,
+        state: Arc<ConnectionState>,
+        metrics: Arc<Metrics>,
+        write_timeout: Duration,
+    ) -> Self {
+        ClientSocket {
+            tcp,
+            state,
+            metrics,
+            write_timeout,
+            stalled: None,
+            lingering: None,
+            lingered_bytes: 0,
+        }
+    }
+
+    /// Turns a write that waits longer than the timeout into an error.
+    fn bound_wait(
+        &mut self,
+        cx: &mut Context<'_>,
+        wrote: Poll<io::Result<usize>>,
+    ) -> Poll<io::Result<usize>> {
+        if wrote.is_ready() {
+            self.stalled = None;
+            return wrote;
+        }
+        let timeout = self.write_timeout;
+        let timer = self
+            .stalled
+            .get_or_insert_with(|| Box::pin(tokio::time::sleep(timeout)));
+        ready!(timer.as_mut().poll(cx));
+        self.metrics.clients_stalled.fetch_add(1, Relaxed);
+        Poll::Ready(Err(io::Error::new(
+            io::ErrorKind::TimedOut,
+            "the client does not read",
+        )))
+    }
+}
+
+impl AsyncRead for ClientSocket {
+    fn poll_read(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buf: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
+        let before = buf.filled().len();
+        let read = Pin::new(&mut self.tcp).poll_read(cx, buf);
+        if buf.filled().len() > before {
+            self.state.saw_bytes();
+        }
+        read
+    }
+}
+
+impl AsyncWrite for ClientSocket {
+    fn poll_write(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buf: &[u8],
+    ) -> Poll<io::Result<usize>> {
+        let wrote = Pin::new(&mut self.tcp).poll_write(cx, buf);
+        self.bound_wait(cx, wrote)
+    }
+
+    fn poll_write_vectored(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        bufs: &[io::IoSlice<'_>],
+    ) -> Poll<io::Result<usize>> {
+        let wrote = Pin::new(&mut self.tcp).poll_write_vectored(cx, bufs);
+        self.bound_wait(cx, wrote)
+    }
+
+    fn is_write_vectored(&self) -> bool {
+        self.tcp.is_write_vectored()
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.tcp).poll_flush(cx)
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        if self.lingering.is_none() {
+            ready!(Pin::new(&mut self.tcp).poll_shutdown(cx))?;
+        }
+        let this = &mut *self;
+        let timer = this
+            .lingering
+            .get_or_insert_with(|| Box::pin(tokio::time::sleep(LINGER)));
+        if timer.as_mut().poll(cx).is_ready() {
+            return Poll::Ready(Ok(()));
+        }
+        let mut scrap = [0_u8; 16 << 10];
+        while this.lingered_bytes < LINGER_BYTES {
+            let mut buf = ReadBuf::new(&mut scrap);
+            match ready!(Pin::new(&mut this.tcp).poll_read(cx, &mut buf)) {
+                Ok(()) if !buf.filled().is_empty() => this.lingered_bytes += buf.filled().len(),
+                _ => break,
+            }
+        }
+        Poll::Ready(Ok(()))
+    }
+}

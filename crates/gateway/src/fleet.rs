@@ -1,0 +1,245 @@
+//! The served models, their replicas, and the choice between them.
+
+use std::sync::Arc;
+use std::sync::atomic::Ordering::Relaxed;
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use parking_lot::Mutex;
+use scalellm_engine_link::{Replica, ReplicaConfig, ReplicaState, proto};
+use scalellm_routing::{Candidate, LeastLoad};
+
+use crate::config::{Config, ModelConfig};
+use crate::error::{ApiError, ApiResult, GatewayError};
+use crate::metrics::{Metrics, ModelMetrics};
+use crate::text::TextModel;
+
+/// One served model.
+pub struct Model {
+    pub name: Arc<str>,
+    pub aliases: Vec<String>,
+    pub created_unix_s: u64,
+    pub text: Arc<TextModel>,
+    /// Replaces the folder's chat template.
+    pub template: Option<String>,
+    pub replicas: Vec<Arc<Replica>>,
+    pub metrics: Arc<ModelMetrics>,
+    max_model_len: Option<u32>,
+    policy: Mutex<LeastLoad>,
+}
+
+/// What an engine said it can take.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Limits {
+    /// Prompt and output tokens of one request.
+    pub max_model_len: u32,
+    pub vocab_size: u32,
+}
+
+impl Model {
+    fn start(
+        config: &ModelConfig,
+        text: TextModel,
+        template: Option<String>,
+        metrics: &Metrics,
+    ) -> Option<Model> {
+        let addresses = config.addresses().ok()?;
+        let created_unix_s = SystemTime::now()
+            .duration_since(UNIX_EPOCH)
+            .unwrap_or_default()
+            .as_secs();
+        Some(Model {
+            name: Arc::from(config.name.as_str()),
+            aliases: config.aliases.clone(),
+            created_unix_s,
+            text: Arc::new(text),
+            template,
+            policy: Mutex::new(LeastLoad::new(addresses.len())),
+            replicas: addresses
+                .into_iter()
+                .map(|a| Replica::start(a, ReplicaConfig::default()))
+                .collect(),
+            metrics: Arc::clone(metrics.model(&config.name)?),
+            max_model_len: config.max_model_len,
+        })
+    }
+
+    /// The strictest of the replicas' limits; `None` until one has described itself.
+    #[must_use]
+    pub fn limits(&self) -> Option<Limits> {
+        let of = |info: &proto::DescribeResponse| Limits {
+            max_model_len: self
+                .max_model_len
+                .unwrap_or(u32::MAX)
+                .min(info.max_model_len),
+            vocab_size: info.vocab_size,
+        };
+        self.replicas
+            .iter()
+            .filter_map(|replica| replica.info())
+            .map(|info| of(&info))
+            .reduce(|a, b| Limits {
+                max_model_len: a.max_model_len.min(b.max_model_len),
+                vocab_size: a.vocab_size.min(b.vocab_size),
+            })
+    }
+
+    /// The limits, or 503 while no replica has been reached.
+    ///
+    /// # Errors
+    /// `ApiError::busy` with a time to come back.
+    pub fn require_limits(&self) -> ApiResult<Limits> {
+        self.limits().ok_or_else(|| self.no_replica())
+    }
+
+    #[must_use]
+    pub fn no_replica(&self) -> Box<ApiError> {
+        let states: Vec<String> = self
+            .replicas
+            .iter()
+            .map(|r| format!("{} is {}", r.address(), state_name(r.state())))
+            .collect();
+        let message = format!(
+            "no replica of {:?} can take a request now: {}",
+            self.name,
+            states.join(", ")
+        );
+        ApiError::busy("no_replica", message, 1)
+    }
+
+    #[must_use]
+    pub fn is_ready(&self) -> bool {
+        self.replicas
+            .iter()
+            .any(|replica| replica.state() == ReplicaState::Ready)
+    }
+
+    /// The replica for a prompt; `avoid` are those that failed it. `None` if no other is ready.
+    #[must_use]
+    pub fn pick(&self, prompt_tokens: usize, avoid: &[usize], now_ms: f64) -> Option<usize> {
+        let candidates: Vec<Candidate> = self
+            .replicas
+            .iter()
+            .enumerate()
+            .filter(|(index, replica)| {
+                !avoid.contains(index) && replica.state() == ReplicaState::Ready
+            })
+            .map(|(index, replica)| candidate(index, replica))
+            .collect();
+        self.policy
+            .lock()
+            .pick(&candidates, prompt_tokens, now_ms)
+            .map(|pick| pick.index)
+    }
+
+    /// Takes in how long a prompt's uncached tokens took a replica.
+    pub fn observe_prefill(&self, replica: usize, tokens: usize, took_us: u64, now_ms: f64) {
+        self.policy
+            .lock()
+            .observe_prefill(replica, tokens, took_us as f64 / 1e3, now_ms);
+    }
+
+    pub fn count_tokens(&self, prompt: u64, cached: u64, output: u64) {
+        self.metrics.prompt_tokens.fetch_add(prompt, Relaxed);
+        self.metrics.cached_tokens.fetch_add(cached, Relaxed);
+        self.metrics.output_tokens.fetch_add(output, Relaxed);
+    }
+}
+
+fn candidate(index: usize, replica: &Replica) -> Candidate {
+    let load = replica.load();
+    Candidate {
+        index,
+        running: load.running,
+        waiting: load.waiting,
+        backlog_tokens: load.backlog_tokens,
+        step_ms: load.step_ms,
+        max_num_seqs: replica.info().map_or(0, |info| info.max_num_seqs),
+        own_requests: replica.in_flight(),
+        own_tokens: replica.in_flight_tokens(),
+    }
+}
+
+#[must_use]
+pub fn state_name(state: ReplicaState) -> &'static str {
+    match state {
+        ReplicaState::Connecting => "connecting",
+        ReplicaState::Ready => "ready",
+        ReplicaState::Hung => "hung",
+        ReplicaState::Draining => "draining",
+        ReplicaState::Lost => "lost",
+    }
+}
+
+/// All served models, in the order of the configuration.
+pub struct Fleet {
+    pub models: Vec<Arc<Model>>,
+}
+
+impl Fleet {
+    /// Loads every model's tokenizer and starts connecting to its replicas.
+    ///
+    /// # Errors
+    /// `GatewayError::Model` with what is wrong with a folder or template.
+    pub fn start(config: &Config, metrics: &Metrics) -> Result<Fleet, GatewayError> {
+        let mut loaded = Vec::new();
+        for model in &config.models {
+            let bad = |reason: String| GatewayError::Model {
+                name: model.name.clone(),
+                reason,
+            };
+            let text = TextModel::load(&model.path).map_err(|e| bad(e.to_string()))?;
+            let template = match &model.chat_template {
+                None => None,
+                Some(path) => Some(
+                    std::fs::read_to_string(path)
+                        .map_err(|e| bad(format!("chat_template {}: {e}", path.display())))?,
+                ),
+            };
+            loaded.push((model, text, template));
+        }
+        let models = loaded
+            .into_iter()
+            .filter_map(|(model, text, template)| {
+                Model::start(model, text, template, metrics).map(Arc::new)
+            })
+            .collect();
+        Ok(Fleet { models })
+    }
+
+    /// The model of that name or alias.
+    ///
+    /// # Errors
+    /// 404 with the names that are served.
+    pub fn find(&self, name: &str) -> ApiResult<&Arc<Model>> {
+        self.models
+            .iter()
+            .find(|model| &*model.name == name || model.aliases.iter().any(|a| a == name))
+            .ok_or_else(|| {
+                let known: Vec<&str> = self.models.iter().map(|model| &*model.name).collect();
+                ApiError::unknown_model(name, &known)
+            })
+    }
+
+    /// The model of a request that need not name one.
+    ///
+    /// # Errors
+    /// 404 for an unknown name, 400 if there is a choice and no name.
+    pub fn find_or_only(&self, name: Option<&str>) -> ApiResult<&Arc<Model>> {
+        match (name, self.models.as_slice()) {
+            (Some(name), _) => self.find(name),
+            (None, [only]) => Ok(only),
+            (None, _) => Err(ApiError::field(
+                "model",
+                "model: missing, and this server has more than one",
+            )),
+        }
+    }
+
+    pub async fn shutdown(&self) {
+        for model in &self.models {
+            for replica in &model.replicas {
+                replica.shutdown().await;
+            }
+        }
+    }
+}

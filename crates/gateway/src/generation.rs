@@ -1,0 +1,404 @@
+//! All choices of one request, while the engines work on them.
+
+use std::pin::Pin;
+use std::sync::Arc;
+use std::task::{Context, Poll};
+use std::time::{Duration, Instant};
+
+use scalellm_engine_link::proto;
+use tokio::sync::watch;
+use tokio::time::Sleep;
+
+use crate::admission::Permit;
+use crate::app::{App, Phase};
+use crate::attempt::Attempt;
+use crate::choice::{Choice, ChoiceEvent};
+use crate::error::{ApiError, ApiResult, ErrorNote};
+use crate::fleet::Model;
+use crate::record::RequestRecord;
+use crate::request::Params;
+use crate::stages::Stage;
+
+/// What a request has used, in tokens. Prompts count once, however many choices continue them.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Usage {
+    pub prompt_tokens: u64,
+    pub cached_tokens: u64,
+    pub completion_tokens: u64,
+}
+
+/// One of a request's prompts, checked against the model.
+#[derive(Debug)]
+pub struct PreparedPrompt {
+    pub ids: Vec<u32>,
+    pub max_tokens: u32,
+}
+
+/// Owns the request's place and its choices. Dropping it cancels what has not finished.
+pub struct Generation {
+    app: Arc<App>,
+    record: Arc<RequestRecord>,
+    model: Arc<Model>,
+    choices: Vec<Choice>,
+    prompt_tokens: Vec<usize>,
+    submitted: Instant,
+    deadline: Option<(Pin<Box<Sleep>>, &'static str)>,
+    phase: watch::Receiver<Phase>,
+    /// Comes after events that were ready with it.
+    error: Option<Box<ApiError>>,
+    seen_first: bool,
+    _permit: Permit,
+}
+
+impl Generation {
+    /// Submits `n` choices of each prompt, numbered prompt by prompt.
+    ///
+    /// # Errors
+    /// 503 when no replica takes them, 504 when the deadline has passed already.
+    pub fn start(
+        app: &Arc<App>,
+        record: &Arc<RequestRecord>,
+        model: &Arc<Model>,
+        prompts: &[PreparedPrompt],
+        params: &Params,
+        permit: Permit,
+    ) -> ApiResult<Generation> {
+        let start = Instant::now();
+        let limits = [
+            (
+                params
+                    .deadline_ms
+                    .map(|ms| Duration::from_millis(ms.into())),
+                "deadline_ms",
+            ),
+            (app.config.request_timeout(), "request_timeout_s"),
+        ];
+        let nearest = limits
+            .into_iter()
+            .filter_map(|(limit, name)| Some((limit?, name)))
+            .min();
+        let left = match nearest {
+            Some((limit, name)) => {
+                let left = limit.saturating_sub(record.started.elapsed());
+                if left.is_zero() {
+                    return Err(late(name));
+                }
+                Some((left, name))
+            }
+            None => None,
+        };
+        let seed = params.seed.unwrap_or_else(rand::random);
+        let mut choices = Vec::with_capacity(prompts.len() * params.n as usize);
+        for (index, prompt) in prompts.iter().enumerate() {
+            let mut replica = None;
+            for choice in 0..params.n {
+                let submit = submit(
+                    record,
+                    app,
+                    prompt,
+                    params,
+                    seed,
+                    choice,
+                    left.map(|(left, _)| left),
+                );
+                let attempt = Attempt::start(app, model, submit, replica)?;
+                // The choices of a prompt share its prefix: they belong on one replica.
+                replica = Some(attempt.replica());
+                choices.push(Choice::new(
+                    choices.len(),
+                    index,
+                    &prompt.ids,
+                    attempt,
+                    model,
+                    params,
+                ));
+            }
+        }
+        record.add(Stage::Route, start.elapsed());
+        let prompt_tokens: Vec<usize> = prompts.iter().map(|prompt| prompt.ids.len()).collect();
+        record.update(|progress| {
+            progress.prompt_tokens = prompt_tokens.iter().map(|n| *n as u64).sum();
+            progress.replica = choices
+                .first()
+                .and_then(|choice| replica_name(model, choice));
+        });
+        Ok(Generation {
+            app: Arc::clone(app),
+            record: Arc::clone(record),
+            model: Arc::clone(model),
+            choices,
+            prompt_tokens,
+            submitted: Instant::now(),
+            deadline: left.map(|(left, name)| (Box::pin(tokio::time::sleep(left)), name)),
+            phase: app.watch_phase(),
+            error: None,
+            seen_first: false,
+            _permit: permit,
+        })
+    }
+
+    /// What is new of the choices: all that is there, at least one event. `None` when all have finished.
+    ///
+    /// # Errors
+    /// The request's end; everything that still ran is cancelled.
+    pub async fn next(&mut self) -> Option<ApiResult<Vec<ChoiceEvent>>> {
+        if let Some(error) = self.error.take() {
+            return Some(Err(self.fail(error)));
+        }
+        if self.is_finished() {
+            return None;
+        }
+        let Generation {
+            app,
+            record,
+            model,
+            choices,
+            deadline,
+            phase,
+            error,
+            ..
+        } = self;
+        let mut work = Work {
+            app,
+            record,
+            model,
+            choices,
+            error,
+        };
+        let events = tokio::select! {
+            biased;
+            events = std::future::poll_fn(|cx| work.poll_events(cx)) => Ok(events),
+            _ = phase.wait_for(|now| *now >= Phase::Stopping) => {
+                Err(ApiError::draining(app.drain_retry_after_s()))
+            }
+            name = expired(deadline) => Err(late(name)),
+        };
+        Some(match events {
+            Ok(events) if events.is_empty() => {
+                let error = self
+                    .error
+                    .take()
+                    .unwrap_or_else(|| ApiError::internal("a step without outputs"));
+                Err(self.fail(error))
+            }
+            Ok(events) => {
+                self.note_progress(&events);
+                Ok(events)
+            }
+            Err(error) => Err(self.fail(error)),
+        })
+    }
+
+    #[must_use]
+    pub fn is_finished(&self) -> bool {
+        self.error.is_none() && self.choices.iter().all(Choice::is_finished)
+    }
+
+    #[must_use]
+    pub fn usage(&self) -> Usage {
+        let mut cached = vec![None; self.prompt_tokens.len()];
+        for choice in &self.choices {
+            // The first choice's count is the prompt's: the others find what the first has stored.
+            cached[choice.prompt].get_or_insert(u64::from(choice.cached_tokens));
+        }
+        Usage {
+            prompt_tokens: self.prompt_tokens.iter().map(|n| *n as u64).sum(),
+            cached_tokens: cached.into_iter().flatten().sum(),
+            completion_tokens: self
+                .choices
+                .iter()
+                .map(|choice| u64::from(choice.output_tokens))
+                .sum(),
+        }
+    }
+
+    /// Which prompt a choice continues.
+    #[must_use]
+    pub fn prompt_of(&self, choice: usize) -> usize {
+        self.choices[choice].prompt
+    }
+
+    #[must_use]
+    pub fn choice_count(&self) -> usize {
+        self.choices.len()
+    }
+
+    fn fail(&mut self, error: Box<ApiError>) -> Box<ApiError> {
+        self.choices.clear();
+        self.error = None;
+        let note = ErrorNote {
+            code: error.code,
+            message: error.message.clone(),
+        };
+        self.record
+            .update(|progress| progress.failed = Some((error.status.as_u16(), note)));
+        error
+    }
+
+    fn note_progress(&mut self, events: &[ChoiceEvent]) {
+        let now = Instant::now();
+        let usage = self.usage();
+        let longest = self
+            .choices
+            .iter()
+            .map(|choice| choice.output_tokens)
+            .max()
+            .unwrap_or(0);
+        let finish = events
+            .iter()
+            .find_map(|event| event.finish.as_ref())
+            .map(|finish| finish.reason);
+        self.record.update(|progress| {
+            progress.cached_tokens = usage.cached_tokens;
+            progress.output_tokens = usage.completion_tokens;
+            progress.longest_choice_tokens = longest.into();
+            progress.last_token_at = Some(now);
+            progress.finish = finish.or(progress.finish);
+        });
+        if !self.seen_first {
+            self.seen_first = true;
+            let choice = &self.choices[events[0].choice];
+            self.note_first(now, choice.first_times.unwrap_or_default(), choice);
+        }
+    }
+
+    /// Takes the engine's times of the first token into the request's stages.
+    fn note_first(&self, now: Instant, times: proto::StageTimes, choice: &Choice) {
+        let between = |from: u64, to: u64| {
+            Duration::from_micros(if from == 0 {
+                0
+            } else {
+                to.saturating_sub(from)
+            })
+        };
+        let in_engine = between(times.received_us, times.first_token_us);
+        let prefill = between(times.first_scheduled_us, times.first_token_us);
+        self.record.update(|progress| {
+            progress.first_token_at = Some(now);
+            progress.times.set(
+                Stage::Queue,
+                between(times.received_us, times.first_scheduled_us),
+            );
+            progress.times.set(Stage::Prefill, prefill);
+            progress.times.set(
+                Stage::Link,
+                now.duration_since(self.submitted).saturating_sub(in_engine),
+            );
+            progress.times.set(
+                Stage::First,
+                now.saturating_duration_since(self.record.started),
+            );
+        });
+        let computed =
+            self.prompt_tokens[choice.prompt].saturating_sub(choice.cached_tokens as usize);
+        let took_us = crate::stages::micros(prefill);
+        self.model
+            .observe_prefill(choice.replica, computed, took_us, self.app.clock.now_ms());
+    }
+}
+
+/// The parts of a generation that a poll needs.
+struct Work<'a> {
+    app: &'a App,
+    record: &'a RequestRecord,
+    model: &'a Arc<Model>,
+    choices: &'a mut [Choice],
+    error: &'a mut Option<Box<ApiError>>,
+}
+
+impl Work<'_> {
+    /// Every output that is there now, so that the tokens of one step leave in one write.
+    fn poll_events(&mut self, cx: &mut Context<'_>) -> Poll<Vec<ChoiceEvent>> {
+        let mut events = Vec::new();
+        for choice in self
+            .choices
+            .iter_mut()
+            .filter(|choice| !choice.is_finished())
+        {
+            let taken = match choice.poll_output(self.app, self.model, cx) {
+                Poll::Pending => continue,
+                Poll::Ready(output) => {
+                    let start = Instant::now();
+                    let taken = output.and_then(|output| choice.take(output));
+                    self.record.add(Stage::Detokenise, start.elapsed());
+                    taken
+                }
+            };
+            match taken {
+                Ok(event) => events.push(event),
+                Err(error) => {
+                    *self.error = Some(error);
+                    break;
+                }
+            }
+        }
+        if events.is_empty() && self.error.is_none() {
+            Poll::Pending
+        } else {
+            Poll::Ready(events)
+        }
+    }
+}
+
+async fn expired(deadline: &mut Option<(Pin<Box<Sleep>>, &'static str)>) -> &'static str {
+    match deadline {
+        Some((timer, name)) => {
+            timer.await;
+            name
+        }
+        None => std::future::pending().await,
+    }
+}
+
+fn late(limit: &str) -> Box<ApiError> {
+    ApiError::deadline(format!("the request was not finished within its {limit}"))
+}
+
+fn replica_name(model: &Model, choice: &Choice) -> Option<String> {
+    Some(model.replicas.get(choice.replica)?.address().to_string())
+}
+
+fn submit(
+    record: &RequestRecord,
+    app: &App,
+    prompt: &PreparedPrompt,
+    params: &Params,
+    seed: u64,
+    choice: u32,
+    left: Option<Duration>,
+) -> proto::Submit {
+    let bias = |(token_id, bias): &(u32, f32)| proto::LogitBias {
+        token_id: *token_id,
+        bias: *bias,
+    };
+    proto::Submit {
+        request: None,
+        trace_id: record.id.clone(),
+        prompt_tokens: u32::try_from(prompt.ids.len()).unwrap_or(u32::MAX),
+        prompt_ids: prompt.ids.clone(),
+        resume_ids: Vec::new(),
+        sampling: Some(proto::Sampling {
+            temperature: params.temperature,
+            top_p: params.top_p,
+            top_k: params.top_k,
+            min_p: params.min_p,
+            repetition_penalty: params.repetition_penalty,
+            presence_penalty: params.presence_penalty,
+            frequency_penalty: params.frequency_penalty,
+            logit_bias: params.logit_bias.iter().map(bias).collect(),
+            seed,
+            logprobs: params.logprobs,
+        }),
+        // A step is needed to see the prompt's logprobs, even if no token is wanted.
+        max_tokens: prompt.max_tokens.max(1),
+        min_tokens: params.min_tokens,
+        stop_token_ids: params.stop_token_ids.clone(),
+        ignore_eos: params.ignore_eos,
+        priority: params.priority,
+        deadline_ms: left.map(|left| u32::try_from(left.as_millis()).unwrap_or(u32::MAX).max(1)),
+        arrival_us: app.clock.unix_us(record.started),
+        choice,
+        cache_salt: params.cache_salt.clone(),
+        prompt_logprobs: params.prompt_logprobs,
+    }
+}

@@ -1,0 +1,277 @@
+//! Counters and histograms, in Prometheus' text format.
+
+use std::collections::BTreeMap;
+use std::fmt::Write as _;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+
+use parking_lot::Mutex;
+
+use crate::stages::{Stage, StageTimes};
+
+/// Upper bounds of the buckets of every histogram, in seconds.
+const BOUNDS_S: [f64; 20] = [
+    0.000_01, 0.000_03, 0.000_1, 0.000_3, 0.001, 0.002_5, 0.005, 0.01, 0.02, 0.03, 0.05, 0.1, 0.2,
+    0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0,
+];
+
+#[derive(Debug, Default)]
+pub struct Histogram {
+    buckets: [AtomicU64; BOUNDS_S.len() + 1],
+    sum_us: AtomicU64,
+}
+
+impl Histogram {
+    pub fn observe_us(&self, us: u64) {
+        let seconds = us as f64 / 1e6;
+        let bucket = BOUNDS_S.partition_point(|bound| *bound < seconds);
+        self.buckets[bucket].fetch_add(1, Relaxed);
+        self.sum_us.fetch_add(us, Relaxed);
+    }
+
+    fn write(&self, out: &mut String, name: &str, labels: &str) {
+        let separator = if labels.is_empty() { "" } else { "," };
+        let mut count = 0;
+        for (bucket, bound) in self.buckets.iter().zip(
+            BOUNDS_S
+                .iter()
+                .map(f64::to_string)
+                .chain(["+Inf".to_owned()]),
+        ) {
+            count += bucket.load(Relaxed);
+            let _ = writeln!(
+                out,
+                "{name}_bucket{{{labels}{separator}le=\"{bound}\"}} {count}"
+            );
+        }
+        let _ = writeln!(
+            out,
+            "{name}_sum{{{labels}}} {}",
+            self.sum_us.load(Relaxed) as f64 / 1e6
+        );
+        let _ = writeln!(out, "{name}_count{{{labels}}} {count}");
+    }
+}
+
+/// What is counted for each served model.
+#[derive(Debug, Default)]
+pub struct ModelMetrics {
+    pub prompt_tokens: AtomicU64,
+    pub cached_tokens: AtomicU64,
+    pub output_tokens: AtomicU64,
+    pub time_to_first_token: Histogram,
+    pub time_between_tokens: Histogram,
+}
+
+#[derive(Debug)]
+pub struct Metrics {
+    /// By route and status; both from fixed, short lists.
+    requests: Mutex<BTreeMap<(&'static str, u16), u64>>,
+    /// Requests refused before they reached an engine, by reason.
+    rejected: Mutex<BTreeMap<&'static str, u64>>,
+    pub connections: AtomicU64,
+    pub connections_open: AtomicU64,
+    pub clients_stalled: AtomicU64,
+    pub retried: AtomicU64,
+    stages: [Histogram; Stage::ALL.len()],
+    models: Vec<(String, Arc<ModelMetrics>)>,
+}
+
+impl Metrics {
+    #[must_use]
+    pub fn new<'a>(models: impl IntoIterator<Item = &'a str>) -> Metrics {
+        Metrics {
+            requests: Mutex::default(),
+            rejected: Mutex::default(),
+            connections: AtomicU64::new(0),
+            connections_open: AtomicU64::new(0),
+            clients_stalled: AtomicU64::new(0),
+            retried: AtomicU64::new(0),
+            stages: std::array::from_fn(|_| Histogram::default()),
+            models: models
+                .into_iter()
+                .map(|name| (name.to_owned(), Arc::default()))
+                .collect(),
+        }
+    }
+
+    #[must_use]
+    pub fn model(&self, name: &str) -> Option<&Arc<ModelMetrics>> {
+        self.models
+            .iter()
+            .find(|(known, _)| known == name)
+            .map(|(_, metrics)| metrics)
+    }
+
+    pub fn request_ended(&self, route: &'static str, status: u16, times: &StageTimes) {
+        *self.requests.lock().entry((route, status)).or_insert(0) += 1;
+        for (stage, us) in times.passed() {
+            self.stages[stage as usize].observe_us(us);
+        }
+    }
+
+    pub fn rejected(&self, reason: &'static str) {
+        *self.rejected.lock().entry(reason).or_insert(0) += 1;
+    }
+
+    /// All of it but the replicas' and the queues' gauges, which the route adds.
+    pub fn write(&self, out: &mut String) {
+        family(
+            out,
+            "scalellm_requests_total",
+            "counter",
+            "Requests that ended, by route and status.",
+        );
+        for ((route, status), count) in &*self.requests.lock() {
+            let _ = writeln!(
+                out,
+                "scalellm_requests_total{{route=\"{route}\",status=\"{status}\"}} {count}"
+            );
+        }
+        family(
+            out,
+            "scalellm_rejected_total",
+            "counter",
+            "Requests refused before they reached an engine, by reason.",
+        );
+        for (reason, count) in &*self.rejected.lock() {
+            let _ = writeln!(
+                out,
+                "scalellm_rejected_total{{reason=\"{reason}\"}} {count}"
+            );
+        }
+        for (name, kind, help, value) in [
+            (
+                "scalellm_connections_total",
+                "counter",
+                "Connections accepted.",
+                &self.connections,
+            ),
+            (
+                "scalellm_connections_open",
+                "gauge",
+                "Connections open now.",
+                &self.connections_open,
+            ),
+            (
+                "scalellm_clients_stalled_total",
+                "counter",
+                "Clients dropped for not reading.",
+                &self.clients_stalled,
+            ),
+            (
+                "scalellm_retries_total",
+                "counter",
+                "Requests sent to a second replica.",
+                &self.retried,
+            ),
+        ] {
+            family(out, name, kind, help);
+            let _ = writeln!(out, "{name} {}", value.load(Relaxed));
+        }
+        type Count = fn(&ModelMetrics) -> &AtomicU64;
+        let counts: [(&str, &str, Count); 3] = [
+            ("scalellm_prompt_tokens_total", "Tokens of prompts.", |m| {
+                &m.prompt_tokens
+            }),
+            (
+                "scalellm_cached_tokens_total",
+                "Tokens of prompts taken from the prefix cache.",
+                |m| &m.cached_tokens,
+            ),
+            ("scalellm_output_tokens_total", "Tokens generated.", |m| {
+                &m.output_tokens
+            }),
+        ];
+        for (name, help, count) in counts {
+            family(out, name, "counter", help);
+            for (model, metrics) in &self.models {
+                let _ = writeln!(
+                    out,
+                    "{name}{{model={}}} {}",
+                    label(model),
+                    count(metrics).load(Relaxed)
+                );
+            }
+        }
+        type Times = fn(&ModelMetrics) -> &Histogram;
+        let times: [(&str, &str, Times); 2] = [
+            (
+                "scalellm_time_to_first_token_seconds",
+                "From a request's first byte to its first token, in the gateway.",
+                |m| &m.time_to_first_token,
+            ),
+            (
+                "scalellm_time_between_tokens_seconds",
+                "(last token - first token) / (tokens - 1) of each request.",
+                |m| &m.time_between_tokens,
+            ),
+        ];
+        for (name, help, histogram) in times {
+            family(out, name, "histogram", help);
+            for (model, metrics) in &self.models {
+                histogram(metrics).write(out, name, &format!("model={}", label(model)));
+            }
+        }
+        family(
+            out,
+            "scalellm_stage_seconds",
+            "histogram",
+            "Time of each stage of a request's life.",
+        );
+        for stage in Stage::ALL {
+            self.stages[stage as usize].write(
+                out,
+                "scalellm_stage_seconds",
+                &format!("stage=\"{}\"", stage.name()),
+            );
+        }
+    }
+}
+
+/// Writes a family's HELP and TYPE lines.
+pub fn family(out: &mut String, name: &str, kind: &str, help: &str) {
+    let _ = writeln!(out, "# HELP {name} {help}\n# TYPE {name} {kind}");
+}
+
+/// A label's value, quoted.
+#[must_use]
+pub fn label(value: &str) -> String {
+    format!(
+        "\"{}\"",
+        value
+            .replace('\\', "\\\\")
+            .replace('"', "\\\"")
+            .replace('\n', "\\n")
+    )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_histogram_counts_cumulatively() {
+        let histogram = Histogram::default();
+        for us in [10, 900, 1000, 70_000_000] {
+            histogram.observe_us(us);
+        }
+        let mut out = String::new();
+        histogram.write(&mut out, "h", "a=\"b\"");
+        for line in [
+            "h_bucket{a=\"b\",le=\"0.00001\"} 1",
+            "h_bucket{a=\"b\",le=\"0.001\"} 3",
+            "h_bucket{a=\"b\",le=\"60\"} 3",
+            "h_bucket{a=\"b\",le=\"+Inf\"} 4",
+            "h_sum{a=\"b\"} 70.00191",
+            "h_count{a=\"b\"} 4",
+        ] {
+            assert!(out.lines().any(|l| l == line), "{line} is not in\n{out}");
+        }
+    }
+
+    #[test]
+    fn labels_are_escaped() {
+        assert_eq!(label("a\"b\\c\nd"), r#""a\"b\\c\nd""#);
+    }
+}

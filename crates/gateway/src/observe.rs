@@ -1,0 +1,223 @@
+//! Around every request: its id and times in, its headers, metrics and one log line out.
+
+use std::pin::Pin;
+use std::sync::Arc;
+use std::task::{Context, Poll, ready};
+use std::time::Instant;
+
+use axum::body::Body;
+use axum::extract::{MatchedPath, Request, State};
+use axum::http::{HeaderName, HeaderValue, Version, header};
+use axum::middleware::Next;
+use axum::response::{IntoResponse, Response};
+use bytes::Bytes;
+use hyper::body::{Body as HttpBody, Frame, SizeHint};
+
+use crate::app::{App, Phase};
+use crate::connection::ConnectionState;
+use crate::error::{ApiError, ApiResult, ErrorNote};
+use crate::record::{REQUEST_ID_HEADER, RequestRecord, request_id};
+use crate::stages::{Stage, micros};
+use crate::{auth, routes};
+
+const SERVER_TIMING: HeaderName = HeaderName::from_static("server-timing");
+/// nginx's status for a client that left before its answer.
+const CLIENT_LEFT: u16 = 499;
+
+/// The outermost layer of the router.
+pub async fn observe(State(app): State<Arc<App>>, mut request: Request, next: Next) -> Response {
+    let now = Instant::now();
+    let http1 = request.version() <= Version::HTTP_11;
+    let connection = request.extensions().get::<Arc<ConnectionState>>().cloned();
+    let first_byte = connection
+        .as_ref()
+        .and_then(|c| c.request_started())
+        .filter(|_| http1);
+    let route = request
+        .extensions()
+        .get::<MatchedPath>()
+        .map_or("other", |path| routes::label(path.as_str()));
+    let record = RequestRecord::new(
+        request_id(request.headers()),
+        request.method().to_string(),
+        request.uri().path().to_owned(),
+        route,
+        first_byte.unwrap_or(now),
+    );
+    record.add(Stage::Accept, now.saturating_duration_since(record.started));
+    let mut end = RequestEnd::new(Arc::clone(&app), Arc::clone(&record), connection);
+    request.extensions_mut().insert(Arc::clone(&record));
+
+    let mut response = match record.timed(Stage::Auth, || gate(&app, &request, route)) {
+        Ok(()) => next.run(request).await,
+        Err(error) => error.into_response(),
+    };
+    end.status = response.status().as_u16();
+    end.note = response.extensions_mut().remove::<ErrorNote>();
+
+    let is_stream = response
+        .headers()
+        .get(header::CONTENT_TYPE)
+        .is_some_and(|v| v == "text/event-stream");
+    let times = if is_stream {
+        record.times()
+    } else {
+        record.times_so_far()
+    };
+    let headers = response.headers_mut();
+    for (name, value) in [
+        (
+            HeaderName::from_static(REQUEST_ID_HEADER),
+            record.id.clone(),
+        ),
+        (SERVER_TIMING, times.server_timing()),
+    ] {
+        if let Ok(value) = HeaderValue::from_str(&value) {
+            headers.insert(name, value);
+        }
+    }
+    if http1 && app.phase() != Phase::Serving {
+        headers.insert(header::CONNECTION, HeaderValue::from_static("close"));
+    } else if !http1 {
+        headers.remove(header::CONNECTION);
+    }
+    response.map(|body| {
+        end.complete = body.is_end_stream();
+        Body::new(ObservedBody { body, end })
+    })
+}
+
+/// Whether a request may go on to its route.
+fn gate(app: &App, request: &Request, route: &'static str) -> ApiResult<()> {
+    if routes::is_open(route) {
+        return Ok(());
+    }
+    auth::check(request.headers(), &app.config.api_keys)?;
+    if app.phase() != Phase::Serving {
+        app.metrics.rejected("draining");
+        return Err(ApiError::draining(app.drain_retry_after_s()));
+    }
+    Ok(())
+}
+
+/// Ends a request's record when its response has ended, or when the client has left.
+struct RequestEnd {
+    app: Arc<App>,
+    record: Arc<RequestRecord>,
+    connection: Option<Arc<ConnectionState>>,
+    status: u16,
+    note: Option<ErrorNote>,
+    /// The whole response was handed to the connection.
+    complete: bool,
+}
+
+impl RequestEnd {
+    fn new(
+        app: Arc<App>,
+        record: Arc<RequestRecord>,
+        connection: Option<Arc<ConnectionState>>,
+    ) -> RequestEnd {
+        app.request_started();
+        RequestEnd {
+            app,
+            record,
+            connection,
+            status: 0,
+            note: None,
+            complete: false,
+        }
+    }
+}
+
+impl Drop for RequestEnd {
+    fn drop(&mut self) {
+        let record = &self.record;
+        let total = record.started.elapsed();
+        let (status, note, outcome) = record.update(|progress| {
+            progress.times.set(Stage::Total, total);
+            progress.close_decode();
+            match progress.failed.take() {
+                Some((status, note)) => (status, Some(note), "error"),
+                None if !self.complete => (CLIENT_LEFT, self.note.take(), "client_left"),
+                None if self.status >= 400 => (self.status, self.note.take(), "error"),
+                None => (self.status, None, "ok"),
+            }
+        });
+        record.update(|progress| {
+            self.app
+                .metrics
+                .request_ended(record.route, status, &progress.times);
+            let Some(model) = &progress.model else { return };
+            model.count_tokens(
+                progress.prompt_tokens,
+                progress.cached_tokens,
+                progress.output_tokens,
+            );
+            if let Some(us) = progress.times.get_us(Stage::First) {
+                model.metrics.time_to_first_token.observe_us(us);
+            }
+            if let (Some(first), Some(last)) = (progress.first_token_at, progress.last_token_at)
+                && progress.longest_choice_tokens > 1
+            {
+                let decode_us = micros(last.saturating_duration_since(first));
+                model
+                    .metrics
+                    .time_between_tokens
+                    .observe_us(decode_us / (progress.longest_choice_tokens - 1));
+            }
+        });
+        record.update(|progress| {
+            tracing::info!(
+                target: "access",
+                request_id = record.id,
+                method = record.method,
+                path = record.path,
+                status,
+                outcome,
+                model = progress.model.as_ref().map(|model| &*model.name),
+                replica = progress.replica,
+                prompt_tokens = progress.prompt_tokens,
+                cached_tokens = progress.cached_tokens,
+                output_tokens = progress.output_tokens,
+                finish = progress.finish,
+                code = note.as_ref().and_then(|note| note.code),
+                error = note.as_ref().map(|note| note.message.as_str()),
+                stages = progress.times.server_timing(),
+            );
+        });
+        if let Some(connection) = &self.connection {
+            connection.request_ended();
+        }
+        self.app.request_ended();
+    }
+}
+
+/// A response's body that knows when it has ended.
+struct ObservedBody {
+    body: Body,
+    end: RequestEnd,
+}
+
+impl HttpBody for ObservedBody {
+    type Data = Bytes;
+    type Error = axum::Error;
+
+    fn poll_frame(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, axum::Error>>> {
+        let frame = ready!(Pin::new(&mut self.body).poll_frame(cx));
+        if frame.is_none() || self.body.is_end_stream() {
+            self.end.complete = true;
+        }
+        Poll::Ready(frame)
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.body.is_end_stream()
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        self.body.size_hint()
+    }
+}

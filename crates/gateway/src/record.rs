@@ -1,0 +1,145 @@
+//! What is known of one request while it lives: its id, its times, its counts.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use axum::http::{HeaderMap, HeaderValue};
+use parking_lot::Mutex;
+
+use crate::error::ErrorNote;
+use crate::fleet::Model;
+use crate::stages::{Stage, StageTimes};
+
+pub const REQUEST_ID_HEADER: &str = "x-request-id";
+const MAX_ID_BYTES: usize = 128;
+
+pub struct RequestRecord {
+    pub id: String,
+    pub method: String,
+    pub path: String,
+    /// The route's pattern; "other" where none matched.
+    pub route: &'static str,
+    /// When its first byte was read.
+    pub started: Instant,
+    progress: Mutex<Progress>,
+}
+
+#[derive(Default)]
+pub struct Progress {
+    pub times: StageTimes,
+    pub model: Option<Arc<Model>>,
+    pub replica: Option<String>,
+    pub prompt_tokens: u64,
+    pub cached_tokens: u64,
+    pub output_tokens: u64,
+    /// Of the choice that has most.
+    pub longest_choice_tokens: u64,
+    pub first_token_at: Option<Instant>,
+    pub last_token_at: Option<Instant>,
+    /// Known by whoever ended the response early; its status replaces the response's in log and metrics.
+    pub failed: Option<(u16, ErrorNote)>,
+    pub finish: Option<&'static str>,
+}
+
+impl Progress {
+    pub fn close_decode(&mut self) {
+        if let (Some(first), Some(last)) = (self.first_token_at, self.last_token_at) {
+            self.times
+                .set(Stage::Decode, last.saturating_duration_since(first));
+        }
+    }
+}
+
+impl RequestRecord {
+    #[must_use]
+    pub fn new(
+        id: String,
+        method: String,
+        path: String,
+        route: &'static str,
+        started: Instant,
+    ) -> Arc<RequestRecord> {
+        Arc::new(RequestRecord {
+            id,
+            method,
+            path,
+            route,
+            started,
+            progress: Mutex::default(),
+        })
+    }
+
+    pub fn update<T>(&self, change: impl FnOnce(&mut Progress) -> T) -> T {
+        change(&mut self.progress.lock())
+    }
+
+    pub fn add(&self, stage: Stage, took: Duration) {
+        self.update(|progress| progress.times.add(stage, took));
+    }
+
+    /// Runs `work` as (a part of) `stage`.
+    pub fn timed<T>(&self, stage: Stage, work: impl FnOnce() -> T) -> T {
+        let start = Instant::now();
+        let result = work();
+        self.add(stage, start.elapsed());
+        result
+    }
+
+    /// The same for a future.
+    pub async fn timed_async<T>(&self, stage: Stage, work: impl Future<Output = T>) -> T {
+        let start = Instant::now();
+        let result = work.await;
+        self.add(stage, start.elapsed());
+        result
+    }
+
+    #[must_use]
+    pub fn times(&self) -> StageTimes {
+        self.update(|progress| progress.times)
+    }
+
+    /// With the stages that go on until now.
+    #[must_use]
+    pub fn times_so_far(&self) -> StageTimes {
+        self.update(|progress| {
+            progress.close_decode();
+            let mut times = progress.times;
+            times.set(Stage::Total, self.started.elapsed());
+            times
+        })
+    }
+}
+
+/// The client's `x-request-id` if it is 1 to 128 visible ASCII characters, otherwise a new one.
+#[must_use]
+pub fn request_id(headers: &HeaderMap) -> String {
+    let given = headers.get(REQUEST_ID_HEADER).map(HeaderValue::as_bytes);
+    match given {
+        Some(id)
+            if (1..=MAX_ID_BYTES).contains(&id.len()) && id.iter().all(u8::is_ascii_graphic) =>
+        {
+            String::from_utf8_lossy(id).into_owned()
+        }
+        _ => format!("{:032x}", rand::random::<u128>()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_clients_id_is_kept_only_if_it_is_harmless() {
+        let id = |value: &[u8]| {
+            let mut headers = HeaderMap::new();
+            headers.insert(REQUEST_ID_HEADER, HeaderValue::from_bytes(value).unwrap());
+            request_id(&headers)
+        };
+        assert_eq!(id(b"abc-123"), "abc-123");
+        for bad in [&b""[..], b"a b", "\u{e9}".as_bytes(), &[b'x'; 129]] {
+            let made = id(bad);
+            assert_eq!(made.len(), 32);
+            assert_ne!(made, id(bad));
+        }
+    }
+}

@@ -1,0 +1,87 @@
+//! `POST /v1/chat/completions`
+
+use std::sync::Arc;
+
+use axum::Extension;
+use axum::extract::{Request, State};
+use axum::response::{IntoResponse, Response};
+
+use crate::app::App;
+use crate::error::ApiResult;
+use crate::generation::{Generation, PreparedPrompt};
+use crate::record::RequestRecord;
+use crate::request::chat::{ChatPrompt, ChatRequest};
+use crate::respond::chat::{ChatStream, whole};
+use crate::respond::{Head, sse, warn};
+use crate::stages::Stage;
+use crate::{body, prompt};
+
+pub async fn create(
+    State(app): State<Arc<App>>,
+    Extension(record): Extension<Arc<RequestRecord>>,
+    request: Request,
+) -> Response {
+    answer(&app, &record, request)
+        .await
+        .unwrap_or_else(|error| error.into_response())
+}
+
+async fn answer(
+    app: &Arc<App>,
+    record: &Arc<RequestRecord>,
+    request: Request,
+) -> ApiResult<Response> {
+    let (parts, payload) = request.into_parts();
+    let bytes = record
+        .timed_async(
+            Stage::Body,
+            body::read(&parts.headers, payload, &app.config),
+        )
+        .await?;
+    let chat = record.timed(Stage::Parse, || ChatRequest::parse(&bytes))?;
+    drop(bytes);
+    let model = Arc::clone(app.fleet.find(&chat.model)?);
+    record.update(|progress| progress.model = Some(Arc::clone(&model)));
+    let permit = record
+        .timed(Stage::Admission, || app.admission.enter())
+        .inspect_err(|_| {
+            app.metrics.rejected("max_in_flight");
+        })?;
+    let limits = model.require_limits()?;
+    let field = if matches!(chat.prompt, ChatPrompt::Ids(_)) {
+        "prompt_token_ids"
+    } else {
+        "messages"
+    };
+    let ids = prompt::of_chat(app, record, &model, chat.prompt).await?;
+    let max_tokens = prompt::check(field, &ids, &chat.params, limits)?;
+    let prompt = PreparedPrompt { ids, max_tokens };
+    let generation = Generation::start(
+        app,
+        record,
+        &model,
+        std::slice::from_ref(&prompt),
+        &chat.params,
+        permit,
+    )?;
+    let stream = chat.params.stream;
+    let head = Head::new(
+        "chatcmpl",
+        &record.id,
+        chat.model,
+        model,
+        Arc::new(chat.params),
+    );
+    let mut response = if stream {
+        sse::respond(
+            generation,
+            ChatStream::new(head, prompt),
+            Arc::clone(record),
+        )
+        .await?
+    } else {
+        whole(generation, &head, &prompt, record).await?
+    };
+    warn(&mut response, chat.warning);
+    Ok(response)
+}

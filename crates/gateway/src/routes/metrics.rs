@@ -1,0 +1,168 @@
+//! `GET /metrics`
+
+use std::fmt::Write as _;
+use std::sync::Arc;
+
+use axum::extract::State;
+use axum::http::{HeaderValue, header};
+use axum::response::{IntoResponse, Response};
+use scalellm_engine_link::{Replica, ReplicaState};
+
+use crate::app::App;
+use crate::fleet::state_name;
+use crate::metrics::{family, label};
+
+type Gauge = (
+    &'static str,
+    &'static str,
+    &'static str,
+    fn(&Replica) -> f64,
+);
+
+const REPLICA_GAUGES: [Gauge; 13] = [
+    (
+        "running_requests",
+        "gauge",
+        "Requests in the engine's batch.",
+        |r| r.load().running.into(),
+    ),
+    (
+        "waiting_requests",
+        "gauge",
+        "Requests that wait in the engine.",
+        |r| r.load().waiting.into(),
+    ),
+    (
+        "backlog_tokens",
+        "gauge",
+        "Prompt tokens accepted and not computed.",
+        |r| r.load().backlog_tokens as f64,
+    ),
+    ("kv_blocks_used", "gauge", "KV blocks in use.", |r| {
+        r.load().kv_blocks_used.into()
+    }),
+    ("kv_blocks_total", "gauge", "KV blocks there are.", |r| {
+        r.load().kv_blocks_total.into()
+    }),
+    ("step_seconds", "gauge", "Time of the last step.", |r| {
+        f64::from(r.load().step_ms) / 1e3
+    }),
+    (
+        "step_overhead_seconds",
+        "gauge",
+        "Of the last step, outside the model.",
+        |r| f64::from(r.load().overhead_ms) / 1e3,
+    ),
+    (
+        "step_age_seconds",
+        "gauge",
+        "Since the engine's loop last came round.",
+        |r| f64::from(r.load().step_age_ms) / 1e3,
+    ),
+    ("steps_total", "counter", "Steps of the engine.", |r| {
+        r.load().steps as f64
+    }),
+    (
+        "preemptions_total",
+        "counter",
+        "Requests preempted by the engine.",
+        |r| r.load().preemptions as f64,
+    ),
+    (
+        "prefix_hit_tokens_total",
+        "counter",
+        "Prompt tokens found in the prefix cache.",
+        |r| r.load().prefix_hit_tokens as f64,
+    ),
+    (
+        "in_flight_requests",
+        "gauge",
+        "Requests of this gateway on the replica.",
+        |r| r.in_flight() as f64,
+    ),
+    (
+        "in_flight_tokens",
+        "gauge",
+        "Prompt tokens sent and not answered.",
+        |r| r.in_flight_tokens() as f64,
+    ),
+];
+
+const STATES: [ReplicaState; 5] = [
+    ReplicaState::Connecting,
+    ReplicaState::Ready,
+    ReplicaState::Hung,
+    ReplicaState::Draining,
+    ReplicaState::Lost,
+];
+
+pub async fn metrics(State(app): State<Arc<App>>) -> Response {
+    let mut out = String::with_capacity(64 << 10);
+    for (name, help, value) in [
+        (
+            "scalellm_requests_in_flight",
+            "HTTP requests whose response has not ended.",
+            app.in_flight(),
+        ),
+        (
+            "scalellm_generations_in_flight",
+            "Requests that generate, of max_in_flight.",
+            app.admission.taken(),
+        ),
+        (
+            "scalellm_text_queue",
+            "Prompts that wait for a thread, of text_queue.",
+            app.text_pool.queued(),
+        ),
+    ] {
+        family(&mut out, name, "gauge", help);
+        let _ = writeln!(out, "{name} {value}");
+    }
+    app.metrics.write(&mut out);
+    let replicas: Vec<(String, &Arc<Replica>)> = app
+        .fleet
+        .models
+        .iter()
+        .flat_map(|model| {
+            model
+                .replicas
+                .iter()
+                .map(move |replica| (&model.name, replica))
+        })
+        .map(|(model, replica)| {
+            (
+                format!(
+                    "model={},replica={}",
+                    label(model),
+                    label(&replica.address().to_string())
+                ),
+                replica,
+            )
+        })
+        .collect();
+    for (name, kind, help, value) in REPLICA_GAUGES {
+        let name = format!("scalellm_replica_{name}");
+        family(&mut out, &name, kind, help);
+        for (labels, replica) in &replicas {
+            let _ = writeln!(out, "{name}{{{labels}}} {}", value(replica));
+        }
+    }
+    family(
+        &mut out,
+        "scalellm_replica_state",
+        "gauge",
+        "1 for the state that the replica is in.",
+    );
+    for (labels, replica) in &replicas {
+        for state in STATES {
+            let is = u8::from(replica.state() == state);
+            let _ = writeln!(
+                out,
+                "scalellm_replica_state{{{labels},state=\"{}\"}} {is}",
+                state_name(state)
+            );
+        }
+    }
+    let kind = HeaderValue::from_static("text/plain; version=0.0.4; charset=utf-8");
+    ([(header::CONTENT_TYPE, kind)], out).into_response()
+}

@@ -1,0 +1,79 @@
+//! The endpoints. Each handler only names the stages that its request passes.
+
+use std::sync::Arc;
+
+use axum::Router;
+use axum::extract::{Request, State};
+use axum::middleware;
+use axum::response::{IntoResponse, Response};
+use axum::routing::{get, post};
+
+use crate::app::App;
+use crate::error::ApiError;
+use crate::observe::observe;
+
+mod chat;
+mod completions;
+mod health;
+mod index;
+mod metrics;
+mod models;
+mod text;
+
+/// Every route's pattern, as metrics and the log name it.
+const ROUTES: [&str; 11] = [
+    "/",
+    "/health",
+    "/ready",
+    "/version",
+    "/metrics",
+    "/v1/models",
+    "/v1/models/{id}",
+    "/v1/chat/completions",
+    "/v1/completions",
+    "/tokenize",
+    "/detokenize",
+];
+
+/// Open to everybody, and answered while draining.
+const OPEN: [&str; 5] = ["/", "/health", "/ready", "/version", "/metrics"];
+
+#[must_use]
+pub fn label(pattern: &str) -> &'static str {
+    ROUTES
+        .into_iter()
+        .find(|route| *route == pattern)
+        .unwrap_or("other")
+}
+
+#[must_use]
+pub fn is_open(route: &str) -> bool {
+    OPEN.contains(&route)
+}
+
+pub fn router(app: Arc<App>) -> Router {
+    Router::new()
+        .route("/", get(index::index))
+        .route("/health", get(health::health))
+        .route("/ready", get(health::ready))
+        .route("/version", get(health::version))
+        .route("/metrics", get(metrics::metrics))
+        .route("/v1/models", get(models::list))
+        .route("/v1/models/{id}", get(models::one))
+        .route("/v1/chat/completions", post(chat::create))
+        .route("/v1/completions", post(completions::create))
+        .route("/tokenize", post(text::tokenize))
+        .route("/detokenize", post(text::detokenize))
+        .method_not_allowed_fallback(method_not_allowed)
+        .fallback(unknown_route)
+        .layer(middleware::from_fn_with_state(Arc::clone(&app), observe))
+        .with_state(app)
+}
+
+async fn unknown_route(request: Request) -> Response {
+    ApiError::unknown_route(request.method().as_str(), request.uri().path()).into_response()
+}
+
+async fn method_not_allowed(State(_): State<Arc<App>>, request: Request) -> Response {
+    ApiError::method_not_allowed(request.method().as_str(), request.uri().path()).into_response()
+}

@@ -1,0 +1,111 @@
+//! `POST /tokenize`, `/detokenize`: vLLM's shapes.
+
+use std::sync::Arc;
+
+use axum::Extension;
+use axum::extract::{Request, State};
+use axum::response::{IntoResponse, Response};
+use serde_json::json;
+
+use crate::app::App;
+use crate::error::{ApiError, ApiResult};
+use crate::record::RequestRecord;
+use crate::request::Prompt;
+use crate::request::text::{DetokenizeRequest, TokenizePrompt, TokenizeRequest};
+use crate::respond;
+use crate::stages::Stage;
+use crate::{body, prompt};
+
+pub async fn tokenize(
+    State(app): State<Arc<App>>,
+    Extension(record): Extension<Arc<RequestRecord>>,
+    request: Request,
+) -> Response {
+    encode(&app, &record, request)
+        .await
+        .unwrap_or_else(|error| error.into_response())
+}
+
+pub async fn detokenize(
+    State(app): State<Arc<App>>,
+    Extension(record): Extension<Arc<RequestRecord>>,
+    request: Request,
+) -> Response {
+    decode(&app, &record, request)
+        .await
+        .unwrap_or_else(|error| error.into_response())
+}
+
+async fn encode(
+    app: &Arc<App>,
+    record: &Arc<RequestRecord>,
+    request: Request,
+) -> ApiResult<Response> {
+    let (parts, payload) = request.into_parts();
+    let bytes = record
+        .timed_async(
+            Stage::Body,
+            body::read(&parts.headers, payload, &app.config),
+        )
+        .await?;
+    let asked = record.timed(Stage::Parse, || TokenizeRequest::parse(&bytes))?;
+    let model = Arc::clone(app.fleet.find_or_only(asked.model.as_deref())?);
+    let tokens = match asked.prompt {
+        TokenizePrompt::Conversation(conversation) => {
+            prompt::of_conversation(app, record, &model, conversation).await?
+        }
+        TokenizePrompt::Text {
+            text,
+            add_special_tokens,
+        } => {
+            let prompts = vec![Prompt::Text(text)];
+            prompt::of_prompts(app, record, &model, prompts, add_special_tokens)
+                .await?
+                .swap_remove(0)
+        }
+    };
+    let strings = asked.return_token_strs.then(|| {
+        tokens
+            .iter()
+            .map(|id| model.text.token_text(*id).0)
+            .collect::<Vec<String>>()
+    });
+    let max_model_len = model.limits().map(|limits| limits.max_model_len);
+    let mut response = respond::json(&json!({
+        "count": tokens.len(),
+        "max_model_len": max_model_len,
+        "tokens": tokens,
+        "token_strs": strings,
+    }));
+    respond::warn(&mut response, asked.warning);
+    Ok(response)
+}
+
+async fn decode(
+    app: &Arc<App>,
+    record: &Arc<RequestRecord>,
+    request: Request,
+) -> ApiResult<Response> {
+    let (parts, payload) = request.into_parts();
+    let bytes = record
+        .timed_async(
+            Stage::Body,
+            body::read(&parts.headers, payload, &app.config),
+        )
+        .await?;
+    let asked = record.timed(Stage::Parse, || DetokenizeRequest::parse(&bytes))?;
+    let model = Arc::clone(app.fleet.find_or_only(asked.model.as_deref())?);
+    let vocab_size = model.text.vocab_size();
+    if let Some(id) = asked.tokens.iter().find(|id| **id as usize >= vocab_size) {
+        let message = format!("tokens: got the token id {id}, allowed are ids below {vocab_size}");
+        return Err(ApiError::field("tokens", message));
+    }
+    let text_model = Arc::clone(&model.text);
+    let text = app
+        .text_pool
+        .run(move || text_model.decode(&asked.tokens, false))
+        .await?;
+    let mut response = respond::json(&json!({"prompt": text}));
+    respond::warn(&mut response, asked.warning);
+    Ok(response)
+}

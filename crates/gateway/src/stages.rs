@@ -1,0 +1,203 @@
+//! Where a request's time goes, on one clock.
+
+use std::fmt::Write as _;
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+
+/// Monotonic time that also tells Unix time: both are read once, at the start of the process.
+#[derive(Debug, Clone, Copy)]
+pub struct Clock {
+    start: Instant,
+    start_unix_us: u64,
+}
+
+impl Clock {
+    #[must_use]
+    pub fn start() -> Clock {
+        let unix = SystemTime::now()
+            .duration_since(UNIX_EPOCH)
+            .unwrap_or_default();
+        Clock {
+            start: Instant::now(),
+            start_unix_us: micros(unix),
+        }
+    }
+
+    /// Unix microseconds of a moment of this process.
+    #[must_use]
+    pub fn unix_us(&self, at: Instant) -> u64 {
+        self.start_unix_us + micros(at.saturating_duration_since(self.start))
+    }
+
+    /// Milliseconds since the start of the process.
+    #[must_use]
+    pub fn now_ms(&self) -> f64 {
+        self.start.elapsed().as_secs_f64() * 1e3
+    }
+}
+
+#[must_use]
+pub fn micros(duration: Duration) -> u64 {
+    u64::try_from(duration.as_micros()).unwrap_or(u64::MAX)
+}
+
+/// A part of a request's life. Those of the engine are measured there.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Stage {
+    /// First byte of the head read until the request is ours.
+    Accept,
+    Auth,
+    Body,
+    Parse,
+    Admission,
+    Template,
+    Tokenise,
+    Route,
+    /// Engine: received until first scheduled.
+    Queue,
+    /// Engine: first scheduled until first token.
+    Prefill,
+    /// Both ways between gateway and engine, for the first token.
+    Link,
+    /// The whole wait for the first token, from the request's first byte.
+    First,
+    /// First token until the last.
+    Decode,
+    Detokenise,
+    Serialise,
+    Total,
+}
+
+impl Stage {
+    pub const ALL: [Stage; 16] = [
+        Stage::Accept,
+        Stage::Auth,
+        Stage::Body,
+        Stage::Parse,
+        Stage::Admission,
+        Stage::Template,
+        Stage::Tokenise,
+        Stage::Route,
+        Stage::Queue,
+        Stage::Prefill,
+        Stage::Link,
+        Stage::First,
+        Stage::Decode,
+        Stage::Detokenise,
+        Stage::Serialise,
+        Stage::Total,
+    ];
+
+    #[must_use]
+    pub const fn name(self) -> &'static str {
+        match self {
+            Stage::Accept => "accept",
+            Stage::Auth => "auth",
+            Stage::Body => "body",
+            Stage::Parse => "parse",
+            Stage::Admission => "admission",
+            Stage::Template => "template",
+            Stage::Tokenise => "tokenise",
+            Stage::Route => "route",
+            Stage::Queue => "queue",
+            Stage::Prefill => "prefill",
+            Stage::Link => "link",
+            Stage::First => "first",
+            Stage::Decode => "decode",
+            Stage::Detokenise => "detokenise",
+            Stage::Serialise => "serialise",
+            Stage::Total => "total",
+        }
+    }
+}
+
+/// Times of the stages a request has passed.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct StageTimes {
+    took_us: [Option<u64>; Stage::ALL.len()],
+}
+
+impl StageTimes {
+    /// Sets a stage's time; a second time for the same stage is added.
+    pub fn add(&mut self, stage: Stage, took: Duration) {
+        let slot = &mut self.took_us[stage as usize];
+        *slot = Some(slot.unwrap_or(0) + micros(took));
+    }
+
+    pub fn set(&mut self, stage: Stage, took: Duration) {
+        self.took_us[stage as usize] = Some(micros(took));
+    }
+
+    #[must_use]
+    pub fn get_us(&self, stage: Stage) -> Option<u64> {
+        self.took_us[stage as usize]
+    }
+
+    pub fn passed(&self) -> impl Iterator<Item = (Stage, u64)> + '_ {
+        Stage::ALL
+            .into_iter()
+            .filter_map(|stage| Some((stage, self.get_us(stage)?)))
+    }
+
+    /// The value of a `Server-Timing` header: `parse;dur=0.031, ...`, in milliseconds.
+    #[must_use]
+    pub fn server_timing(&self) -> String {
+        let mut text = String::with_capacity(256);
+        for (stage, us) in self.passed() {
+            let separator = if text.is_empty() { "" } else { ", " };
+            // Writing to a String cannot fail.
+            let _ = write!(
+                text,
+                "{separator}{};dur={}.{:03}",
+                stage.name(),
+                us / 1000,
+                us % 1000
+            );
+        }
+        text
+    }
+
+    /// The same as JSON: `{"parse": 0.031, ...}`, in milliseconds.
+    #[must_use]
+    pub fn to_json(&self) -> serde_json::Value {
+        self.passed()
+            .map(|(stage, us)| {
+                (
+                    stage.name().to_owned(),
+                    serde_json::Value::from(us as f64 / 1e3),
+                )
+            })
+            .collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn server_timing_lists_what_was_passed_in_order() {
+        let mut times = StageTimes::default();
+        times.add(Stage::Route, Duration::from_micros(40));
+        times.add(Stage::Parse, Duration::from_micros(1500));
+        times.add(Stage::Route, Duration::from_micros(2));
+        assert_eq!(times.server_timing(), "parse;dur=1.500, route;dur=0.042");
+        assert_eq!(
+            times.to_json().to_string(),
+            r#"{"parse":1.5,"route":0.042}"#
+        );
+    }
+
+    #[test]
+    fn every_stage_has_its_own_slot() {
+        for (slot, stage) in Stage::ALL.into_iter().enumerate() {
+            assert_eq!(stage as usize, slot);
+        }
+    }
+
+    #[test]
+    fn the_clock_tells_unix_time() {
+        let clock = Clock::start();
+        let now = micros(SystemTime::now().duration_since(UNIX_EPOCH).unwrap());
+        assert!(clock.unix_us(Instant::now()).abs_diff(now) < 1_000_000);
+    }
+}
