@@ -17,7 +17,7 @@ from scalellm.errors import ConfigError
 from scalellm.settings import SERVERS, Setting, declared, setting, suggestion
 
 CONFIG_FILE = "scalellm.toml"
-_CLIENTS = ("chat", "complete", "status")
+_CLIENTS = ("chat", "complete", "status", "bench")
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,8 +101,10 @@ class EngineConfig:
 class GatewayConfig:
     """The HTTP front of `serve`."""
 
-    host: str = setting("127.0.0.1", "Address to listen on", commands=("serve",))
-    port: int = setting(8000, "Port; 0 takes a free one", ("serve",), minimum=0, maximum=65535)
+    host: str = setting("127.0.0.1", "Address to listen on", ("serve", "doctor"))
+    port: int = setting(
+        8000, "Port; 0 takes a free one", ("serve", "doctor"), minimum=0, maximum=65535
+    )
     api_key: tuple[str, ...] = setting(
         (),
         "Key that clients must send; may be given several times",
@@ -133,7 +135,7 @@ class LogConfig:
     log_level: str = setting(
         "info",
         "Least severity that is logged",
-        ("serve", "engine", *_CLIENTS, "doctor", "gateway"),
+        ("serve", "engine", *_CLIENTS, "doctor"),
         choices=("debug", "info", "warning", "error"),
     )
     log_format: str = setting("text", "Form of log lines", SERVERS, choices=("text", "json"))

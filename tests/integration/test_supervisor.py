@@ -2,6 +2,7 @@
 
 import os
 import signal
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -142,12 +143,15 @@ def test_a_hung_engine_is_killed_and_restarted(tree: Callable[..., Tree]) -> Non
     made.wait_ready()
     engine = made.pids("engine-0")[0][0]
     os.kill(engine, signal.SIGSTOP)
-    sample = f'scalellm_replica_step_age_seconds{{replica="unix:{made.folder}/engine-0.sock"}} '
-    (made.folder / "metrics").write_text(sample + "7.5\n")
+    labels = f'replica="unix:{made.folder}/engine-0.sock"'
+    metrics = made.folder / "metrics"
+    metrics.write_text(f'scalellm_replica_state{{{labels},state="hung"}} 1\n')
     until(lambda: not alive(engine))
-    (made.folder / "metrics").write_text(sample + "0.1\n")
-    until(lambda: len(made.pids("engine-0")) >= 2)
-    assert "killing engine-0: no step for 8 s" in made.errors()
+    metrics.write_text(f'scalellm_replica_state{{{labels},state="ready"}} 1\n')
+    until(lambda: len(made.pids("engine-0")) == 2)
+    assert "killing engine-0: no sign of life for" in made.errors()
+    time.sleep(3)  # longer than the limit: the new process is not blamed for the old one's silence
+    assert len(made.pids("engine-0")) == 2
 
 
 def test_an_engine_that_keeps_crashing_is_given_up_with_the_reason(

@@ -9,7 +9,7 @@ _SAMPLE = re.compile(r"^([a-zA-Z_:][a-zA-Z0-9_:]*)(?:\{(.*)\})?\s+(\S+)")
 _LABEL = re.compile(r'([a-zA-Z_][a-zA-Z0-9_]*)="((?:[^"\\]|\\.)*)"')
 _ESCAPES = {"\\\\": "\\", '\\"': '"', "\\n": "\n"}
 
-STEP_AGE_METRIC = "scalellm_replica_step_age_seconds"
+STATE_METRIC = "scalellm_replica_state"
 MAX_ANSWER_BYTES = 8 << 20
 
 
@@ -63,10 +63,12 @@ def parse_metrics(text: str) -> list[Sample]:
     return samples
 
 
-def step_ages_s(samples: list[Sample]) -> dict[str, float]:
-    """For each replica's address: seconds since its loop is known to have come round."""
+def replica_states(samples: list[Sample]) -> dict[str, str]:
+    """For each replica's address the state that the gateway sees it in, e.g. "ready" or "hung"."""
     return {
-        sample.labels["replica"]: sample.value
+        sample.labels["replica"]: sample.labels["state"]
         for sample in samples
-        if sample.name == STEP_AGE_METRIC and "replica" in sample.labels
+        if sample.name == STATE_METRIC
+        and sample.value == 1
+        and {"replica", "state"} <= sample.labels.keys()
     }

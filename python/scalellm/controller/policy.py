@@ -44,7 +44,7 @@ class Facts:
     age_s: float = 0.0  # of the running process
     ever_ready: bool = False  # in any of its processes
     exits: tuple[Exit, ...] = ()  # oldest first
-    unresponsive_s: float = 0.0  # how long the gateway has had no step from it
+    unresponsive_s: float = 0.0  # how long the gateway has had no sign of life
     given_up: bool = False
 
 
@@ -100,7 +100,7 @@ def _running(facts: Facts, limits: Limits) -> Decision:
             return Kill(f"not ready after {limits.start_timeout_s:g} s")
         return Leave()
     if facts.unresponsive_s > limits.hung_after_s:
-        return Kill(f"no step for {facts.unresponsive_s:.0f} s")
+        return Kill(f"no sign of life for {facts.unresponsive_s:.0f} s")
     return Leave()
 
 

@@ -12,11 +12,12 @@ import time
 from typing import Any
 
 from scalellm.controller.channel import Lines, encode
-from scalellm.controller.gateway_view import get, parse_metrics, step_ages_s
+from scalellm.controller.gateway_view import get, parse_metrics, replica_states
 from scalellm.controller.policy import Exit, Facts, GiveUp, Kill, Leave, Limits, Start, decide
 
 _START_PAUSE_S = 0.1  # between looks while something is starting or waiting
 _PAUSE_S = 2.0  # between looks while all is well
+_RESPONSIVE = ("ready", "draining")  # states in the gateway's metrics
 
 
 class Controller:
@@ -30,7 +31,7 @@ class Controller:
         self._serving = bool(plan["serving"])
         self._gateway_heard = self._serving
         self._gateway_heard_s = time.monotonic()
-        self._ages_s: dict[str, float] = {}
+        self._missed_since_s: dict[str, float] = {}  # ready replicas the gateway does not hear
         self._facts: dict[str, dict[str, Any]] = {}
         self._facts_s = time.monotonic()
         self._ordered: set[str] = set()  # replicas with an order since the last facts
@@ -75,14 +76,15 @@ class Controller:
     def _facts_of(self, name: str) -> Facts:
         """The root's facts, aged to now, with the gateway's view of the replica."""
         found = self._facts[name]
-        elapsed_s = time.monotonic() - self._facts_s
+        now = time.monotonic()
+        elapsed_s = now - self._facts_s
         return Facts(
             running=found["running"],
             ready=found["ready"],
             age_s=found["age_s"] + elapsed_s,
             ever_ready=found["ever_ready"],
             given_up=found["given_up"],
-            unresponsive_s=self._ages_s.get(self._addresses.get(name, ""), 0.0),
+            unresponsive_s=now - self._missed_since_s.get(name, now),
             exits=tuple(
                 Exit(
                     ago_s=ended["ago_s"] + elapsed_s,
@@ -97,8 +99,8 @@ class Controller:
     def _look_at_gateway(self) -> None:
         now = time.monotonic()
         answer = get(self._url, "/metrics" if self._serving else "/health")
-        self._ages_s = {}
         if answer is None:
+            self._missed_since_s.clear()  # it is the gateway that is not there
             if now - self._gateway_heard_s > self._limits.hung_after_s and self._gateway_heard:
                 reason = f"no answer for {now - self._gateway_heard_s:.0f} s"
                 self._order({"type": "kill", "name": "gateway", "reason": reason})
@@ -109,12 +111,25 @@ class Controller:
             self._gateway_heard = True
             self._order({"type": "phase", "name": "gateway listening, tokenizer loaded"})
         if self._serving:
-            self._ages_s = step_ages_s(parse_metrics(answer.body))
+            self._note_states(replica_states(parse_metrics(answer.body)))
         elif all(found["ready"] for found in self._facts.values()):
             ready = get(self._url, "/ready")
             if ready is not None and ready.status == 200:
                 self._serving = True
                 self._order({"type": "serving"})
+
+    def _note_states(self, states: dict[str, str]) -> None:
+        """Remember since when the gateway has had no sign of life from a replica.
+
+        It judges by the age of the loop's last step and by silence on the link; how long that has
+        lasted is counted here.
+        """
+        now = time.monotonic()
+        for name, found in self._facts.items():
+            if not found["ready"] or states.get(self._addresses[name], "ready") in _RESPONSIVE:
+                self._missed_since_s.pop(name, None)
+            else:
+                self._missed_since_s.setdefault(name, now)
 
     def _order(self, message: dict[str, Any]) -> None:
         self._link.sendall(encode(message))

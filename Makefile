@@ -1,0 +1,65 @@
+# setup serve test check bench clean; CONTRIBUTING.md says more.
+#
+#   make serve                          the demo model on 127.0.0.1:8000
+#   make serve MODEL=Qwen/Qwen3-0.6B ARGS="--port 9000"
+#   make test ARGS="-k scheduler"       ARGS go to pytest
+
+SHELL := /bin/bash
+MODEL ?= demo
+ARGS ?=
+VENV := .venv
+BIN := $(VENV)/bin
+
+ifndef PYTHON
+PYTHON := $(shell for candidate in python3 python3.13 python3.12 python3.11; do \
+    $$candidate -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null \
+    && echo $$candidate && break; done)
+endif
+
+RUST_SOURCES := Cargo.toml Cargo.lock $(shell find crates proto -type f \
+    \( -name '*.rs' -o -name 'Cargo.toml' -o -name '*.proto' \) 2>/dev/null)
+
+.PHONY: setup serve test check bench docs clean
+.DELETE_ON_ERROR:
+
+setup: $(VENV)/.built
+
+serve: setup
+	@exec $(BIN)/scalellm serve $(MODEL) $(ARGS)
+
+test: setup
+	@$(BIN)/python tests/run_all.py $(ARGS)
+
+check: setup
+	@$(BIN)/python tests/check_all.py
+
+bench: setup
+	@$(BIN)/python benchmarks/run.py $(ARGS)
+
+docs: setup
+	@$(BIN)/scalellm config docs > docs/settings.md
+
+clean:
+	rm -rf $(VENV) target dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	find python tests -name __pycache__ -type d -prune -exec rm -rf {} +
+	rm -f python/scalellm/_core*.so
+
+# ---------------------------------------------------------------- the environment
+
+$(VENV)/.python:
+	@test -n "$(PYTHON)" || { echo "make: needs Python 3.11 or newer; PYTHON=/path/to/python chooses one" >&2; exit 1; }
+	@command -v cargo >/dev/null || { echo "make: needs a Rust toolchain (cargo), 1.88 or newer: https://rustup.rs" >&2; exit 1; }
+	@command -v cc >/dev/null || { echo "make: needs a C compiler (cc), e.g. the package gcc" >&2; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@touch $@
+
+# maturin comes first and pinned; the project is then built without an environment of its own.
+$(VENV)/.installed: pyproject.toml constraints.txt | $(VENV)/.python
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt maturin
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt \
+	    --no-build-isolation -e '.[dev]'
+	@touch $@ $(VENV)/.built
+
+$(VENV)/.built: $(VENV)/.installed $(RUST_SOURCES)
+	$(if $(filter-out $(VENV)/.installed,$?),$(BIN)/maturin develop --release --skip-install --quiet)
+	@touch $@

@@ -1,0 +1,87 @@
+"""`scalellm engine MODEL --listen ADDR`: one replica."""
+
+import argparse
+import dataclasses
+import errno
+import signal
+from types import FrameType
+from typing import Protocol
+
+from scalellm.cli.engine_info import describe
+from scalellm.cli.flags import add_settings, resolve_arguments
+from scalellm.cli.log import set_up_logging
+from scalellm.cli.model import check_folder, resolve_model
+from scalellm.cli.progress import Progress
+from scalellm.config import EngineConfig, LogConfig, build
+from scalellm.errors import AddressInUseError, ConfigError, ServeError
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_settings(parser, "engine", positional=("model",))
+    parser.add_argument(
+        "--status-fd", type=int, metavar="FD", help="where to report the start, as JSON lines"
+    )
+
+
+def run(arguments: argparse.Namespace) -> int:
+    values = resolve_arguments(arguments)
+    config, log = build(EngineConfig, values), build(LogConfig, values)
+    set_up_logging(log)
+    progress = Progress(arguments.status_fd)
+    weights = config.load_format != "dummy"
+    folder = resolve_model(config.model, config.revision, weights)
+    check_folder(folder, needs_tokenizer=False, needs_weights=weights)
+    config = dataclasses.replace(config, model_path=folder)
+
+    import torch
+
+    from scalellm._core import EngineListener, tokenizer_digest
+    from scalellm.engine.loop import EngineLoop
+    from scalellm.executor.single import SingleExecutor
+
+    progress.done("import torch", torch.__version__)
+    executor = SingleExecutor.load(config, progress.phase)
+    progress.done("model", str(executor.device))
+    has_tokenizer = (folder / "tokenizer.json").is_file()
+    digest = tokenizer_digest(str(folder)) if has_tokenizer else ""
+    info = describe(config, executor, digest)
+    try:
+        listener = EngineListener(config.listen, info)
+    except ValueError as error:
+        raise ConfigError(f"listen: {error}") from None
+    except OSError as error:
+        taken = AddressInUseError if error.errno == errno.EADDRINUSE else ServeError
+        raise taken(f"cannot listen on {config.listen}: {error}") from None
+    progress.done("listen", listener.address)
+    loop = EngineLoop(executor, listener, config)
+    stopping = _Stopping(loop)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, stopping)
+    facts = {name: info[name] for name in ("dtype", "device", "max_model_len")}
+    kv_tokens = executor.num_blocks * executor.block_size
+    progress.ready(listener.address, facts | {"kv_tokens": kv_tokens})
+    try:
+        loop.run()
+    finally:
+        listener.close()
+        executor.close()
+    return 0
+
+
+class Stoppable(Protocol):
+    def drain(self) -> None: ...
+    def stop(self) -> None: ...
+
+
+class _Stopping:
+    """Signal handler: the first drains, the second stops."""
+
+    def __init__(self, loop: Stoppable) -> None:
+        self._loop = loop
+        self._signalled = False
+
+    def __call__(self, _number: int, _frame: FrameType | None) -> None:
+        if self._signalled:
+            self._loop.stop()
+        self._signalled = True
+        self._loop.drain()

@@ -1,0 +1,83 @@
+"""What an engine says about itself in Describe."""
+
+import hashlib
+import json
+import time
+from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from scalellm.config import EngineConfig
+
+# Raised whenever a kernel's results change in any bit: replicas of other generations do not replay
+# each other's requests.
+KERNEL_GENERATION = 1
+
+
+def weights_digest(folder: Path, load_format: str, seed: int) -> str:
+    """Hex SHA-256 that names the weights without reading them.
+
+    Over config.json and each shard's name, size and header (names, shapes, types, offsets); for
+    dummy weights over config.json and the seed.
+    """
+    digest = hashlib.sha256((folder / "config.json").read_bytes())
+    if load_format == "dummy":
+        digest.update(f"dummy {seed}".encode())
+        return digest.hexdigest()
+    for shard in sorted(folder.glob("*.safetensors")):
+        digest.update(f"{shard.name} {shard.stat().st_size} ".encode())
+        with shard.open("rb") as stream:
+            length = int.from_bytes(stream.read(8), "little")
+            digest.update(stream.read(min(length, shard.stat().st_size)))
+    return digest.hexdigest()
+
+
+def numerics_digest(parts: Mapping[str, object]) -> str:
+    """Hex SHA-256 of everything that decides a result's bits besides the weights."""
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def describe(config: EngineConfig, executor: Any, tokenizer_digest: str) -> dict[str, Any]:
+    """DescribeResponse's fields by name; `executor` is a loaded SingleExecutor."""
+    dtype = str(executor.dtype).removeprefix("torch.")
+    kv_dtype = dtype if config.kv_cache_dtype == "auto" else config.kv_cache_dtype
+    device = executor.device.type
+    return {
+        "model": config.served_model_name or config.model,
+        "model_path": str(config.model_path),
+        "tokenizer_digest": tokenizer_digest,
+        "weights_digest": weights_digest(config.model_path, config.load_format, config.seed),
+        "numerics_digest": numerics_digest(
+            {
+                "dtype": dtype,
+                "kv_cache_dtype": kv_dtype,
+                "quantization": config.quantization,
+                "device": device,
+                "torch": package_version("torch"),
+                "kernels": KERNEL_GENERATION,
+                "tensor_parallel_size": config.tensor_parallel_size,
+            }
+        ),
+        "epoch": time.time_ns(),
+        "vocab_size": executor.vocab_size,
+        "max_model_len": executor.max_model_len,
+        "max_num_seqs": config.max_num_seqs,
+        "block_size": executor.block_size,
+        "num_blocks": executor.num_blocks,
+        "tensor_parallel_size": config.tensor_parallel_size,
+        "dtype": dtype,
+        "quantization": config.quantization,
+        "kv_cache_dtype": kv_dtype,
+        "device": device,
+        "eos_token_ids": list(executor.model_config.eos_token_ids),
+        "version": package_version("scalellm"),
+    }
+
+
+def package_version(name: str) -> str:
+    """Version of an installed package, "" when it is not installed."""
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return ""

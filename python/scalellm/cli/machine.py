@@ -1,0 +1,121 @@
+"""What this machine has, found without importing torch."""
+
+import os
+import platform
+import shutil
+import subprocess
+import threading
+import time
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+_FEATURES = {  # as /proc/cpuinfo calls them (x86, Arm) -> as people do
+    "avx2": "AVX2",
+    "avx512f": "AVX-512",
+    "avx512_vnni": "AVX-512 VNNI",
+    "avx512_bf16": "AVX-512 BF16",
+    "avx_vnni": "AVX-VNNI",
+    "amx_bf16": "AMX BF16",
+    "amx_int8": "AMX INT8",
+    "asimd": "NEON",
+    "asimddp": "dot product",
+    "i8mm": "I8MM",
+    "bf16": "BF16",
+    "sve": "SVE",
+}
+_BYTES_PER_THREAD = 96 << 20
+_PASSES = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Gpu:
+    name: str
+    memory_bytes: int
+    driver: str
+
+
+def cpu_name() -> str:
+    """The processor's name as its vendor gives it."""
+    for line in _lines("/proc/cpuinfo"):
+        if line.lower().startswith("model name"):
+            return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def cpu_features() -> list[str]:
+    """The vector instructions that matter here."""
+    for line in _lines("/proc/cpuinfo"):
+        if line.lower().startswith(("flags", "features")):
+            found = set(line.partition(":")[2].split())
+            return [name for flag, name in _FEATURES.items() if flag in found]
+    return []
+
+
+def total_memory_bytes() -> int:
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def cgroup_cpu_limit(root: Path = Path("/sys/fs/cgroup")) -> float | None:
+    """Cores that a control group allows this process, or None without a limit."""
+    try:
+        quota, period = (root / "cpu.max").read_text().split()
+        return None if quota == "max" else int(quota) / int(period)
+    except (OSError, ValueError):
+        return None
+
+
+def gpus() -> list[Gpu]:
+    """NVIDIA GPUs, as nvidia-smi lists them."""
+    tool = shutil.which("nvidia-smi")
+    if tool is None:
+        return []
+    query = [tool, "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader,nounits"]
+    try:
+        done = subprocess.run(query, capture_output=True, text=True, timeout=20, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return []
+    rows = [[cell.strip() for cell in line.split(",")] for line in done.stdout.splitlines()]
+    return [Gpu(row[0], int(row[1]) << 20, row[2]) for row in rows if len(row) == 3]
+
+
+def package_version(name: str) -> str | None:
+    """Version of an installed package, without importing it."""
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def free_disk_bytes(folder: Path) -> int:
+    """Free bytes where `folder` is, or would be."""
+    existing = next(found for found in (folder, *folder.parents) if found.exists())
+    return shutil.disk_usage(existing).free
+
+
+def read_bandwidth(threads: int) -> float:
+    """Bytes per second that `threads` threads read from memory together; takes about half a second.
+
+    Each thread sums its own array, larger than its share of any cache; the best pass counts.
+    """
+    import numpy as np
+
+    count = _BYTES_PER_THREAD // 8
+    arrays = [np.ones(count, dtype=np.int64) for _ in range(threads)]
+    best_s = float("inf")
+    for _ in range(_PASSES):
+        workers = [threading.Thread(target=array.sum) for array in arrays]
+        started_s = time.perf_counter()
+        for worker in workers:
+            worker.start()
+        for worker in workers:
+            worker.join()
+        best_s = min(best_s, time.perf_counter() - started_s)
+    return threads * count * 8 / best_s
+
+
+def _lines(path: str) -> list[str]:
+    try:
+        return Path(path).read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return []

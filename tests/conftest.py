@@ -1,0 +1,60 @@
+"""What tests may need of a machine. Leaving a test out is a skip that says why.
+
+    @pytest.mark.needs("gpu")
+
+skips where there is none, with the reason "needs gpu: ...", and fails where SCALELLM_REQUIRE names
+it (`SCALELLM_REQUIRE=gpu,chromium`, or `all`).
+"""
+
+import os
+from collections.abc import Callable, Generator
+from pathlib import Path
+
+import pytest
+
+
+def _gpu() -> str | None:
+    return None if Path("/dev/nvidia0").exists() else "no NVIDIA device"
+
+
+def _two_cores() -> str | None:
+    cores = len(os.sched_getaffinity(0))
+    return None if cores >= 2 else f"{cores} core"
+
+
+# What a test may need -> why it is not there, or None.
+PROBES: dict[str, Callable[[], str | None]] = {"gpu": _gpu, "two-cores": _two_cores}
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "needs(name): left out where the machine has no such thing")
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    for mark in item.iter_markers("needs"):
+        name = mark.args[0]
+        if (reason := PROBES[name]()) is not None:
+            pytest.skip(f"needs {name}: {reason}")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    report = yield
+    if report.skipped and not hasattr(report, "wasxfail") and is_required(_reason(report)):
+        report.outcome = "failed"
+        report.longrepr = f"left out, but SCALELLM_REQUIRE wants it: {_reason(report)}"
+    return report
+
+
+def _reason(report: pytest.TestReport) -> str:
+    found = report.longrepr
+    text = str(found[2]) if isinstance(found, tuple) else str(found)
+    return text.removeprefix("Skipped: ")
+
+
+def is_required(reason: str) -> bool:
+    """Whether SCALELLM_REQUIRE forbids leaving out a test for this reason."""
+    wanted = {name.strip() for name in os.environ.get("SCALELLM_REQUIRE", "").split(",")}
+    words = reason.split()
+    needed = words[1].rstrip(":") if len(words) > 1 and words[0] == "needs" else ""
+    return "all" in wanted or (needed in wanted and needed != "")

@@ -1,0 +1,108 @@
+"""From settings to commands, files and addresses."""
+
+import argparse
+import socket
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from scalellm.cli.flags import add_settings, resolve_arguments
+from scalellm.config import (
+    DeploymentConfig,
+    EngineConfig,
+    GatewayConfig,
+    LogConfig,
+    ServeConfig,
+    build,
+)
+from scalellm.controller.deployment import free_port, plan_deployment
+from scalellm.controller.runtime_folder import make_runtime_folder
+from scalellm.errors import AddressInUseError, ServeError
+
+
+def serve_config(**engine: object) -> ServeConfig:
+    return ServeConfig(
+        engine=EngineConfig(**engine),
+        gateway=GatewayConfig(api_key=('k"1', "k2\x7f\U0001f600"), host="0.0.0.0"),
+        deployment=DeploymentConfig(replicas=2, drain_timeout_s=7),
+        log=LogConfig(log_format="json"),
+    )
+
+
+def test_an_engine_gets_exactly_what_serve_resolved(tmp_path: Path) -> None:
+    config = serve_config(
+        model="demo", max_num_seqs=9, enable_prefix_caching=False, kv_cache_memory_bytes=1 << 20
+    )
+    plan = plan_deployment(config, tmp_path / "model", 8123, tmp_path)
+    address, command = plan.engines["engine-1"]
+    arguments = command.arguments[command.arguments.index("engine") + 1 :]
+    parser = argparse.ArgumentParser()
+    add_settings(parser, "engine", positional=("model",))
+    # an environment that says otherwise does not matter
+    values = resolve_arguments(parser.parse_args(arguments), {"SCALELLM_MAX_NUM_SEQS": "3"})
+    engine = build(EngineConfig, values)
+    assert engine.model == str(tmp_path / "model")
+    assert engine.served_model_name == "demo"
+    assert engine.max_num_seqs == 9
+    assert engine.enable_prefix_caching is False
+    assert engine.kv_cache_memory_bytes == 1 << 20
+    assert engine.listen == address == f"unix:{tmp_path}/engine-1.sock"
+    assert engine.cpu_threads is not None
+    assert values["log_format"].value == "json"
+    assert plan.url == "http://127.0.0.1:8123"
+
+
+def test_the_gateways_file_is_private_toml(tmp_path: Path) -> None:
+    template = tmp_path / "t.jinja"
+    config = serve_config(model="demo", max_model_len=77)
+    plan_deployment(config, tmp_path / "model", 8123, tmp_path)
+    file = tmp_path / "gateway.toml"
+    assert file.stat().st_mode & 0o777 == 0o600
+    found = tomllib.loads(file.read_text(encoding="utf-8"))
+    assert found["port"] == 8123
+    assert found["api_keys"] == ['k"1', "k2\x7f\U0001f600"]
+    assert found["drain_timeout_s"] == 7
+    assert found["models"] == [
+        {
+            "name": "demo",
+            "path": str(tmp_path / "model"),
+            "replicas": [f"unix:{tmp_path}/engine-{i}.sock" for i in range(2)],
+            "max_model_len": 77,
+        }
+    ]
+    assert not template.exists()
+
+
+def test_a_taken_port_is_said_at_once() -> None:
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        with pytest.raises(AddressInUseError, match=f"port {port} of 127.0.0.1 is taken"):
+            free_port("127.0.0.1", port)
+    assert free_port("127.0.0.1", port) == port
+
+
+def test_port_zero_is_any_free_one() -> None:
+    assert free_port("127.0.0.1", 0) > 0
+
+
+def test_an_address_that_is_not_ours_is_refused() -> None:
+    with pytest.raises(ServeError, match="cannot listen on 192"):
+        free_port("192.0.2.1", 8000)
+
+
+def test_the_runtime_folder_is_private_and_short(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
+    folder = make_runtime_folder()
+    assert folder.stat().st_mode & 0o777 == 0o700
+    deep = tmp_path / ("d" * 100)
+    deep.mkdir()
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(deep))
+    shorter = make_runtime_folder()
+    assert len(str(shorter / "engine-1023.sock")) <= 107
+    assert list(deep.iterdir()) == []
+    shorter.rmdir()
