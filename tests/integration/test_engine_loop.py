@@ -1,0 +1,418 @@
+"""The loop on its threads, with an executor that reads what the KV blocks hold."""
+
+import itertools
+import math
+import queue
+import random
+import threading
+import time
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from scalellm.config import EngineConfig
+from scalellm.engine.local import LocalListener, LocalSubmission
+from scalellm.engine.loop import SIGN_OF_LIFE_S, EngineLoop
+from scalellm.errors import EngineError
+from scalellm.executor.batch import Batch
+
+VOCAB = 61
+EOS = 0
+CONFIG = EngineConfig(max_num_seqs=16, max_num_batched_tokens=64, cpu_threads=1)
+
+
+def next_token(context: Sequence[int]) -> int:
+    return zlib.crc32(repr(list(context)).encode()) % VOCAB
+
+
+def continuation(prompt: Sequence[int], count: int) -> list[int]:
+    context = list(prompt)
+    while len(context) < len(prompt) + count:
+        context.append(next_token(context))
+        if context[-1] == EOS:
+            break
+    return context[len(prompt) :]
+
+
+class TableExecutor:
+    """Its logits are one-hot: a function of the ids that it finds in the blocks."""
+
+    max_model_len = 200
+    device = torch.device("cpu")
+    vocab_size = VOCAB
+    model_config = SimpleNamespace(eos_token_ids=(EOS,))
+
+    def __init__(self, num_blocks: int = 64, block_size: int = 4) -> None:
+        self.num_blocks = num_blocks
+        self.block_size = block_size
+        self.memory = [[-1] * block_size for _ in range(num_blocks)]
+        self.before: Callable[[Batch], None] = lambda _batch: None
+        self.steps = 0
+
+    def forward(self, batch: Batch) -> torch.Tensor:
+        self.steps += 1
+        self.before(batch)
+        rows = []
+        for span in batch.spans:
+            for position, token in enumerate(span.token_ids, span.start):
+                self._block(span, position)[position % self.block_size] = token
+            end = span.start + len(span.token_ids)
+            held = [self._block(span, i)[i % self.block_size] for i in range(end)]
+            rows += [next_token(held[: end - i]) for i in reversed(range(span.num_logits))]
+        logits = torch.full((len(rows), VOCAB), -5.0)
+        logits[range(len(rows)), rows] = 5.0
+        return logits
+
+    def _block(self, span: Any, position: int) -> list[int]:
+        return self.memory[span.block_table[position // self.block_size]]
+
+
+class RecordingListener(LocalListener):
+    """Keeps what the loop gave it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.signs: list[float] = []
+        self.stored: list[tuple[bytes, bytes]] = []
+        self.removed: list[bytes] = []
+        self.snapshots: list[list[tuple[bytes, bytes]]] = []
+        self.calibrated: queue.SimpleQueue[tuple[int, list[float]]] = queue.SimpleQueue()
+        self.drained = threading.Event()
+
+    def emit(self, outputs: Sequence[tuple[Any, ...]], load: tuple[Any, ...]) -> None:
+        self.signs.append(time.monotonic())
+        super().emit(outputs, load)
+
+    def emit_kv(
+        self, stored: Sequence[tuple[bytes, bytes]], removed: Sequence[bytes], snapshot: bool
+    ) -> None:
+        if snapshot:
+            self.snapshots.append(list(stored))
+        else:
+            self.stored += stored
+            self.removed += removed
+
+    def answer_calibrate(self, ticket: int, step_ms: Sequence[float]) -> None:
+        self.calibrated.put((ticket, list(step_ms)))
+
+    def drain(self) -> None:
+        self.drained.set()
+
+    def command(self, name: str, value: Any = None) -> None:
+        with self._arrived:
+            self._commands.append((name, value))
+            self._arrived.notify()
+
+
+class Engine:
+    """A loop on a thread, and a way to wait for results."""
+
+    def __init__(self, loop: EngineLoop, listener: RecordingListener) -> None:
+        self.loop = loop
+        self.listener = listener
+        self.outbox: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        self.outputs: dict[int, list[tuple[Any, ...]]] = {}
+        self.failure: BaseException | None = None
+        self.thread = threading.Thread(target=self._run)
+        self.thread.start()
+
+    def _run(self) -> None:
+        try:
+            self.loop.run()
+        except EngineError as error:
+            self.failure = error
+        finally:
+            self.listener.end()
+
+    def submit(self, prompt: Sequence[int], max_tokens: int, **more: Any) -> int:
+        key = self.listener.next_key()
+        fields = {"temperature": 0.0, "seed": 1, **more}
+        submission = LocalSubmission(key, list(prompt), max_tokens, **fields)
+        self.listener.submit([submission], self.outbox)
+        self.outputs[key] = []
+        return key
+
+    def take(self) -> tuple[Any, ...]:
+        output: tuple[Any, ...] = self.outbox.get(timeout=30)
+        self.outputs[output[0]].append(output)
+        return output
+
+    def finish(self, *keys: int) -> None:
+        while any(not self.outputs[k] or self.outputs[k][-1][2] is None for k in keys):
+            self.take()
+
+    def ids(self, key: int) -> list[int]:
+        return [token for output in self.outputs[key] for token in output[1]]
+
+    def reason(self, key: int) -> str | None:
+        return self.outputs[key][-1][2]
+
+
+@contextmanager
+def running(
+    executor: TableExecutor, config: EngineConfig = CONFIG, **more: Any
+) -> Iterator[Engine]:
+    listener = RecordingListener()
+
+    def check(scheduler: Any) -> None:
+        scheduler.check_integrity()
+
+    engine = Engine(EngineLoop(executor, listener, config, after_step=check, **more), listener)
+    try:
+        yield engine
+    finally:
+        engine.loop.stop()
+        engine.thread.join(timeout=30)
+        assert not engine.thread.is_alive()
+
+
+def test_many_requests_at_once_each_get_their_own_continuation() -> None:
+    rng = random.Random(1)
+    executor = TableExecutor(num_blocks=60)
+    with running(executor) as engine:
+        wanted = {}
+        for _ in range(80):
+            prompt = [rng.randrange(1, VOCAB) for _ in range(rng.randrange(1, 60))]
+            wanted[engine.submit(prompt, 30)] = continuation(prompt, 30)
+        engine.finish(*wanted)
+        for key, expected in wanted.items():
+            assert engine.ids(key) == expected
+            assert engine.reason(key) == ("eos" if expected[-1] == EOS else "length")
+        assert engine.loop.scheduler.kv.num_used == 0
+        running_now, waiting, backlog, used, total, step_ms, *_ = engine.listener.load
+        assert (running_now, waiting, backlog, used, total) == (0, 0, 0, 0, 60) and step_ms > 0
+
+
+def test_prompts_longer_than_a_step_and_preempted_requests_continue_exactly() -> None:
+    executor = TableExecutor(num_blocks=50)
+    with running(executor) as engine:
+        prompts = [[n + 1] * 90 for n in range(8)]
+        keys = [engine.submit(prompt, 60, ignore_eos=True) for prompt in prompts]
+        engine.finish(*keys)
+        assert engine.loop.scheduler.num_preemptions > 0
+        for key, prompt in zip(keys, prompts, strict=True):
+            context = list(prompt)
+            for _ in range(60):
+                context.append(next_token(context))
+            assert engine.ids(key) == context[90:]
+
+
+def test_cancelling_gives_the_blocks_back_and_answers() -> None:
+    with running(TableExecutor()) as engine:
+        keys = [engine.submit([n + 1, 2, 3], 150, ignore_eos=True) for n in range(10)]
+        while len(engine.ids(keys[0])) < 5:
+            engine.take()
+        for key in keys[::2]:
+            engine.listener.command("cancel", key)
+        engine.finish(*keys)
+        assert [engine.reason(key) for key in keys] == ["cancelled", "length"] * 5
+        assert engine.loop.scheduler.kv.num_used == 0
+
+
+def test_an_idle_loop_gives_signs_of_life() -> None:
+    with running(TableExecutor()) as engine:
+        time.sleep(1.0)
+        signs = engine.listener.signs
+        gaps = [after - before for before, after in itertools.pairwise(signs)]
+        assert len(gaps) >= 4 and max(gaps) < SIGN_OF_LIFE_S + 0.3
+
+
+def test_a_long_step_gives_signs_of_life_and_takes_in_meanwhile() -> None:
+    release = threading.Event()
+    executor = TableExecutor()
+    executor.before = lambda _batch: assert_(release.wait(30))
+    with running(executor) as engine:
+        first = engine.submit([5], 1)
+        wait_until(lambda: executor.steps == 1)
+        second = engine.submit([6], 1)
+        wait_until(lambda: engine.listener.load[1] == 1)
+        signs = len(engine.listener.signs)
+        wait_until(lambda: len(engine.listener.signs) > signs + 2)
+        release.set()
+        engine.finish(first, second)
+
+
+def test_a_hung_step_falls_silent(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("scalellm.engine.loop._HUNG_UNPREDICTED_S", 0.3)
+    release = threading.Event()
+    executor = TableExecutor()
+    executor.before = lambda _batch: assert_(release.wait(30))
+    with running(executor) as engine:
+        key = engine.submit([5], 1)
+        wait_until(lambda: executor.steps == 1)
+        wait_until(lambda: time.monotonic() - engine.listener.signs[-1] > 3 * SIGN_OF_LIFE_S)
+        release.set()
+        engine.finish(key)
+
+
+def test_a_failing_step_ends_its_requests_and_the_loop_lives_on() -> None:
+    executor = TableExecutor()
+
+    def fail(batch: Batch) -> None:
+        if any(13 in span.token_ids for span in batch.spans):
+            raise RuntimeError("bad batch")
+
+    executor.before = fail
+    with running(executor) as engine:
+        bad = engine.submit([13, 1], 5)
+        engine.finish(bad)
+        assert "could not compute a step: RuntimeError: bad batch" in engine.outputs[bad][-1][8]
+        good = engine.submit([3, 1], 1)
+        engine.finish(good)
+        assert engine.ids(good) == continuation([3, 1], 1)
+
+
+def test_steps_that_fail_again_and_again_end_the_engine() -> None:
+    executor = TableExecutor()
+
+    def fail(_batch: Batch) -> None:
+        raise RuntimeError("the device is gone")
+
+    executor.before = fail
+    with running(executor) as engine:
+        for _ in range(5):
+            engine.finish(engine.submit([1], 1))
+        engine.thread.join(30)
+        assert "5 steps in a row failed; the last: the device is gone" in str(engine.failure)
+
+
+def test_logits_that_are_not_numbers_end_that_request_alone() -> None:
+    class Poisoned(TableExecutor):
+        def forward(self, batch: Batch) -> torch.Tensor:
+            logits = super().forward(batch)
+            for row, span in enumerate(batch.spans):
+                if 13 in span.token_ids:
+                    logits[row] = math.nan
+            return logits
+
+    with running(Poisoned()) as engine:
+        bad = engine.submit([13], 5)
+        good = engine.submit([3], 5)
+        engine.finish(bad, good)
+        assert engine.reason(bad) == "error" and "not finite" in engine.outputs[bad][-1][8]
+        assert engine.ids(good) == continuation([3], 5)
+
+
+def test_stop_ids_and_the_stage_times_are_reported() -> None:
+    prompt = [7, 8]
+    stop = continuation(prompt, 4)[3]
+    with running(TableExecutor()) as engine:
+        key = engine.submit(prompt, 50, ignore_eos=True, stop_token_ids=[stop])
+        engine.finish(key)
+        *_, last = engine.outputs[key]
+        assert engine.reason(key) == "stop_token" and last[7] == stop
+        queued, scheduled, first_token, finished, preemptions, steps = last[6]
+        assert 0 < queued <= scheduled <= first_token <= finished
+        assert (preemptions, steps) == (0, len(engine.ids(key)))
+        assert engine.outputs[key][0][6] is not None
+
+
+def test_logprobs_of_output_and_prompt_have_one_entry_a_token() -> None:
+    prompt = [4, 9] * 50
+    with running(TableExecutor()) as engine:
+        key = engine.submit(prompt, 3, logprobs=2, prompt_logprobs=1, ignore_eos=True)
+        engine.finish(key)
+        outputs = engine.outputs[key]
+        assert [[entry[0] for entry in output[4]] for output in outputs] == [
+            output[1] for output in outputs
+        ]
+        assert all(
+            entry[2] == 1 and len(entry[3]) == 2 for output in outputs for entry in output[4]
+        )
+        entries = outputs[0][5]
+        assert entries[0] is None and [entry[0] for entry in entries[1:]] == prompt[1:]
+        for position, entry in enumerate(entries[1:], 1):
+            assert entry[3] == [next_token(prompt[:position])]
+        assert all(output[5] is None for output in outputs[1:])
+
+
+def test_sampling_with_a_seed_repeats_and_resumes() -> None:
+    class Flat(TableExecutor):
+        def forward(self, batch: Batch) -> torch.Tensor:
+            return super().forward(batch) * 0.1
+
+    with running(Flat()) as engine:
+        sampled = {"temperature": 1.0, "seed": 77, "ignore_eos": True}
+        first = engine.submit([3], 20, **sampled)
+        neighbour = engine.submit([3], 20, **{**sampled, "choice": 1})
+        engine.finish(first, neighbour)
+        again = engine.submit([3], 20, **sampled)
+        resumed = engine.submit([3], 20, **sampled, resume_ids=engine.ids(first)[:9])
+        engine.finish(again, resumed)
+        assert engine.ids(first) == engine.ids(again) != engine.ids(neighbour)
+        assert engine.ids(resumed) == engine.ids(first)[9:]
+
+
+def test_a_deadline_ends_a_request_that_waits() -> None:
+    with running(TableExecutor()) as engine:
+        key = engine.submit([1], 190, ignore_eos=True, deadline_us=time.time_ns() // 1000 - 1)
+        engine.finish(key)
+        assert engine.reason(key) == "deadline"
+
+
+def test_draining_finishes_what_runs_then_ends() -> None:
+    with running(TableExecutor()) as engine:
+        keys = [engine.submit([n + 1], 100, ignore_eos=True) for n in range(4)]
+        engine.take()
+        engine.loop.drain()
+        engine.finish(*keys)
+        engine.thread.join(30)
+        assert not engine.thread.is_alive() and engine.listener.drained.is_set()
+        assert all(len(engine.ids(key)) == 100 for key in keys)
+
+
+def test_draining_has_a_bound() -> None:
+    executor = TableExecutor()
+    executor.before = lambda _batch: time.sleep(0.05)
+    with running(executor, drain_timeout_s=0.2) as engine:
+        key = engine.submit([1], 190, ignore_eos=True)
+        engine.take()
+        engine.listener.command("drain")
+        engine.finish(key)
+        assert engine.outputs[key][-1][8] == "the engine stopped before the request was finished"
+
+
+def test_stop_cancels_everything_and_ends() -> None:
+    with running(TableExecutor()) as engine:
+        key = engine.submit([1], 190, ignore_eos=True)
+        engine.take()
+        engine.listener.command("stop")
+        engine.finish(key)
+        engine.thread.join(30)
+        assert engine.reason(key) in ("cancelled", "length") and not engine.thread.is_alive()
+
+
+def test_kv_events_and_snapshot_name_the_same_blocks() -> None:
+    with running(TableExecutor()) as engine:
+        key = engine.submit(range(1, 14), 1)
+        engine.finish(key)
+        engine.listener.command("kv_snapshot")
+        wait_until(lambda: bool(engine.listener.snapshots))
+        assert sorted(engine.listener.snapshots[0]) == sorted(engine.listener.stored)
+        assert len(engine.listener.stored) == 3 and engine.listener.stored[0][0] == b""
+        assert engine.listener.removed == []
+
+
+def test_calibration_times_the_shapes_that_fit() -> None:
+    executor = TableExecutor()
+    with running(executor) as engine:
+        engine.listener.command("calibrate", (9, [(4, 8, 0), (0, 0, 32), (2, 5, 10), (500, 1, 1)]))
+        ticket, times_ms = engine.listener.calibrated.get(timeout=30)
+        assert ticket == 9 and all(ms > 0 for ms in times_ms[:3]) and math.isnan(times_ms[3])
+        assert engine.loop.scheduler.kv.num_used == 0
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
+def assert_(held: bool) -> None:
+    assert held
