@@ -294,9 +294,9 @@ def _is_ids(given: Sequence[Any]) -> bool:
 def _folder(config: EngineConfig) -> Path:
     if config.model == "demo":
         return Path(str(resources.files("scalellm.demo") / "model"))
-    from scalellm.loader.hub import resolve
+    from scalellm.loader.hub import resolve_model
 
-    return resolve(config.model, config.revision, weights=config.load_format != "dummy")
+    return resolve_model(config.model, config.revision, weights=config.load_format != "dummy")
 
 
 def _tokenizer(folder: Path) -> "Tokenizer | None":
