@@ -26,3 +26,6 @@ pub use model::{MAX_TEXT_BYTES, TextModel, tokenizer_digest};
 pub use output::{OutputText, Piece};
 pub use stop::StopMatcher;
 pub use template::ChatOptions;
+
+#[cfg(test)]
+mod tests;
