@@ -129,6 +129,9 @@ impl RequestEnd {
     }
 }
 
+/// Asked every few seconds by whoever watches the gateway; logged only when they fail.
+const PROBES: [&str; 3] = ["/health", "/ready", "/metrics"];
+
 impl Drop for RequestEnd {
     fn drop(&mut self) {
         let record = &self.record;
@@ -166,7 +169,11 @@ impl Drop for RequestEnd {
                     .observe_us(decode_us / (progress.longest_choice_tokens - 1));
             }
         });
+        let quiet = outcome == "ok" && PROBES.contains(&record.path.as_ref());
         record.update(|progress| {
+            if quiet {
+                return;
+            }
             tracing::info!(
                 target: "access",
                 request_id = record.id,
