@@ -41,7 +41,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     progress.done("import torch", torch.__version__)
     executor = SingleExecutor.load(config, progress.phase)
-    progress.done("model", str(executor.device))
+    progress.restart()
     has_tokenizer = (folder / "tokenizer.json").is_file()
     digest = tokenizer_digest(str(folder)) if has_tokenizer else ""
     info = describe(config, executor, digest)

@@ -25,6 +25,10 @@ class Progress:
         self.phase(phase, now - self._phase_s, detail)
         self._phase_s = now
 
+    def restart(self) -> None:
+        """The next phase begins now; what came before has reported itself."""
+        self._phase_s = time.monotonic()
+
     def phase(self, phase: str, seconds: float, detail: str = "") -> None:
         if self._status_fd is not None:
             self._send({"phase": phase, "seconds": seconds, "detail": detail})

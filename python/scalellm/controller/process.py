@@ -98,6 +98,9 @@ class Controller:
 
     def _look_at_gateway(self) -> None:
         now = time.monotonic()
+        all_ready = all(found["ready"] for found in self._facts.values())
+        if self._gateway_heard and not self._serving and not all_ready:
+            return
         answer = get(self._url, "/metrics" if self._serving else "/health")
         if answer is None:
             self._missed_since_s.clear()  # it is the gateway that is not there
@@ -109,10 +112,10 @@ class Controller:
         self._gateway_heard_s = now
         if not self._gateway_heard:
             self._gateway_heard = True
-            self._order({"type": "phase", "name": "gateway listening, tokenizer loaded"})
+            self._order({"type": "gateway_listening"})
         if self._serving:
             self._note_states(replica_states(parse_metrics(answer.body)))
-        elif all(found["ready"] for found in self._facts.values()):
+        elif all_ready:
             ready = get(self._url, "/ready")
             if ready is not None and ready.status == 200:
                 self._serving = True

@@ -260,8 +260,9 @@ class Supervisor:
             kind = order.get("type")
             if self._phase >= Phase.DRAINING:
                 continue
-            if kind == "phase":
-                self._report.phase(str(order["name"]), self._report.elapsed_s())
+            if kind == "gateway_listening" and self._gateway.child is not None:
+                taken_s = time.monotonic() - self._gateway.child.started_s
+                self._report.phase("gateway: tokenizer, listen", taken_s, self._plan.url)
             elif kind == "serving" and self._phase is Phase.STARTING:
                 self._phase = Phase.SERVING
                 self._report.ready(self._plan.url, self._ready_facts())
