@@ -11,6 +11,7 @@ use tokio::net::{TcpStream, UnixStream};
 use tonic::transport::{Channel, Endpoint, Uri};
 
 use super::config::ReplicaConfig;
+use super::socket::{Link, Socket};
 use crate::address::Address;
 
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -39,20 +40,27 @@ impl From<io::Error> for ConnectError {
     }
 }
 
-trait Socket: AsyncRead + AsyncWrite + Send + Unpin {}
-impl<T: AsyncRead + AsyncWrite + Send + Unpin> Socket for T {}
-
 /// Windows large enough that a step's frame or a prompt's chunk never waits for an update.
 const STREAM_WINDOW_BYTES: u32 = 4 << 20;
 const CONNECTION_WINDOW_BYTES: u32 = 8 << 20;
 
 /// Connects one socket and makes a channel of it. The channel never reconnects by itself, so that the session
-/// knows what became of its peer.
+/// knows what became of its peer; it ends with its link.
 pub(super) async fn open(
     address: &Address,
     config: &ReplicaConfig,
-) -> Result<Channel, ConnectError> {
-    match tokio::time::timeout(config.connect_timeout, connect(address, config)).await {
+) -> Result<(Channel, Link), ConnectError> {
+    let connected = async {
+        match address {
+            Address::Unix(path) => over(UnixStream::connect(path).await?, config).await,
+            Address::Tcp(host_port) => {
+                let socket = TcpStream::connect(host_port.as_str()).await?;
+                socket.set_nodelay(true)?;
+                over(socket, config).await
+            }
+        }
+    };
+    match tokio::time::timeout(config.connect_timeout, connected).await {
         Ok(result) => result,
         Err(_) => Err(ConnectError::Failed(format!(
             "no connection within {:?}",
@@ -61,21 +69,17 @@ pub(super) async fn open(
     }
 }
 
-async fn connect(address: &Address, config: &ReplicaConfig) -> Result<Channel, ConnectError> {
-    let socket: Box<dyn Socket> = match address {
-        Address::Unix(path) => Box::new(UnixStream::connect(path).await?),
-        Address::Tcp(host_port) => {
-            let socket = TcpStream::connect(host_port.as_str()).await?;
-            socket.set_nodelay(true)?;
-            Box::new(socket)
-        }
-    };
+async fn over<T>(socket: T, config: &ReplicaConfig) -> Result<(Channel, Link), ConnectError>
+where
+    T: AsyncRead + AsyncWrite + Send + Unpin + 'static,
+{
+    let (socket, link) = Socket::new(socket);
     let only_once = Arc::new(Mutex::new(Some(TokioIo::new(socket))));
     let connector = tower::service_fn(move |_: Uri| {
         let socket = only_once.lock().take();
         async move { socket.ok_or_else(|| io::Error::from(io::ErrorKind::NotConnected)) }
     });
-    Endpoint::from_static("http://engine")
+    let channel = Endpoint::from_static("http://engine")
         .initial_stream_window_size(STREAM_WINDOW_BYTES)
         .initial_connection_window_size(CONNECTION_WINDOW_BYTES)
         .http2_keep_alive_interval(config.keepalive_interval)
@@ -83,7 +87,8 @@ async fn connect(address: &Address, config: &ReplicaConfig) -> Result<Channel, C
         .keep_alive_while_idle(true)
         .connect_with_connector(connector)
         .await
-        .map_err(|error| ConnectError::Failed(full_message(&error)))
+        .map_err(|error| ConnectError::Failed(full_message(&error)))?;
+    Ok((channel, link))
 }
 
 /// An error with its causes.

@@ -6,6 +6,7 @@ mod kv_view;
 mod replica;
 mod session;
 mod shared;
+mod socket;
 mod stream;
 mod table;
 

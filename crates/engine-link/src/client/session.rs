@@ -17,6 +17,7 @@ use tonic::Streaming;
 use super::connect::{Backoff, ConnectError, full_message, open};
 use super::replica::Replica;
 use super::shared::{Shared, SlotState};
+use super::socket::Link;
 use super::table::Table;
 use crate::proto::engine_client::EngineClient;
 use crate::proto::{self, FromEngine};
@@ -37,6 +38,12 @@ enum End {
     /// The engine does not speak or does not make sense: nothing to come back to.
     Lost(String),
     Stopped,
+}
+
+/// One stream, and the connection that carries nothing else.
+struct Inbound {
+    frames: Streaming<FromEngine>,
+    _link: Link,
 }
 
 /// Between attempts to reattach, so that a listener which is just closing is not hammered.
@@ -91,7 +98,7 @@ impl SessionTask {
     /// Serves a session over all its streams. `None` if the replica stops.
     async fn serve_until_lost(
         &mut self,
-        mut inbound: Streaming<FromEngine>,
+        mut inbound: Inbound,
         stopped: &mut watch::Receiver<bool>,
     ) -> Option<()> {
         loop {
@@ -128,13 +135,13 @@ impl SessionTask {
         }
     }
 
-    async fn open_new(&mut self) -> Result<Streaming<FromEngine>, ConnectError> {
+    async fn open_new(&mut self) -> Result<Inbound, ConnectError> {
         self.session_id = format!("{:032x}", rand::random::<u128>());
         self.last_sequence = 0;
         self.open(None).await
     }
 
-    async fn reattach(&mut self) -> Result<Streaming<FromEngine>, ConnectError> {
+    async fn reattach(&mut self) -> Result<Inbound, ConnectError> {
         let deadline = Instant::now() + self.shared.config.reattach_within;
         loop {
             let attempt =
@@ -156,12 +163,9 @@ impl SessionTask {
     }
 
     /// Opens a stream up to its Welcome. With `last_sequence` the engine must still know the session.
-    async fn open(
-        &mut self,
-        last_sequence: Option<u64>,
-    ) -> Result<Streaming<FromEngine>, ConnectError> {
+    async fn open(&mut self, last_sequence: Option<u64>) -> Result<Inbound, ConnectError> {
         let config = &self.shared.config;
-        let channel = open(&self.shared.address, config).await?;
+        let (channel, link) = open(&self.shared.address, config).await?;
         let mut client =
             EngineClient::new(channel).max_decoding_message_size(config.max_frame_bytes);
         let hello = proto::Hello {
@@ -175,11 +179,11 @@ impl SessionTask {
                 .describe(proto::DescribeRequest {})
                 .await?
                 .into_inner();
-            let mut inbound = client.session(outgoing).await?.into_inner();
-            let first = inbound.message().await?;
-            Ok::<_, tonic::Status>((info, inbound, first))
+            let mut frames = client.session(outgoing).await?.into_inner();
+            let first = frames.message().await?;
+            Ok::<_, tonic::Status>((info, frames, first))
         };
-        let (info, inbound, first) =
+        let (info, frames, first) =
             match tokio::time::timeout(config.connect_timeout, greeting).await {
                 Ok(Ok(answers)) => answers,
                 Ok(Err(status)) => return Err(ConnectError::Failed(full_message(&status))),
@@ -220,15 +224,14 @@ impl SessionTask {
             self.shared.kv.lock().reset();
             self.table.request_kv_snapshot();
         }
-        Ok(inbound)
+        Ok(Inbound {
+            frames,
+            _link: link,
+        })
     }
 
     /// Distributes frames. Never waits for a request.
-    async fn serve(
-        &mut self,
-        inbound: &mut Streaming<FromEngine>,
-        stopped: &mut watch::Receiver<bool>,
-    ) -> End {
+    async fn serve(&mut self, inbound: &mut Inbound, stopped: &mut watch::Receiver<bool>) -> End {
         let config = &self.shared.config;
         let (peer_silence, ack_frames) = (config.peer_silence, config.ack_frames.max(1));
         let period = config
@@ -247,7 +250,7 @@ impl SessionTask {
                     self.say_goodbye(inbound).await;
                     return End::Stopped;
                 }
-                frame = inbound.message() => match frame {
+                frame = inbound.frames.message() => match frame {
                     Ok(Some(frame)) => {
                         last_frame = Instant::now();
                         silent_ticks = 0;
@@ -312,9 +315,9 @@ impl SessionTask {
     }
 
     /// Cancels what is left and waits a moment for the engine to close its side.
-    async fn say_goodbye(&self, inbound: &mut Streaming<FromEngine>) {
+    async fn say_goodbye(&self, inbound: &mut Inbound) {
         self.table.close("the gateway has shut down");
-        let ended = async { while let Ok(Some(_)) = inbound.message().await {} };
+        let ended = async { while let Ok(Some(_)) = inbound.frames.message().await {} };
         if tokio::time::timeout(Replica::GOODBYE, ended).await.is_err() {
             tracing::debug!(engine = %self.shared.address, slot = self.slot, "the engine did not answer the goodbye");
         }
