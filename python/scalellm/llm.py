@@ -12,7 +12,7 @@ import json
 import queue
 import secrets
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import replace
 from importlib import resources
 from pathlib import Path
@@ -94,7 +94,7 @@ class LLM:
         self,
         prompt: TextOrIds | Sequence[Message],
         sampling_params: SamplingParams | None = None,
-    ) -> Iterator[str]:
+    ) -> Generator[str, None, None]:
         """The text of one answer, piece by piece. Leaving the iterator cancels the request."""
         params = sampling_params if sampling_params is not None else SamplingParams()
         if params.n != 1:
@@ -225,7 +225,7 @@ class LLM:
             self._engine.listener.cancel([key])
         return generation.finished and not was_finished
 
-    def _pieces(self, prompt: Prompt, params: SamplingParams) -> Iterator[str]:
+    def _pieces(self, prompt: Prompt, params: SamplingParams) -> Generator[str, None, None]:
         outbox: Outbox = queue.SimpleQueue()
         generation, submissions = self._begin(prompt, params)
         self._engine.listener.submit(submissions, outbox)
