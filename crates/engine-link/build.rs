@@ -8,6 +8,8 @@ fn main() -> Result<(), Box<dyn Error>> {
     println!("cargo::rerun-if-changed={contract}");
     println!("cargo::rerun-if-changed=build.rs");
     let descriptors = protox::compile([contract], [include])?;
-    tonic_prost_build::configure().compile_fds(descriptors)?;
+    tonic_prost_build::configure()
+        .boxed(".scalellm.engine.v1.ToEngine.message.submit")
+        .compile_fds(descriptors)?;
     Ok(())
 }

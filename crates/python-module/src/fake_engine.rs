@@ -15,8 +15,11 @@ pub fn register(module: &Bound<'_, PyModule>) -> PyResult<()> {
 /// ValueError on a bad address or bad settings.
 #[pyfunction]
 fn run_fake_engine(py: Python<'_>, address: &str, settings_json: &str) -> PyResult<()> {
-    let address: Address = address.parse().map_err(|error| PyValueError::new_err(format!("{error}")))?;
-    let settings = Settings::from_json(settings_json).map_err(|error| PyValueError::new_err(error.to_string()))?;
+    let address: Address = address
+        .parse()
+        .map_err(|error| PyValueError::new_err(format!("{error}")))?;
+    let settings = Settings::from_json(settings_json)
+        .map_err(|error| PyValueError::new_err(error.to_string()))?;
     let engine = py
         .detach(|| FakeEngine::start(&address, settings))
         .map_err(|error| PyOSError::new_err(error.to_string()))?;

@@ -62,7 +62,10 @@ impl Submission {
     fn new(py: Python<'_>, received: LinkSubmission) -> PyResult<Self> {
         let submit = received.submit;
         let sampling = submit.sampling.unwrap_or_default();
-        let biases = sampling.logit_bias.iter().map(|entry| (entry.token_id, entry.bias));
+        let biases = sampling
+            .logit_bias
+            .iter()
+            .map(|entry| (entry.token_id, entry.bias));
         Ok(Self {
             key: received.key,
             trace_id: submit.trace_id,
@@ -109,7 +112,9 @@ const SIGNAL_CHECK: Duration = Duration::from_millis(100);
 impl EngineListener {
     #[new]
     fn new(py: Python<'_>, address: &str, info: &Bound<'_, PyMapping>) -> PyResult<Self> {
-        let bind: Address = address.parse().map_err(|error| PyValueError::new_err(format!("{error}")))?;
+        let bind: Address = address
+            .parse()
+            .map_err(|error| PyValueError::new_err(format!("{error}")))?;
         let mut config = ListenerConfig::default();
         let info = engine_info(info, &mut config)?;
         let started = py.detach(|| Listener::start_with(&bind, info, config));
@@ -125,16 +130,19 @@ impl EngineListener {
     }
 
     fn poll<'py>(&self, py: Python<'py>, timeout_s: f64) -> PyResult<Bound<'py, PyList>> {
-        let timeout = Duration::try_from_secs_f64(timeout_s)
-            .map_err(|_| PyValueError::new_err(format!("timeout_s is {timeout_s}; allowed is 0 or more")))?;
+        let timeout = Duration::try_from_secs_f64(timeout_s).map_err(|_| {
+            PyValueError::new_err(format!("timeout_s is {timeout_s}; allowed is 0 or more"))
+        })?;
         let mut left = timeout;
         loop {
             let part = left.min(SIGNAL_CHECK);
             let commands = py.detach(|| self.handle.poll(part));
             left -= part;
             if !commands.is_empty() || left.is_zero() || self.is_closed(py) {
-                let commands: Vec<_> =
-                    commands.into_iter().map(|command| to_python(py, command)).collect::<PyResult<_>>()?;
+                let commands: Vec<_> = commands
+                    .into_iter()
+                    .map(|command| to_python(py, command))
+                    .collect::<PyResult<_>>()?;
                 return PyList::new(py, commands);
             }
             py.check_signals()?;
@@ -151,7 +159,10 @@ impl EngineListener {
     }
 
     fn emit_kv(&self, stored: Vec<(Vec<u8>, Vec<u8>)>, removed: Vec<Vec<u8>>, snapshot: bool) {
-        let stored = stored.into_iter().map(|(parent, hash)| proto::KvStored { parent, hash }).collect();
+        let stored = stored
+            .into_iter()
+            .map(|(parent, hash)| proto::KvStored { parent, hash })
+            .collect();
         self.handle.emit_kv(stored, removed, snapshot);
     }
 
@@ -174,7 +185,9 @@ impl EngineListener {
 
 impl EngineListener {
     fn lock(&self, py: Python<'_>) -> PyResult<std::sync::MutexGuard<'_, Option<Listener>>> {
-        self.listener.lock_py_attached(py).map_err(|error| PyRuntimeError::new_err(error.to_string()))
+        self.listener
+            .lock_py_attached(py)
+            .map_err(|error| PyRuntimeError::new_err(error.to_string()))
     }
 
     fn is_closed(&self, py: Python<'_>) -> bool {
@@ -185,8 +198,12 @@ impl EngineListener {
 fn os_error(error: &io::Error) -> PyErr {
     // With the number Python makes the fitting subclass of OSError.
     match error.kind() {
-        io::ErrorKind::AddrInUse => PyOSError::new_err((libc_errno::ADDRESS_IN_USE, error.to_string())),
-        io::ErrorKind::PermissionDenied => PyOSError::new_err((libc_errno::NOT_PERMITTED, error.to_string())),
+        io::ErrorKind::AddrInUse => {
+            PyOSError::new_err((libc_errno::ADDRESS_IN_USE, error.to_string()))
+        }
+        io::ErrorKind::PermissionDenied => {
+            PyOSError::new_err((libc_errno::NOT_PERMITTED, error.to_string()))
+        }
         io::ErrorKind::NotFound => PyOSError::new_err((libc_errno::NO_ENTRY, error.to_string())),
         _ => PyOSError::new_err(error.to_string()),
     }
@@ -202,9 +219,10 @@ mod libc_errno {
 fn to_python<'py>(py: Python<'py>, command: Command) -> PyResult<Bound<'py, PyAny>> {
     let none = py.None().into_bound(py);
     let (name, argument) = match command {
-        Command::Submit(received) => {
-            ("submit", Bound::new(py, Submission::new(py, *received)?)?.into_any())
-        }
+        Command::Submit(received) => (
+            "submit",
+            Bound::new(py, Submission::new(py, *received)?)?.into_any(),
+        ),
         Command::Cancel(key) => ("cancel", key.into_pyobject(py)?.into_any()),
         Command::Drain => ("drain", none),
         Command::Stop => ("stop", none),
@@ -212,7 +230,13 @@ fn to_python<'py>(py: Python<'py>, command: Command) -> PyResult<Bound<'py, PyAn
         Command::Calibrate { ticket, shapes } => {
             let shapes: Vec<(u32, u32, u32)> = shapes
                 .iter()
-                .map(|shape| (shape.decode_seqs, shape.context_tokens, shape.prefill_tokens))
+                .map(|shape| {
+                    (
+                        shape.decode_seqs,
+                        shape.context_tokens,
+                        shape.prefill_tokens,
+                    )
+                })
                 .collect();
             ("calibrate", (ticket, shapes).into_pyobject(py)?.into_any())
         }
@@ -222,15 +246,26 @@ fn to_python<'py>(py: Python<'py>, command: Command) -> PyResult<Bound<'py, PyAn
 
 type PyLogprobs = (u32, f32, u32, Vec<u32>, Vec<f32>);
 
-fn to_logprobs((token_id, logprob, rank, top_ids, top_logprobs): PyLogprobs) -> proto::TokenLogprobs {
-    proto::TokenLogprobs { token_id, logprob, rank, top_ids, top_logprobs }
+fn to_logprobs(
+    (token_id, logprob, rank, top_ids, top_logprobs): PyLogprobs,
+) -> proto::TokenLogprobs {
+    proto::TokenLogprobs {
+        token_id,
+        logprob,
+        rank,
+        top_ids,
+        top_logprobs,
+    }
 }
 
 /// Item by item: most items of most outputs are None, which costs a pointer comparison.
 fn step_output(output: &Bound<'_, PyAny>) -> PyResult<StepOutput> {
     let tuple = output.cast::<PyTuple>()?;
     if tuple.len() != 9 {
-        return Err(PyValueError::new_err(format!("an output has 9 items, not {}", tuple.len())));
+        return Err(PyValueError::new_err(format!(
+            "an output has 9 items, not {}",
+            tuple.len()
+        )));
     }
     let item = |index: usize| tuple.get_borrowed_item(index);
     let given = |index: usize| item(index).map(|value| (!value.is_none()).then_some(value));
@@ -243,15 +278,22 @@ fn step_output(output: &Bound<'_, PyAny>) -> PyResult<StepOutput> {
         output.finish_reason = finish_reason(reason.extract()?)? as i32;
     }
     if let Some(logprobs) = given(4)? {
-        output.logprobs = logprobs.extract::<Vec<PyLogprobs>>()?.into_iter().map(to_logprobs).collect();
+        output.logprobs = logprobs
+            .extract::<Vec<PyLogprobs>>()?
+            .into_iter()
+            .map(to_logprobs)
+            .collect();
     }
     if let Some(logprobs) = given(5)? {
         let entries = logprobs.extract::<Vec<Option<PyLogprobs>>>()?;
-        output.prompt_logprobs =
-            entries.into_iter().map(|entry| entry.map(to_logprobs).unwrap_or_default()).collect();
+        output.prompt_logprobs = entries
+            .into_iter()
+            .map(|entry| entry.map(to_logprobs).unwrap_or_default())
+            .collect();
     }
     if let Some(times) = given(6)? {
-        let (queued_us, first_scheduled_us, first_token_us, finished_us, preemptions, steps) = times.extract()?;
+        let (queued_us, first_scheduled_us, first_token_us, finished_us, preemptions, steps) =
+            times.extract()?;
         output.times = Some(proto::StageTimes {
             received_us: 0,
             queued_us,
@@ -268,7 +310,10 @@ fn step_output(output: &Bound<'_, PyAny>) -> PyResult<StepOutput> {
     if let Some(error) = given(8)? {
         output.error = error.extract()?;
     }
-    Ok(StepOutput { key: item(0)?.extract()?, output })
+    Ok(StepOutput {
+        key: item(0)?.extract()?,
+        output,
+    })
 }
 
 fn finish_reason(name: &str) -> PyResult<proto::FinishReason> {
@@ -318,7 +363,10 @@ fn to_load(load: &Bound<'_, PyTuple>) -> PyResult<proto::Load> {
 }
 
 /// DescribeResponse's fields by name; also `max_waiting`, the listener's bound on requests that wait.
-fn engine_info(mapping: &Bound<'_, PyMapping>, config: &mut ListenerConfig) -> PyResult<EngineInfo> {
+fn engine_info(
+    mapping: &Bound<'_, PyMapping>,
+    config: &mut ListenerConfig,
+) -> PyResult<EngineInfo> {
     let fields = PyDict::new(mapping.py());
     fields.update(mapping)?;
     let mut info = EngineInfo::default();

@@ -438,10 +438,10 @@ impl Table {
             if whole.prompt_ids.len() > self.chunk_ids {
                 state.chunks.push_back((id, self.chunk_ids));
             }
-            return Some(to_engine::Message::Submit(first_part(
+            return Some(to_engine::Message::Submit(Box::new(first_part(
                 &whole,
                 self.chunk_ids,
-            )));
+            ))));
         }
         None
     }

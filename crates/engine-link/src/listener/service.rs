@@ -148,7 +148,7 @@ impl Reader {
         match message {
             // Only the first message of a stream counts.
             to_engine::Message::Hello(_) => {}
-            to_engine::Message::Submit(submit) => self.submit(submit),
+            to_engine::Message::Submit(submit) => self.submit(*submit),
             to_engine::Message::PromptChunk(chunk) => self.chunk(chunk),
             to_engine::Message::Cancel(cancel) => self.cancel(cancel),
             to_engine::Message::Ack(ack) => self.core.acknowledge(&self.attachment, ack.sequence),

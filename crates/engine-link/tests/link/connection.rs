@@ -129,7 +129,7 @@ async fn a_killed_engine_ends_its_requests_at_once() {
         engine.emit(key, &[1], FinishReason::Unspecified);
         assert_eq!(ids(&mut stream, 1).await, [1]);
         let killed = Instant::now();
-        engine.listener.abort();
+        engine.kill();
         let reason = lost(&mut stream).await;
         assert!(
             killed.elapsed() < Duration::from_millis(500),
@@ -149,7 +149,7 @@ async fn a_restarted_engine_is_another_epoch() {
     let replica = ready(&address, config()).await;
     let mut stream = replica.submit(submit(vec![1], 10)).expect("taken");
     engine.submission().await;
-    engine.listener.abort();
+    engine.kill();
     let mut other = info();
     other.epoch = 78;
     let engine = Engine::start_with(&address, other, ListenerConfig::default());

@@ -50,7 +50,7 @@ async fn a_draining_engine_finishes_what_it_has_and_takes_nothing_new() {
     assert_eq!(engine.command().await, Command::Drain);
     reach(&replica, ReplicaState::Draining).await;
     assert!(replica.submit(submit(vec![1], 10)).is_err());
-    raw.send(Message::Submit(good(1))).await;
+    raw.send(Message::Submit(Box::new(good(1)))).await;
     assert_eq!(
         raw.numbered().await.refusals[0].code(),
         RefusalCode::Draining
@@ -145,7 +145,7 @@ async fn calibration_is_for_idle_engines_and_shapes_within_limits() {
     }
     let mut raw = Raw::connect(&engine.address(), "s", None).await;
     raw.welcome().await;
-    raw.send(Message::Submit(good(1))).await;
+    raw.send(Message::Submit(Box::new(good(1)))).await;
     engine.submission().await;
     let response = control(
         &engine,

@@ -33,7 +33,7 @@ async fn the_first_frame_is_welcome_and_load_follows_by_itself() {
 #[tokio::test]
 async fn a_stream_must_begin_with_a_good_hello() {
     let engine = Engine::start(&tcp());
-    let error = Raw::open(&engine.address(), Message::Submit(good(1)))
+    let error = Raw::open(&engine.address(), Message::Submit(Box::new(good(1))))
         .await
         .err()
         .expect("refused");
@@ -62,7 +62,7 @@ async fn a_session_lost_for_too_long_is_cancelled() {
     let proxy = Proxy::start(&engine.address()).await;
     let mut raw = Raw::connect(&proxy.address, "s", None).await;
     raw.welcome().await;
-    raw.send(Message::Submit(good(1))).await;
+    raw.send(Message::Submit(Box::new(good(1)))).await;
     let key = engine.submission().await.key;
     proxy.cut();
     let since = Instant::now();
@@ -82,7 +82,7 @@ async fn reattaching_brings_the_frames_after_the_last_one_seen() {
     let engine = Engine::start(&tcp());
     let mut raw = Raw::connect(&engine.address(), "s", None).await;
     raw.welcome().await;
-    raw.send(Message::Submit(good(1))).await;
+    raw.send(Message::Submit(Box::new(good(1)))).await;
     let key = engine.submission().await.key;
     for id in 1..=4 {
         engine.emit(key, &[id], FinishReason::Unspecified);
@@ -97,7 +97,7 @@ async fn reattaching_brings_the_frames_after_the_last_one_seen() {
         assert_eq!(frame.outputs[0].token_ids, [sequence]);
     }
     // The request is known: sending it again starts nothing.
-    again.send(Message::Submit(good(1))).await;
+    again.send(Message::Submit(Box::new(good(1)))).await;
     assert_eq!(
         again.numbered().await.refusals[0].code(),
         RefusalCode::Duplicate
@@ -114,12 +114,12 @@ async fn a_later_attempt_fences_the_earlier_one() {
     let engine = Engine::start(&tcp());
     let mut raw = Raw::connect(&engine.address(), "s", None).await;
     raw.welcome().await;
-    raw.send(Message::Submit(good(1))).await;
+    raw.send(Message::Submit(Box::new(good(1)))).await;
     let first = engine.submission().await;
-    raw.send(Message::Submit(proto::Submit {
+    raw.send(Message::Submit(Box::new(proto::Submit {
         request: request(1, 1),
         ..good(1)
-    }))
+    })))
     .await;
     let commands = engine.commands().await;
     let [Command::Cancel(cancelled), Command::Submit(second)] = commands.as_slice() else {
@@ -133,7 +133,7 @@ async fn a_later_attempt_fences_the_earlier_one() {
         (frame.outputs[0].request, &frame.outputs[0].token_ids[..]),
         (request(1, 1), &[2][..])
     );
-    raw.send(Message::Submit(good(1))).await;
+    raw.send(Message::Submit(Box::new(good(1)))).await;
     assert_eq!(
         raw.numbered().await.refusals[0].code(),
         RefusalCode::Duplicate,
@@ -152,7 +152,7 @@ async fn a_cancel_is_answered_whether_the_request_is_known_or_not() {
     .await;
     let frame = raw.numbered().await;
     assert_eq!(frame.outputs[0].finish_reason(), FinishReason::Cancelled);
-    raw.send(Message::Submit(good(1))).await;
+    raw.send(Message::Submit(Box::new(good(1)))).await;
     raw.send(Message::Cancel(proto::Cancel {
         request: request(1, 0),
     }))
@@ -180,14 +180,14 @@ async fn a_chunk_is_validated_as_it_comes() {
             prompt_ids,
         })
     };
-    raw.send(Message::Submit(begun(1))).await;
+    raw.send(Message::Submit(Box::new(begun(1)))).await;
     raw.send(chunk(1, vec![4, 1_000])).await;
     let refusal = raw.numbered().await.refusals.remove(0);
     assert_eq!(
         (refusal.code(), refusal.field.as_str()),
         (RefusalCode::Invalid, "prompt_ids[1]")
     );
-    raw.send(Message::Submit(begun(2))).await;
+    raw.send(Message::Submit(Box::new(begun(2)))).await;
     raw.send(chunk(2, vec![4, 5, 6])).await;
     let refusal = raw.numbered().await.refusals.remove(0);
     assert!(
@@ -195,7 +195,7 @@ async fn a_chunk_is_validated_as_it_comes() {
         "{}",
         refusal.message
     );
-    raw.send(Message::Submit(begun(3))).await;
+    raw.send(Message::Submit(Box::new(begun(3)))).await;
     raw.send(chunk(9, vec![4])).await;
     raw.send(chunk(3, vec![4])).await;
     raw.send(chunk(3, vec![5])).await;
@@ -212,7 +212,7 @@ async fn beyond_its_bound_the_engine_is_full() {
     let mut raw = Raw::connect(&engine.address(), "s", None).await;
     raw.welcome().await;
     for id in 1..=7 {
-        raw.send(Message::Submit(good(id))).await;
+        raw.send(Message::Submit(Box::new(good(id)))).await;
     }
     let refusal = raw.numbered().await.refusals.remove(0);
     assert_eq!(
@@ -227,7 +227,7 @@ async fn beyond_its_bound_the_engine_is_full() {
     };
     engine.emit(first.key, &[1], FinishReason::Eos);
     raw.numbered().await;
-    raw.send(Message::Submit(good(8))).await;
+    raw.send(Message::Submit(Box::new(good(8)))).await;
     assert_eq!(engine.submission().await.submit.request, request(8, 0));
 }
 
@@ -246,9 +246,9 @@ async fn a_gateway_that_does_not_read_is_dropped_and_holds_up_nobody() {
         max_tokens: 90_000,
         ..good(1)
     };
-    slow.send(Message::Submit(long)).await;
+    slow.send(Message::Submit(Box::new(long))).await;
     let slow_key = engine.submission().await.key;
-    brisk.send(Message::Submit(good(1))).await;
+    brisk.send(Message::Submit(Box::new(good(1)))).await;
     let brisk_key = engine.submission().await.key;
     let started = Instant::now();
     let ids = vec![999; 10_000];
@@ -282,10 +282,10 @@ async fn acknowledged_frames_do_not_count() {
     let engine = Engine::start_with(&tcp(), info(), config);
     let mut raw = Raw::connect(&engine.address(), "s", None).await;
     raw.welcome().await;
-    raw.send(Message::Submit(proto::Submit {
+    raw.send(Message::Submit(Box::new(proto::Submit {
         max_tokens: 90_000,
         ..good(1)
-    }))
+    })))
     .await;
     let key = engine.submission().await.key;
     let mut sequence = 0;
@@ -313,7 +313,7 @@ async fn closing_sends_what_was_emitted() {
         .expect("taken");
     let key = engine.submission().await.key;
     engine.emit(key, &[7], FinishReason::Eos);
-    let closing = tokio::task::spawn_blocking(move || engine.listener.close());
+    let closing = tokio::task::spawn_blocking(move || engine.close());
     let last = crate::support::soon("the last output", stream.next())
         .await
         .expect("some")

@@ -42,7 +42,7 @@ pub fn unix() -> Address {
 }
 
 pub struct Engine {
-    pub listener: Listener,
+    listener: Option<Listener>,
     pub handle: EngineHandle,
 }
 
@@ -54,11 +54,27 @@ impl Engine {
     pub fn start_with(address: &Address, info: EngineInfo, config: ListenerConfig) -> Self {
         let (listener, handle) =
             Listener::start_with(address, info, config).expect("a free address");
-        Self { listener, handle }
+        Self {
+            listener: Some(listener),
+            handle,
+        }
     }
 
     pub fn address(&self) -> Address {
-        self.listener.address().clone()
+        self.listener.as_ref().expect("it runs").address().clone()
+    }
+
+    /// As if its process had been killed.
+    pub fn kill(mut self) {
+        if let Some(listener) = self.listener.take() {
+            listener.abort();
+        }
+    }
+
+    pub fn close(mut self) {
+        if let Some(listener) = self.listener.take() {
+            listener.close();
+        }
     }
 
     pub async fn commands(&self) -> Vec<Command> {
@@ -81,6 +97,14 @@ impl Engine {
     pub fn emit(&self, key: u64, ids: &[u32], reason: FinishReason) {
         self.handle
             .emit(vec![step(key, ids, reason)], proto::Load::default());
+    }
+}
+
+impl Drop for Engine {
+    fn drop(&mut self) {
+        if let Some(listener) = self.listener.take() {
+            listener.abort();
+        }
     }
 }
 

@@ -132,7 +132,7 @@ async fn every_field_out_of_range_is_refused_by_name() {
     for (index, (field, change)) in (1..).zip(bad_submits()) {
         let mut submit = good(index);
         change(&mut submit);
-        raw.send(Message::Submit(submit)).await;
+        raw.send(Message::Submit(Box::new(submit))).await;
         let refusal = raw.numbered().await.refusals.remove(0);
         assert_eq!(
             (refusal.field.as_str(), refusal.code()),
@@ -148,10 +148,10 @@ async fn every_field_out_of_range_is_refused_by_name() {
         );
     }
     for unnamed in [None, request(0, 0)] {
-        raw.send(Message::Submit(Submit {
+        raw.send(Message::Submit(Box::new(Submit {
             request: unnamed,
             ..good(1)
-        }))
+        })))
         .await;
         assert_eq!(raw.numbered().await.refusals[0].field, "request");
     }
@@ -214,7 +214,7 @@ async fn the_ends_of_every_range_are_taken() {
             prompt_logprobs: Some(20),
             ..good(id)
         };
-        raw.send(Message::Submit(submit)).await;
+        raw.send(Message::Submit(Box::new(submit))).await;
         let got = engine.submission().await;
         let sampling = got.submit.sampling.expect("carried");
         assert_eq!(
