@@ -38,7 +38,9 @@ def build_step(
     step = Step(
         positions=torch.from_numpy(np.concatenate(positions)).to(device),
         cache=cache,
-        attention=plan_attention(layouts, geometry, cache.block_size, dtype, device),
+        attention=plan_attention(
+            layouts, geometry, cache.block_size, dtype, device, cache.layers[0].keys.dtype
+        ),
         logit_rows=torch.from_numpy(np.concatenate(rows)).to(device),
     )
     return torch.from_numpy(np.concatenate(ids)).to(device), step

@@ -73,6 +73,9 @@ class AttentionStep:
     write: Tensor  # [tokens * kv heads] int64: rows of the cache, by (token, head)
     begun: Tensor | None  # int64: blocks begun and not filled, to be cleared before writing
     windows: Mapping[int | None, WindowPlan]
+    # Where decodes gather keys and values, [runs, block size * width] of the cache's type. One
+    # place for all layers and chunks, so that it stays in the processor's caches.
+    scratch: tuple[Tensor, Tensor]
 
 
 def plan_attention(
@@ -81,8 +84,12 @@ def plan_attention(
     block_size: int,
     dtype: torch.dtype,
     device: torch.device,
+    cache_dtype: torch.dtype | None = None,
 ) -> AttentionStep:
-    """Plan a step of at least one span; `dtype` is that of queries, keys and values."""
+    """Plan a step of at least one span.
+
+    `dtype` is that of queries, keys and values; `cache_dtype` that of the cache, if another.
+    """
     heads = np.arange(geometry.num_kv_heads, dtype=np.int64)
     writes, begun = [], []
     for span in spans:
@@ -93,16 +100,26 @@ def plan_attention(
         last = span.end // block_size
         if span.end % block_size and last * block_size >= span.start:
             begun.append(int(span.block_table[last]))
+    windows = {
+        window: WindowPlan(
+            tuple(_decodes(spans, window, heads, block_size, dtype, device)),
+            tuple(_prefills(spans, window, heads, block_size, device)),
+        )
+        for window in dict.fromkeys(geometry.windows)
+    }
+    runs = max(
+        (len(chunk.gather) for plan in windows.values() for chunk in plan.decodes), default=0
+    )
+    widths = (geometry.key_dim, geometry.value_dim)
+    keys, values = (
+        torch.empty(runs, block_size * width, dtype=cache_dtype or dtype, device=device)
+        for width in widths
+    )
     return AttentionStep(
         write=_tensor(np.concatenate(writes), device),
         begun=_tensor(np.array(begun, dtype=np.int64), device) if begun else None,
-        windows={
-            window: WindowPlan(
-                tuple(_decodes(spans, window, heads, block_size, dtype, device)),
-                tuple(_prefills(spans, window, heads, block_size, device)),
-            )
-            for window in dict.fromkeys(geometry.windows)
-        },
+        windows=windows,
+        scratch=(keys, values),
     )
 
 
