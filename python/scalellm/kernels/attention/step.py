@@ -107,12 +107,12 @@ def plan_attention(
         )
         for window in dict.fromkeys(geometry.windows)
     }
-    runs = max(
+    most_runs = max(
         (len(chunk.gather) for plan in windows.values() for chunk in plan.decodes), default=0
     )
     widths = (geometry.key_dim, geometry.value_dim)
     keys, values = (
-        torch.empty(runs, block_size * width, dtype=cache_dtype or dtype, device=device)
+        torch.empty(most_runs, block_size * width, dtype=cache_dtype or dtype, device=device)
         for width in widths
     )
     return AttentionStep(
