@@ -149,7 +149,7 @@ def test_a_hung_engine_is_killed_and_restarted(tree: Callable[..., Tree]) -> Non
     until(lambda: not alive(engine))
     metrics.write_text(f'scalellm_replica_state{{{labels},state="ready"}} 1\n')
     until(lambda: len(made.pids("engine-0")) == 2)
-    assert "killing engine-0: no sign of life for" in made.errors()
+    assert made.errors().count("killing engine-0: no sign of life for") == 1
     time.sleep(3)  # longer than the limit: the new process is not blamed for the old one's silence
     assert len(made.pids("engine-0")) == 2
 

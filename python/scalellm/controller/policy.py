@@ -30,7 +30,6 @@ class Exit:
     """One end of a replica's process."""
 
     ago_s: float
-    was_ready: bool
     by_itself: bool  # an exit code, not a signal
     how: str
 

@@ -88,7 +88,6 @@ class Controller:
             exits=tuple(
                 Exit(
                     ago_s=ended["ago_s"] + elapsed_s,
-                    was_ready=ended["was_ready"],
                     by_itself=ended["by_itself"],
                     how=ended["how"],
                 )

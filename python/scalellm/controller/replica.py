@@ -25,9 +25,7 @@ class Replica:
     ever_ready: bool = False
     given_up: str = ""
     info: dict[str, Any] = field(default_factory=dict)
-    exits: deque[tuple[float, bool, Ending]] = field(
-        default_factory=lambda: deque(maxlen=_EXITS_KEPT)
-    )
+    exits: deque[tuple[float, Ending]] = field(default_factory=lambda: deque(maxlen=_EXITS_KEPT))
 
     def start(self, environment: dict[str, str]) -> Lines:
         """Spawn the process with a status pipe; returns the pipe's reading end."""
@@ -52,7 +50,7 @@ class Replica:
 
     def ended(self, ending: Ending) -> None:
         """The process has been reaped."""
-        self.exits.append((time.monotonic(), self.ready, ending))
+        self.exits.append((time.monotonic(), ending))
         self.child, self.ready = None, False
 
     def facts(self) -> dict[str, Any]:
@@ -67,10 +65,9 @@ class Replica:
             "exits": [
                 {
                     "ago_s": now - at,
-                    "was_ready": was_ready,
                     "by_itself": ending.exit_code is not None,
                     "how": str(ending),
                 }
-                for at, was_ready, ending in self.exits
+                for at, ending in self.exits
             ],
         }

@@ -72,7 +72,7 @@ class Restarted:
         now = time.monotonic()
         self.child = None
         self._exits = [at for at in self._exits if now - at < _CRASH_WINDOW_S] + [now]
-        recent = [Exit(now - at, True, False, "") for at in self._exits]
+        recent = [Exit(now - at, False, "") for at in self._exits]
         self.due_s = now + backoff_s(recent, limits)
         return len(recent)
 
@@ -284,6 +284,7 @@ class Supervisor:
         elif kind == "kill" and replica.child is not None:
             self._report.event(f"killing {replica.name}: {reason}")
             replica.child.signal(signal.SIGKILL)
+            replica.ready = False
         elif kind == "give_up":
             replica.given_up = reason
             self._report.event(f"{replica.name} given up: {reason}")

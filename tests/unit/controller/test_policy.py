@@ -19,7 +19,7 @@ LIMITS = Limits(backoff_min_s=1, backoff_max_s=8, crash_window_s=100, crash_limi
 
 
 def crashes(*agos_s: float) -> tuple[Exit, ...]:
-    return tuple(Exit(ago_s, True, False, "killed by SIGKILL") for ago_s in agos_s)
+    return tuple(Exit(ago_s, False, "killed by SIGKILL") for ago_s in agos_s)
 
 
 @pytest.mark.parametrize(
@@ -52,19 +52,19 @@ def test_decisions(facts: Facts, decision: Decision) -> None:
 
 
 def test_an_error_at_the_first_start_is_not_tried_again() -> None:
-    ended = (Exit(0, False, True, "exit code 2"),)
+    ended = (Exit(0, True, "exit code 2"),)
     assert decide(Facts(running=False, exits=ended), LIMITS) == GiveUp(
         "could not start (exit code 2)"
     )
 
 
 def test_an_error_at_a_later_start_is_tried_again() -> None:
-    ended = (Exit(0, False, True, "exit code 1"),)
+    ended = (Exit(0, True, "exit code 1"),)
     assert decide(Facts(running=False, ever_ready=True, exits=ended), LIMITS) == Start()
 
 
 def test_a_replica_killed_while_starting_is_tried_again() -> None:
-    ended = (Exit(0, False, False, "killed by SIGKILL"),)
+    ended = (Exit(0, False, "killed by SIGKILL"),)
     assert decide(Facts(running=False, exits=ended), LIMITS) == Start()
 
 

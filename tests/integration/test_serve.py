@@ -1,0 +1,184 @@
+"""`scalellm serve` with the demo model: start, faults and drain of the real process tree."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from .supervised import alive, children, command_line, descendants, kill, until
+
+START_S = 120.0
+LONG = 1500  # tokens; long enough to be under way whenever a fault comes
+
+
+class Serve:
+    """One running `scalellm serve`."""
+
+    def __init__(self, folder: Path, *arguments: str) -> None:
+        clean = {k: v for k, v in os.environ.items() if not k.startswith("SCALELLM_")}
+        self.runtime = folder / "runtime"
+        self.runtime.mkdir()
+        self._errors = (folder / "stderr").open("w+b")
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "scalellm", "serve", "demo", "--port", "0", *arguments],
+            stdout=subprocess.PIPE,
+            stderr=self._errors,
+            start_new_session=True,
+            env=clean | {"XDG_RUNTIME_DIR": str(self.runtime)},
+        )
+        assert self.process.stdout is not None
+        self.line = self.process.stdout.readline().decode()
+        assert self.line.startswith("ready "), self.errors()
+        self.url = self.line.split()[1]
+
+    def errors(self) -> str:
+        self._errors.seek(0)
+        return self._errors.read().decode()
+
+    def engine_pid(self) -> int:
+        """The running engine's pid, 0 while there is none."""
+        found = [p for p in children(self.process.pid) if b"\0engine\0" in command_line(p)]
+        return found[0] if found else 0
+
+    def complete(self, max_tokens: int = 4) -> dict[str, Any]:
+        """One answer; raises HTTPError."""
+        with self.post({"max_tokens": max_tokens}) as response:
+            answer: dict[str, Any] = json.loads(response.read())
+            return answer
+
+    def works(self) -> bool:
+        try:
+            return bool(self.complete())
+        except (urllib.error.HTTPError, ConnectionError, urllib.error.URLError):
+            return False
+
+    def post(self, fields: dict[str, Any]) -> Any:
+        body = {"model": "demo", "prompt": "Once", "ignore_eos": True} | fields
+        request = urllib.request.Request(
+            self.url + "/v1/completions",
+            json.dumps(body).encode(),
+            {"Content-Type": "application/json"},
+        )
+        return urllib.request.urlopen(request, timeout=START_S)
+
+    def close(self) -> None:
+        pids = descendants(self.process.pid)
+        if self.process.poll() is None:
+            self.process.kill()
+        self.process.wait(START_S)
+        assert self.process.stdout is not None
+        self.process.stdout.close()
+        self._errors.close()
+        until(lambda: not any(alive(pid) for pid in pids))
+
+
+@pytest.fixture
+def serve(tmp_path: Path) -> Iterator[Serve]:
+    made = Serve(tmp_path, "--drain-timeout", "120")
+    yield made
+    made.close()
+
+
+def test_faults_heal_and_a_drain_loses_nothing(serve: Serve) -> None:
+    """One tree for all of it: a start takes seconds."""
+    says_what_is_taken(serve)
+    ends_streams_of_a_killed_engine(serve)
+    survives_a_stopped_controller(serve)
+    drains(serve)
+
+
+def says_what_is_taken(serve: Serve) -> None:
+    port = serve.url.rpartition(":")[2]
+    done = subprocess.run(
+        [sys.executable, "-m", "scalellm", "serve", "--port", port],
+        capture_output=True,
+        text=True,
+        timeout=30,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert done.stderr == (
+        f"scalellm serve: port {port} of 127.0.0.1 is taken; "
+        "stop what listens there or use --port\n"
+    )
+
+
+def ends_streams_of_a_killed_engine(serve: Serve) -> None:
+    engine = serve.engine_pid()
+    with serve.post({"stream": True, "max_tokens": LONG}) as stream:
+        assert stream.readline().startswith(b"data: ")
+        kill(engine)
+        killed_s = time.monotonic()
+        rest = stream.read().decode()
+    assert time.monotonic() - killed_s < 10
+    events = [line for line in rest.splitlines() if line.startswith("data: ")]
+    assert '"error"' in events[-1] or '"error"' in events[-2]
+    until(serve.works, START_S)
+    assert serve.engine_pid() not in (0, engine)
+
+
+def survives_a_stopped_controller(serve: Serve) -> None:
+    (controller,) = [
+        p for p in children(serve.process.pid) if b"scalellm.controller" in command_line(p)
+    ]
+    engine = serve.engine_pid()
+    kill(controller)
+    assert serve.complete()["usage"]["completion_tokens"] == 4
+    assert serve.engine_pid() == engine
+
+
+def drains(serve: Serve) -> None:
+    pids = descendants(serve.process.pid)
+    with serve.post({"stream": True, "max_tokens": 300}) as stream:
+        assert stream.readline().startswith(b"data: ")
+        serve.process.send_signal(signal.SIGTERM)
+        until(lambda: refused(serve))
+        rest = stream.read().decode()
+    assert '"finish_reason":"length"' in rest
+    assert rest.rstrip().endswith("data: [DONE]")
+    assert serve.process.wait(60) == 0, serve.errors()
+    assert not any(alive(pid) for pid in pids)
+    assert list(serve.runtime.iterdir()) == []
+
+
+def refused(serve: Serve) -> bool:
+    """Whether new requests are turned away: by 503, or because nobody listens any more."""
+    try:
+        serve.complete()
+    except urllib.error.HTTPError as error:
+        return error.code == 503
+    except (ConnectionError, urllib.error.URLError):
+        return True
+    return False
+
+
+def test_an_engines_own_complaint_is_shown(tmp_path: Path) -> None:
+    """Beyond what can be checked beforehand: the weights do not fit the configuration."""
+    from scalellm.demo import model_folder
+
+    for file in model_folder().iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["intermediate_size"] *= 2
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    done = subprocess.run(
+        [sys.executable, "-m", "scalellm", "serve", str(tmp_path), "--port", "0"],
+        capture_output=True,
+        text=True,
+        timeout=START_S,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert done.stdout == ""
+    assert "scalellm engine: " in done.stderr
+    assert done.stderr.rstrip().endswith("scalellm serve: engine-0 could not start (exit code 1)")
+    assert "Traceback" not in done.stderr
