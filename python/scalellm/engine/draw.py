@@ -11,7 +11,8 @@ from scalellm.engine.noise import gumbel, row_keys
 from scalellm.engine.request import Request
 
 GROUP = 512  # ids
-_ROWS_AT_ONCE = 64  # bounds the memory that rows with noise take
+_CPU_SCORES_AT_ONCE = 1 << 20  # 4 MB stay in a core's cache from one operation to the next
+_GPU_SCORES_AT_ONCE = 1 << 25
 _TOKEN_STREAM = 1 << 40  # noise counters of ids; those of groups start at 0
 
 
@@ -53,7 +54,7 @@ def draw_by_group(
     The largest of a group's perturbed scores is distributed like its log-sum-exp with one noise
     (Gumbel's max-stability), so choosing the group first, then the id, draws from the softmax."""
     keys = rows.keys()
-    for part in rows.parts():
+    for part in rows.parts(scores.shape[1]):
         weights = rows.scaled(scores, best, part).exp_()
         mass = group_reduce(weights, torch.sum).double()
         groups = torch.arange(mass.shape[1], device=mass.device)
@@ -73,7 +74,7 @@ def draw_truncated(
     top_k keeps ties with the k-th; top_p keeps the fewest most likely ids, of those that top_k
     left, that reach its mass; min_p is relative to the most likely id."""
     keys = rows.keys()
-    for part in rows.parts():
+    for part in rows.parts(scores.shape[1]):
         scaled = rows.scaled(scores, best, part)
         top_k, top_p = rows.top_k[part], rows.top_p[part]
         min_log = rows.min_p[part].log()
@@ -154,12 +155,14 @@ class RandomRows:
 
     def scaled(self, scores: torch.Tensor, best: torch.Tensor, part: slice) -> torch.Tensor:
         """(score - best) / temperature of these rows, a new float32 [rows, vocab], at most 0."""
-        whole = self.whole_batch and part.stop - part.start == len(self.rows)
         index = self.index[part]
-        chosen = scores if whole else scores.index_select(0, index)
+        chosen = scores[part] if self.whole_batch else scores.index_select(0, index)
         shifted = chosen - best.index_select(0, index).unsqueeze(1)
         return shifted.div_(self.temperature[part].float())
 
-    def parts(self) -> list[slice]:
+    def parts(self, vocab: int) -> list[slice]:
+        """Rows to be drawn together; bounds the memory that they take."""
+        on_cpu = self.index.device.type == "cpu"
+        stride = max(1, (_CPU_SCORES_AT_ONCE if on_cpu else _GPU_SCORES_AT_ONCE) // vocab)
         total = len(self.rows)
-        return [slice(i, min(i + _ROWS_AT_ONCE, total)) for i in range(0, total, _ROWS_AT_ONCE)]
+        return [slice(i, min(i + stride, total)) for i in range(0, total, stride)]

@@ -24,7 +24,8 @@ from scalellm.engine.kv_cache import KVCache
 from scalellm.engine.logprobs import TokenLogprobs
 from scalellm.engine.request import Request
 from scalellm.engine.sampler import Sampler
-from scalellm.engine.scheduler import Limits, Output, Scheduler, Step
+from scalellm.engine.scheduler import Scheduler
+from scalellm.engine.step import Limits, Output, Step
 from scalellm.engine.worker import Computed, Done, Executor, Worker, compute
 from scalellm.errors import EngineError
 

@@ -25,60 +25,16 @@ With `max_preemptions` 0 every request is protected from the start: worst cases 
 
 from bisect import insort
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 
 from scalellm.engine.kv_cache import KVCache, extend_hashes
 from scalellm.engine.request import FinishReason, Request, Status
-from scalellm.engine.step_time import StepShape, StepTime
+from scalellm.engine.step import Limits, Output, Plan, Step
+from scalellm.engine.step_time import StepTime
 from scalellm.engine.waiting import Deadlines, WaitingQueue
-from scalellm.executor.batch import Span
 
 FLOOR_CHUNK_TOKENS = 32
-PROMPT_LOGITS_PER_STEP = 128  # rows for prompt logprobs, each vocabulary-wide in float32
 _MAX_DEFERRED = 32  # requests that one step looks at and leaves for later
 _HEADROOM_SHARE = 16  # admission leaves a block per running request to grow, at most this fraction
-
-
-@dataclass(frozen=True, slots=True)
-class Limits:
-    """What bounds a step."""
-
-    max_num_seqs: int
-    max_num_batched_tokens: int
-    max_model_len: int
-    step_budget_ms: float
-    max_preemptions: int = 3
-    max_waiting: int = 16384
-
-    def __post_init__(self) -> None:
-        if self.max_num_batched_tokens < self.max_num_seqs:
-            raise ValueError(
-                f"max_num_batched_tokens is {self.max_num_batched_tokens}; must be at least "
-                f"max_num_seqs, {self.max_num_seqs}, so that every running request advances"
-            )
-
-
-@dataclass(frozen=True, slots=True)
-class Step:
-    """One step's work, a value: `keys[i]` names the request that `spans[i]` belongs to."""
-
-    keys: tuple[int, ...] = ()
-    spans: tuple[Span, ...] = ()
-    admitted: tuple[int, ...] = ()
-    preempted: tuple[int, ...] = ()
-    shape: StepShape = field(default_factory=StepShape)
-    predicted_ms: float = 0.0
-
-
-@dataclass(frozen=True, slots=True)
-class Output:
-    """What happened to one request since it was last reported."""
-
-    request: Request
-    token_ids: tuple[int, ...] = ()
-    finish_reason: FinishReason | None = None
-    stop_token_id: int | None = None
-    error: str | None = None
 
 
 class Scheduler:
@@ -213,7 +169,7 @@ class Scheduler:
             raise RuntimeError("schedule() was called before the last step's update()")
         for request in self._deadlines.take_passed(now_us):
             self._finish(request, "deadline", now_us)
-        plan = _Plan(self.limits.max_num_batched_tokens)
+        plan = Plan(self.limits.max_num_batched_tokens)
         self._make_room_for_priority(plan)
         prompts: list[Request] = []
         for request in self._running.copy():
@@ -282,7 +238,7 @@ class Scheduler:
 
     # ------------------------------------------------------------ chunks and admission
 
-    def _append_chunk(self, request: Request, plan: "_Plan", now_us: int) -> bool:
+    def _append_chunk(self, request: Request, plan: Plan, now_us: int) -> bool:
         """Add a part of a prompt; False if tokens or time are used up."""
         tokens = self._chunk_tokens(request, request.num_computed_tokens, plan)
         if tokens == 0:
@@ -291,11 +247,11 @@ class Scheduler:
         plan.num_chunks += 1
         return True
 
-    def _chunk_tokens(self, request: Request, start: int, plan: "_Plan") -> int:
+    def _chunk_tokens(self, request: Request, start: int, plan: Plan) -> int:
         remaining = request.num_tokens - start
         limit = min(remaining, plan.tokens_left)
         if request.wants_prompt_logprobs:
-            limit = min(limit, plan.prompt_logits_left)
+            limit = min(limit, max(0, plan.prompt_logits_left))
         by_time = self.step_time.largest_chunk(plan.shape, start, self.limits.step_budget_ms)
         tokens = min(limit, by_time)
         least = min(limit if plan.num_chunks == 0 else remaining, FLOOR_CHUNK_TOKENS)
@@ -303,7 +259,7 @@ class Scheduler:
             return least if plan.num_chunks == 0 else 0
         return tokens
 
-    def _admit_waiting(self, plan: "_Plan", now_us: int) -> None:
+    def _admit_waiting(self, plan: Plan, now_us: int) -> None:
         deferred: list[Request] = []
         while len(self._running) < self.limits.max_num_seqs and plan.tokens_left > 0:
             request = self._waiting.peek()
@@ -386,7 +342,7 @@ class Scheduler:
     def _is_protected(self, request: Request) -> bool:
         return request.preemptions >= self.limits.max_preemptions
 
-    def _grow(self, request: Request, plan: "_Plan") -> bool:
+    def _grow(self, request: Request, plan: Plan) -> bool:
         """Take the block for one more token; False if the request had to give way itself."""
         if self._blocks_of(request.num_tokens) <= len(request.block_table):
             return True
@@ -409,7 +365,7 @@ class Scheduler:
                 return running
         raise RuntimeError(f"protected request {request.key} lacks a block it had reserved")
 
-    def _preempt(self, request: Request, plan: "_Plan") -> None:
+    def _preempt(self, request: Request, plan: Plan) -> None:
         self._running.remove(request)
         self._release(request)
         request.num_computed_tokens = 0
@@ -419,7 +375,7 @@ class Scheduler:
         self.num_preemptions += 1
         plan.preempted.append(request.key)
 
-    def _make_room_for_priority(self, plan: "_Plan") -> None:
+    def _make_room_for_priority(self, plan: Plan) -> None:
         """Preempt for the first waiting request where only less important ones are in its way."""
         request = self._waiting.peek()
         if request is None or not self._running:
@@ -492,52 +448,3 @@ class Scheduler:
             raise AssertionError(f"{self._reserved} blocks reserved, {self.kv.num_free} free")
         if not set(self._computing.values()) <= running:
             raise AssertionError("a block is said to be computed by a request that does not run")
-
-
-class _Plan:
-    """A step in the making."""
-
-    def __init__(self, tokens_left: int) -> None:
-        self.tokens_left = tokens_left
-        self.num_chunks = 0
-        self.prompt_logits_left = PROMPT_LOGITS_PER_STEP
-        self.keys: list[int] = []
-        self.spans: list[Span] = []
-        self.admitted: list[int] = []
-        self.preempted: list[int] = []
-        self._attended = 0.0
-        self._tokens = 0
-
-    @property
-    def shape(self) -> StepShape:
-        return StepShape(self._tokens, self._attended, len(self.spans))
-
-    def append(self, request: Request, tokens: int, now_us: int) -> None:
-        start = request.num_computed_tokens
-        end = start + tokens
-        num_logits = 1 if end == request.num_tokens else 0
-        if request.wants_prompt_logprobs:
-            first = max(start, request.prompt_logprobs_done)
-            if first < min(end, request.num_prompt_tokens - 1):
-                num_logits = end - first
-                self.prompt_logits_left -= num_logits
-        if request.first_scheduled_us == 0:
-            request.first_scheduled_us = now_us
-        token_ids = request.token_ids
-        ids = (token_ids[start],) if tokens == 1 else tuple(token_ids[start:end])
-        self.keys.append(request.key)
-        self.spans.append(Span(ids, start, tuple(request.block_table), num_logits))
-        self.tokens_left -= tokens
-        self._tokens += tokens
-        self._attended += tokens * start + tokens * (tokens + 1) / 2
-
-    def step(self, step_time: StepTime) -> Step:
-        shape = self.shape
-        return Step(
-            tuple(self.keys),
-            tuple(self.spans),
-            tuple(self.admitted),
-            tuple(self.preempted),
-            shape,
-            step_time.predict_ms(shape),
-        )

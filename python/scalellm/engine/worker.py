@@ -19,7 +19,7 @@ import torch
 from scalellm.engine.logprobs import TokenLogprobs, token_logprobs
 from scalellm.engine.request import Request
 from scalellm.engine.sampler import Sampler
-from scalellm.engine.scheduler import Step
+from scalellm.engine.step import Step
 from scalellm.executor.batch import Batch
 
 Result = TypeVar("Result")

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from scalellm.engine.kv_cache import KVCache
 from scalellm.engine.request import Request, Status
-from scalellm.engine.scheduler import FLOOR_CHUNK_TOKENS, Limits, Scheduler, Step
+from scalellm.engine.scheduler import FLOOR_CHUNK_TOKENS, Scheduler
+from scalellm.engine.step import Limits, Step
 from scalellm.engine.step_time import StepShape, StepTime
 
 EOS = 0
