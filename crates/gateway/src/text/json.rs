@@ -7,10 +7,8 @@ use std::collections::HashMap;
 use std::fmt::{self, Write as _};
 use std::sync::Arc;
 
-use minijinja::value::{
-    Enumerator, Kwargs, Object, ObjectExt, ObjectRepr, Tuple, ValueKind, from_args,
-};
-use minijinja::{Error, ErrorKind, State, Value};
+use minijinja::value::{Enumerator, Kwargs, Object, ObjectExt, ObjectRepr, Rest, Tuple, ValueKind};
+use minijinja::{Error, ErrorKind, Value};
 
 /// `value` as a template value whose text is Python's.
 pub(super) fn to_template(value: &serde_json::Value) -> Value {
@@ -25,12 +23,17 @@ pub(super) fn to_template(value: &serde_json::Value) -> Value {
         },
         Json::String(s) => Value::from(s.as_str()),
         Json::Array(items) => Value::from_object(List(items.iter().map(to_template).collect())),
-        Json::Object(object) => Value::from_object(Dict::new(
+        Json::Object(object) => dict(
             object
                 .iter()
                 .map(|(k, v)| (Arc::from(k.as_str()), to_template(v))),
-        )),
+        ),
     }
+}
+
+/// A dict of these entries.
+pub(super) fn dict(entries: impl Iterator<Item = (Arc<str>, Value)>) -> Value {
+    Value::from_object(Dict::new(entries))
 }
 
 /// A Python list.
@@ -236,25 +239,18 @@ struct Dump {
 }
 
 /// The `tojson` filter of transformers: `tojson(ensure_ascii=False, indent=None, separators=None, sort_keys=False)`.
-pub(super) fn tojson(_: &mut State, value: &Value, args: &[Value]) -> Result<Value, Error> {
-    let (ensure_ascii, indent, separators, sort_keys, kwargs): (
-        Option<&Value>,
-        Option<&Value>,
-        Option<&Value>,
-        Option<&Value>,
-        Kwargs,
-    ) = from_args(args)?;
-    let argument = |positional: Option<&Value>, name: &str| -> Result<Option<Value>, Error> {
-        let given = match positional {
+pub(super) fn tojson(value: &Value, given: Rest<Value>, kwargs: Kwargs) -> Result<Value, Error> {
+    let argument = |position: usize, name: &str| -> Result<Option<Value>, Error> {
+        let given = match given.get(position) {
             Some(value) => Some(value.clone()),
             None => kwargs.get::<Option<Value>>(name)?,
         };
         Ok(given.filter(|value| !value.is_none()))
     };
-    let ensure_ascii = argument(ensure_ascii, "ensure_ascii")?;
-    let indent = argument(indent, "indent")?;
-    let separators = argument(separators, "separators")?;
-    let sort_keys = argument(sort_keys, "sort_keys")?;
+    let ensure_ascii = argument(0, "ensure_ascii")?;
+    let indent = argument(1, "indent")?;
+    let separators = argument(2, "separators")?;
+    let sort_keys = argument(3, "sort_keys")?;
     kwargs.assert_all_used()?;
 
     let indent = indent.map(|indent| match indent.as_str() {

@@ -1,5 +1,6 @@
 //! Jinja that minijinja does not parse, rewritten into what it does.
 //!
+//! - line ends become newlines, as Jinja2 reads them;
 //! - `{% generation %} ... {% endgeneration %}` (transformers' mark of the assistant's text) becomes a `with` block,
 //!   which renders its body in a scope of its own as the mark does;
 //! - `'...' % operand` becomes `'...'|percent_format(operand)`, which binds as tightly.
@@ -9,8 +10,9 @@ pub(super) const PERCENT_FORMAT: &str = "percent_format";
 
 /// The template `source` in minijinja's dialect.
 pub(super) fn rewrite(source: &str) -> String {
+    let source = source.replace("\r\n", "\n").replace('\r', "\n");
     let mut out = String::with_capacity(source.len());
-    let mut rest = source;
+    let mut rest = source.as_str();
     let mut raw = false;
     while let Some((start, kind)) = next_tag(rest) {
         let close = match kind {

@@ -7,7 +7,6 @@
 use std::io;
 
 use minijinja::syntax::SyntaxConfig;
-use minijinja::value::Kwargs;
 use minijinja::{AutoEscape, Environment, Error, ErrorKind, Template};
 use serde_json::{Map, Value};
 
@@ -209,16 +208,6 @@ fn environment() -> Environment<'static> {
         output.write_str(&text).map_err(Error::from)
     });
     python::install(&mut environment);
-    environment.add_function(
-        "dict",
-        |kwargs: Kwargs| -> Result<minijinja::Value, Error> {
-            let names: Vec<&str> = kwargs.args().collect();
-            names
-                .iter()
-                .map(|name| Ok((*name, kwargs.get::<minijinja::Value>(name)?)))
-                .collect()
-        },
-    );
     environment
 }
 
