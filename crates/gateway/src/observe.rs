@@ -7,7 +7,7 @@ use std::time::Instant;
 
 use axum::body::Body;
 use axum::extract::{MatchedPath, Request, State};
-use axum::http::{HeaderName, HeaderValue, Version, header};
+use axum::http::{HeaderName, HeaderValue, Method, Version, header};
 use axum::middleware::Next;
 use axum::response::{IntoResponse, Response};
 use bytes::Bytes;
@@ -28,6 +28,7 @@ const CLIENT_LEFT: u16 = 499;
 pub async fn observe(State(app): State<Arc<App>>, mut request: Request, next: Next) -> Response {
     let now = Instant::now();
     let http1 = request.version() <= Version::HTTP_11;
+    let is_head = request.method() == Method::HEAD;
     let connection = request.extensions().get::<Arc<ConnectionState>>().cloned();
     let first_byte = connection
         .as_ref()
@@ -82,7 +83,8 @@ pub async fn observe(State(app): State<Arc<App>>, mut request: Request, next: Ne
         headers.remove(header::CONNECTION);
     }
     response.map(|body| {
-        end.complete = body.is_end_stream();
+        // The answer to HEAD has no body that could be polled to its end.
+        end.complete = is_head || body.is_end_stream();
         Body::new(ObservedBody { body, end })
     })
 }
