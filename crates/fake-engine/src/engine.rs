@@ -15,11 +15,11 @@ use crate::babbler;
 use crate::sequence::Sequence;
 use crate::settings::{Garbage, Refuse, Settings};
 
-/// A fake engine on a thread of its own. Dropping it stops it.
+/// A fake engine on a thread of its own. Dropping it breaks its connections, as a kill would.
 pub struct FakeEngine {
     address: Address,
     epoch: u64,
-    stop: Arc<AtomicBool>,
+    stop: Arc<Stop>,
     thread: Option<thread::JoinHandle<()>>,
 }
 
@@ -32,13 +32,13 @@ impl FakeEngine {
         settings
             .check()
             .map_err(|error| io::Error::new(io::ErrorKind::InvalidInput, error))?;
-        let stop = Arc::new(AtomicBool::new(false));
+        let stop = Arc::new(Stop::default());
         let stopped = stop.clone();
         let epoch = settings.epoch.unwrap_or_else(|| unix_us().max(1));
         let builder = thread::Builder::new().name("scalellm-fake".to_owned());
         if settings.faults.garbage == Some(Garbage::Bytes) {
             let (babbler, address) = babbler::bind(address)?;
-            let thread = builder.spawn(move || babbler.run(&stopped))?;
+            let thread = builder.spawn(move || babbler.run(&stopped.asked))?;
             return Ok(FakeEngine {
                 address,
                 epoch,
@@ -61,7 +61,7 @@ impl FakeEngine {
             let mut engine = Loop::new(settings, handle);
             match engine.run(&stopped) {
                 End::Stopped => listener.close(),
-                End::Died => listener.abort(),
+                End::Died | End::Dropped => listener.abort(),
             }
         })?;
         Ok(FakeEngine {
@@ -88,13 +88,14 @@ impl FakeEngine {
             .is_none_or(thread::JoinHandle::is_finished)
     }
 
-    /// Closes the listener and joins.
+    /// Sends what was emitted, closes the listener and joins.
     pub fn stop(mut self) {
+        self.stop.gently.store(true, Ordering::Relaxed);
         self.join();
     }
 
     fn join(&mut self) {
-        self.stop.store(true, Ordering::Relaxed);
+        self.stop.asked.store(true, Ordering::Release);
         if let Some(thread) = self.thread.take()
             && thread.join().is_err()
         {
@@ -122,9 +123,16 @@ pub fn run(
     Ok(())
 }
 
+#[derive(Default)]
+struct Stop {
+    asked: AtomicBool,
+    gently: AtomicBool,
+}
+
 enum End {
     Stopped,
     Died,
+    Dropped,
 }
 
 struct Loop {
@@ -151,8 +159,8 @@ impl Loop {
         }
     }
 
-    fn run(&mut self, stop: &AtomicBool) -> End {
-        while !stop.load(Ordering::Relaxed) {
+    fn run(&mut self, stop: &Stop) -> End {
+        while !stop.asked.load(Ordering::Acquire) {
             let until_due = self.due.first().map_or(IDLE, |(due, _)| {
                 due.saturating_duration_since(Instant::now())
             });
@@ -185,7 +193,11 @@ impl Loop {
                 }
             }
         }
-        End::Stopped
+        if stop.gently.load(Ordering::Relaxed) {
+            End::Stopped
+        } else {
+            End::Dropped
+        }
     }
 
     fn admit(&mut self) {
@@ -250,13 +262,13 @@ impl Loop {
     }
 
     /// The faults' hang: neither poll nor emit.
-    fn hang(&self, stop: &AtomicBool) {
+    fn hang(&self, stop: &Stop) {
         let end = self
             .settings
             .faults
             .hang_ms
             .map(|ms| Instant::now() + Duration::from_millis(ms));
-        while !stop.load(Ordering::Relaxed) && end.is_none_or(|end| Instant::now() < end) {
+        while !stop.asked.load(Ordering::Acquire) && end.is_none_or(|end| Instant::now() < end) {
             thread::sleep(Duration::from_millis(5));
         }
     }
