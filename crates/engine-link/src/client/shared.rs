@@ -128,6 +128,10 @@ impl Shared {
         let hung = u128::from(load.step_age_ms) > self.config.hung_after.as_millis();
         let (was_hung, changed) = {
             let mut seen = self.seen.lock();
+            // Sessions overtake each other: what another one has brought already may be newer.
+            if seen.load.epoch == load.epoch && load.steps < seen.load.steps {
+                return;
+            }
             let changed = seen.hung != hung || seen.load.draining != load.draining;
             let was_hung = std::mem::replace(&mut seen.hung, hung);
             seen.load = load;
