@@ -56,8 +56,19 @@ class Result:
     def write(self, path: Path) -> None:
         """Replace `path` in one step, so that a reader never sees half of it."""
         partial = path.with_name(f".{path.name}.{os.getpid()}")
-        partial.write_text(json.dumps(self.to_json(), indent=1) + "\n", encoding="utf-8")
+        partial.write_text(_dump(self.to_json()), encoding="utf-8")
         partial.replace(path)
+
+
+def _dump(document: Mapping[str, Any]) -> str:
+    """JSON with one line a field and one a row: to be read, compared and grepped."""
+    rows = ",\n  ".join(json.dumps(row) for row in document["rows"])
+    fields = [
+        f"{json.dumps(name)}: {json.dumps(value)}"
+        for name, value in document.items()
+        if name != "rows"
+    ]
+    return "{\n " + ",\n ".join([*fields, f'"rows": [\n  {rows}\n ]']) + "\n}\n"
 
 
 def check_writable(path: Path) -> None:

@@ -10,6 +10,7 @@ from rich.text import Text
 from scalellm.bench.results import Result, Row
 
 NOT_MEASURED = "-"
+_WIDE = 110
 
 
 def row_label(row: Row) -> str:
@@ -28,30 +29,30 @@ def _pair(summary: Row) -> str:
     return f"{milliseconds(summary['p50'])} / {milliseconds(summary['p99'])}"
 
 
-def result_table(rows: Sequence[Row]) -> Table:
-    """One line a level, p50 / p99 of each latency."""
+def result_table(rows: Sequence[Row], wide: bool = True) -> Table:
+    """One line a level, p50 / p99 of each latency; narrow terminals get fewer columns."""
     table = Table(title="milliseconds: p50 / p99", title_justify="left", title_style="dim")
-    table.add_column("open" if _is_open(rows) else "streams", justify="right")
-    for name in ("done", "failed", "timed out", "TTFT", "TBT", "ITL", "E2E", "tok/s", "req/s"):
-        table.add_column(name, justify="right", no_wrap=name in ("TTFT", "TBT"))
+    first = "req/s" if rows and all(row["rate"] is not None for row in rows) else "open"
+    for name in (first, "done", "failed", "late", "TTFT", "TBT", "tok/s"):
+        table.add_column(name, justify="right", no_wrap=True)
+    if wide:
+        for name in ("ITL", "E2E", "max gap", "done/s"):
+            table.add_column(name, justify="right", no_wrap=True)
     for row in rows:
-        table.add_row(
+        cells: list[str | Text] = [
             row_label(row),
             str(row["completed"]),
             Text(str(row["failed"]), style="red" if row["failed"] else ""),
             Text(_timed_out(row), style="red" if row["timed_out"] else ""),
             _pair(row["ttft_ms"]),
             _pair(row["tbt_ms"]),
-            _pair(row["itl_ms"]),
-            _pair(row["e2e_ms"]),
             f"{row['output_tok_s']:.1f}",
-            f"{row['request_s']:.2f}",
-        )
+        ]
+        if wide:
+            cells += [_pair(row[name]) for name in ("itl_ms", "e2e_ms", "max_gap_ms")]
+            cells.append(f"{row['request_s']:.2f}")
+        table.add_row(*cells)
     return table
-
-
-def _is_open(rows: Sequence[Row]) -> bool:
-    return bool(rows) and all(row["rate"] is not None for row in rows)
 
 
 def _timed_out(row: Row) -> str:
@@ -107,9 +108,9 @@ def _lag_note(rows: Sequence[Row]) -> str:
 
 
 def print_result(result: Result, console: Console) -> None:
-    console.print(result_table(result.rows))
+    console.print(result_table(result.rows, wide=console.width >= _WIDE))
     for line in notes(result):
-        console.print(line)
+        console.print(line, soft_wrap=True)
 
 
 def markdown_table(rows: Sequence[Row]) -> str:

@@ -10,6 +10,7 @@ from scalellm.bench.plan import ARRIVALS, ENDPOINTS, Level, Workload, closed_lev
 from scalellm.cli.flags import add_settings, resolve_arguments
 from scalellm.errors import ConfigError
 
+_FILE_WIDTH = 120
 _EXIT_OK, _EXIT_FAILED_REQUESTS, _EXIT_INTERRUPTED = 0, 1, 130
 
 _EPILOG = """\
@@ -132,7 +133,8 @@ def run(arguments: argparse.Namespace) -> int:
     )
     result = run_bench(options, Console(stderr=True))
     if not arguments.bench_quiet:
-        print_result(result, Console(file=sys.stdout))
+        # Written to a file or pipe the table need not fit a screen.
+        print_result(result, Console(width=None if sys.stdout.isatty() else _FILE_WIDTH))
     if result.interrupted:
         return _EXIT_INTERRUPTED
     return _EXIT_FAILED_REQUESTS if result.failed or not result.completed else _EXIT_OK

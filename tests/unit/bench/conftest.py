@@ -1,0 +1,132 @@
+"""An endpoint in this process whose every answer a test can set."""
+
+import json
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+import pytest
+
+
+@dataclass
+class Behaviour:
+    """How the endpoint behaves, and what it was asked."""
+
+    models: list[str] = field(default_factory=lambda: ["tiny"])
+    owned_by: str = "somebody"
+    has_tokenize: bool = True
+    template_tokens: int = 0  # special tokens and chat template around the text
+    letters_a_token: int = 100  # a word of more letters is several tokens
+    takes_ids: bool = True
+    gives_usage: bool = True
+    token_gap_s: float = 0.0
+    hang_after: int | None = None  # requests
+    bodies: list[dict[str, Any]] = field(default_factory=list)
+
+    def count(self, text: str) -> int:
+        pieces = (-(-len(word) // self.letters_a_token) for word in text.split())
+        return self.template_tokens + sum(pieces)
+
+
+class FakeEndpoint:
+    def __init__(self) -> None:
+        self.behaviour = Behaviour()
+        self.stopped = threading.Event()
+        handler = type("Handler", (_Handler,), {"endpoint": self})
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+        self._server.daemon_threads = True
+        self._thread = threading.Thread(target=self._server.serve_forever, args=(0.01,))
+        self._thread.start()
+        self.url = f"http://127.0.0.1:{self._server.server_port}"
+
+    def stop(self) -> None:
+        self.stopped.set()
+        self._server.shutdown()
+        self._thread.join()
+        self._server.server_close()
+
+
+class _Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True
+    endpoint: FakeEndpoint
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+    def answer(self, status: int, body: Any) -> None:
+        text = json.dumps(body).encode()
+        self.send_response(status)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(text)))
+        self.end_headers()
+        self.wfile.write(text)
+
+    def do_GET(self) -> None:
+        behaviour = self.endpoint.behaviour
+        if self.path == "/v1/models":
+            entries = [{"id": name, "owned_by": behaviour.owned_by} for name in behaviour.models]
+            self.answer(200, {"data": entries})
+        else:
+            self.answer(404, {"error": {"message": "no such path"}})
+
+    def do_POST(self) -> None:
+        behaviour = self.endpoint.behaviour
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        if body.get("model") not in behaviour.models:
+            self.answer(404, {"error": {"message": f"no model {body.get('model')!r}"}})
+        elif self.path == "/tokenize" and behaviour.has_tokenize:
+            self.answer(200, {"tokens": [0] * behaviour.count(_text(body))})
+        elif self.path in ("/v1/completions", "/v1/chat/completions"):
+            self.generate(body, behaviour)
+        else:
+            self.answer(404, {"error": {"message": "no such path"}})
+
+    def generate(self, body: dict[str, Any], behaviour: Behaviour) -> None:
+        if isinstance(body.get("prompt"), list) and not behaviour.takes_ids:
+            self.answer(400, {"error": {"message": "prompt: a string is allowed"}})
+            return
+        behaviour.bodies.append(body)
+        prompt_tokens = (
+            len(body["prompt"])
+            if isinstance(body.get("prompt"), list)
+            else behaviour.count(_text(body))
+        )
+        usage = {"prompt_tokens": prompt_tokens, "completion_tokens": body["max_tokens"]}
+        if not body.get("stream"):
+            choice = {"text": "x", "finish_reason": "length"}
+            self.answer(200, {"choices": [choice], "usage": usage})
+            return
+        if behaviour.hang_after is not None and len(behaviour.bodies) > behaviour.hang_after:
+            self.endpoint.stopped.wait()
+            return
+        self.send_response(200)
+        self.send_header("Content-Type", "text/event-stream")
+        self.send_header("Transfer-Encoding", "chunked")
+        self.end_headers()
+        for _ in range(body["max_tokens"]):
+            time.sleep(behaviour.token_gap_s)
+            choice = {"delta": {"content": "x"}} if "messages" in body else {"text": "x"}
+            self.event(json.dumps({"choices": [choice]}))
+        if behaviour.gives_usage:
+            self.event(json.dumps({"choices": [], "usage": usage}))
+        self.event("[DONE]")
+        self.wfile.write(b"0\r\n\r\n")
+
+    def event(self, data: str) -> None:
+        text = f"data: {data}\n\n".encode()
+        self.wfile.write(b"%x\r\n%b\r\n" % (len(text), text))
+
+
+def _text(body: dict[str, Any]) -> str:
+    return str(body["messages"][0]["content"] if "messages" in body else body.get("prompt"))
+
+
+@pytest.fixture
+def endpoint() -> Iterator[FakeEndpoint]:
+    fake = FakeEndpoint()
+    yield fake
+    fake.stop()
