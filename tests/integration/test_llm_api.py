@@ -168,6 +168,21 @@ def test_a_repeated_prompt_comes_from_the_prefix_cache(llm: LLM) -> None:
     assert again.cached_tokens == 64 and again.outputs[0].token_ids == first.outputs[0].token_ids
 
 
+def test_a_crowd_in_a_small_cache_is_preempted_and_answers_as_alone(llm: LLM) -> None:
+    names = ["Lucy", "Tom", "Mia", "Sam", "Leo", "Max", "Felix", "Anna"]
+    texts = [f"{name} had {count} apples and" for name in names for count in (2, 3)]
+    params = SamplingParams(temperature=0, max_tokens=30, ignore_eos=True)
+    alone = [llm.generate(text, params, use_tqdm=False)[0].outputs[0] for text in texts]
+    with LLM(
+        "demo", dtype="float32", cpu_threads=1, kv_cache_memory_bytes=1 << 20, max_model_len=128
+    ) as small:
+        crowd = small.generate(texts, params, use_tqdm=False)
+        preemptions = small._engine.listener.load[8]
+        assert blocks_in_use(small) == 0
+    assert preemptions > 0
+    assert [o.outputs[0].token_ids for o in crowd] == [answer.token_ids for answer in alone]
+
+
 def test_threads_share_one_engine(llm: LLM) -> None:
     wanted = llm.generate("Once upon a time", GREEDY, use_tqdm=False)[0].outputs[0].text
     found: list[str] = []
