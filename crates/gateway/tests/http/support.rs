@@ -126,6 +126,14 @@ pub struct Stack {
     pub folder: Folder,
 }
 
+impl Drop for Stack {
+    /// Engines linger for their gateway's goodbye, which this test's runtime is not there to say.
+    fn drop(&mut self) {
+        let engines = std::mem::take(&mut self.engines);
+        std::thread::spawn(move || drop(engines));
+    }
+}
+
 impl Stack {
     pub async fn one(settings: Settings) -> Stack {
         Stack::start(vec![settings], |_| {}).await
