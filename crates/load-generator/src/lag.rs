@@ -95,8 +95,8 @@ mod tests {
             ..Summary::default()
         };
         LagReport {
-            send_ms: summary(send_p99),
-            read_ms: summary(read_p99),
+            send_ms: summary(send_p90),
+            read_ms: summary(read_p90),
         }
     }
 
