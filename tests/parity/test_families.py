@@ -74,7 +74,14 @@ NATIVE: dict[str, PreTrainedConfig] = {
     ),
 }
 FALLBACK: dict[str, PreTrainedConfig] = {
-    "gemma2": Gemma2Config(**_TINY, head_dim=12, sliding_window=WINDOW, query_pre_attn_scalar=20),
+    "gemma2": Gemma2Config(
+        **_TINY,
+        head_dim=12,
+        sliding_window=WINDOW,
+        query_pre_attn_scalar=20,
+        attn_logit_softcapping=2.0,
+        final_logit_softcapping=3.0,
+    ),
     "phi3": Phi3Config(**_TINY, sliding_window=WINDOW),
     "gpt-neox": GPTNeoXConfig(**_TINY_MHA),
     "gpt2": GPT2Config(vocab_size=101, n_embd=48, n_layer=3, n_head=4, n_positions=128, **_SPECIAL),
