@@ -96,7 +96,10 @@ impl Model {
         let states: Vec<String> = self
             .replicas
             .iter()
-            .map(|r| format!("{} is {}", r.address(), state_name(r.state())))
+            .map(|replica| match self.shares_tokenizer(replica) {
+                true => format!("{} is {}", replica.address(), state_name(replica.state())),
+                false => format!("{} has another tokenizer", replica.address()),
+            })
             .collect();
         let message = format!(
             "no replica of {:?} can take a request now: {}",
@@ -108,9 +111,18 @@ impl Model {
 
     #[must_use]
     pub fn is_ready(&self) -> bool {
-        self.replicas
-            .iter()
-            .any(|replica| replica.state() == ReplicaState::Ready)
+        self.replicas.iter().any(|replica| self.is_usable(replica))
+    }
+
+    fn is_usable(&self, replica: &Replica) -> bool {
+        replica.state() == ReplicaState::Ready && self.shares_tokenizer(replica)
+    }
+
+    /// Ids of another tokenizer would be nonsense to the engine. One that does not tell its digest is believed.
+    fn shares_tokenizer(&self, replica: &Replica) -> bool {
+        replica.info().is_none_or(|info| {
+            info.tokenizer_digest.is_empty() || info.tokenizer_digest == self.text.digest()
+        })
     }
 
     /// The replica for a prompt; `avoid` are those that failed it. `None` if no other is ready.
@@ -120,9 +132,7 @@ impl Model {
             .replicas
             .iter()
             .enumerate()
-            .filter(|(index, replica)| {
-                !avoid.contains(index) && replica.state() == ReplicaState::Ready
-            })
+            .filter(|(index, replica)| !avoid.contains(index) && self.is_usable(replica))
             .map(|(index, replica)| candidate(index, replica))
             .collect();
         self.policy

@@ -18,6 +18,7 @@ use crate::fleet::Model;
 use crate::record::RequestRecord;
 use crate::request::Params;
 use crate::stages::Stage;
+use crate::submit::submit;
 
 /// What a request has used, in tokens. Prompts count once, however many choices continue them.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -356,49 +357,4 @@ fn late(limit: &str) -> Box<ApiError> {
 
 fn replica_name(model: &Model, choice: &Choice) -> Option<String> {
     Some(model.replicas.get(choice.replica)?.address().to_string())
-}
-
-fn submit(
-    record: &RequestRecord,
-    app: &App,
-    prompt: &PreparedPrompt,
-    params: &Params,
-    seed: u64,
-    choice: u32,
-    left: Option<Duration>,
-) -> proto::Submit {
-    let bias = |(token_id, bias): &(u32, f32)| proto::LogitBias {
-        token_id: *token_id,
-        bias: *bias,
-    };
-    proto::Submit {
-        request: None,
-        trace_id: record.id.clone(),
-        prompt_tokens: u32::try_from(prompt.ids.len()).unwrap_or(u32::MAX),
-        prompt_ids: prompt.ids.clone(),
-        resume_ids: Vec::new(),
-        sampling: Some(proto::Sampling {
-            temperature: params.temperature,
-            top_p: params.top_p,
-            top_k: params.top_k,
-            min_p: params.min_p,
-            repetition_penalty: params.repetition_penalty,
-            presence_penalty: params.presence_penalty,
-            frequency_penalty: params.frequency_penalty,
-            logit_bias: params.logit_bias.iter().map(bias).collect(),
-            seed,
-            logprobs: params.logprobs,
-        }),
-        // A step is needed to see the prompt's logprobs, even if no token is wanted.
-        max_tokens: prompt.max_tokens.max(1),
-        min_tokens: params.min_tokens,
-        stop_token_ids: params.stop_token_ids.clone(),
-        ignore_eos: params.ignore_eos,
-        priority: params.priority,
-        deadline_ms: left.map(|left| u32::try_from(left.as_millis()).unwrap_or(u32::MAX).max(1)),
-        arrival_us: app.clock.unix_us(record.started),
-        choice,
-        cache_salt: params.cache_salt.clone(),
-        prompt_logprobs: params.prompt_logprobs,
-    }
 }

@@ -8,7 +8,8 @@
 //! request/             JSON to checked fields               parse
 //! admission            a place among the running requests   admission
 //! prompt, text_pool    template and ids, on own threads     template, tokenise
-//! fleet, attempt       model name to replica; submit        route
+//! fleet, submit,       model name to replica; one retry     route
+//! attempt
 //! choice, generation   engine outputs to text               queue, prefill, link, decode, detokenise
 //! respond/             JSON bodies and SSE frames           serialise
 //! ```
@@ -36,6 +37,7 @@ mod routes;
 mod serve;
 mod server;
 mod stages;
+mod submit;
 pub mod text;
 mod text_pool;
 

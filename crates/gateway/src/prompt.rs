@@ -51,7 +51,7 @@ pub async fn of_chat(
     match prompt {
         ChatPrompt::Ids(ids) => Ok(ids),
         ChatPrompt::Conversation(conversation) => {
-            of_conversation(app, record, model, conversation).await
+            of_conversation(app, record, model, *conversation).await
         }
     }
 }

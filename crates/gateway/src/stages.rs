@@ -158,7 +158,7 @@ impl StageTimes {
 
     /// The same as JSON: `{"parse": 0.031, ...}`, in milliseconds.
     #[must_use]
-    pub fn to_json(&self) -> serde_json::Value {
+    pub fn to_json(self) -> serde_json::Value {
         self.passed()
             .map(|(stage, us)| {
                 (

@@ -20,7 +20,7 @@ pub struct Conversation {
 
 #[derive(Debug)]
 pub enum ChatPrompt {
-    Conversation(Conversation),
+    Conversation(Box<Conversation>),
     /// `prompt_token_ids`, in place of messages.
     Ids(Vec<u32>),
 }
@@ -55,7 +55,7 @@ impl ChatRequest {
                 take_options(&mut fields)?;
                 ChatPrompt::Ids(ids)
             }
-            None => ChatPrompt::Conversation(take_conversation(&mut fields)?),
+            None => ChatPrompt::Conversation(Box::new(take_conversation(&mut fields)?)),
         };
         Ok(ChatRequest {
             model,

@@ -10,7 +10,7 @@ pub enum TokenizePrompt {
         text: String,
         add_special_tokens: bool,
     },
-    Conversation(Conversation),
+    Conversation(Box<Conversation>),
 }
 
 #[derive(Debug)]
@@ -46,16 +46,16 @@ impl TokenizeRequest {
                     add_special_tokens,
                 }
             }
-            None => {
-                TokenizePrompt::Conversation(take_conversation(&mut fields).map_err(|error| {
+            None => TokenizePrompt::Conversation(Box::new(
+                take_conversation(&mut fields).map_err(|error| {
                     let neither = error.message.starts_with("messages: missing");
                     if neither {
                         missing("prompt", "a string, or messages in its place")
                     } else {
                         error
                     }
-                })?)
-            }
+                })?,
+            )),
         };
         Ok(TokenizeRequest {
             model,

@@ -52,7 +52,7 @@ async fn encode(
     let model = Arc::clone(app.fleet.find_or_only(asked.model.as_deref())?);
     let tokens = match asked.prompt {
         TokenizePrompt::Conversation(conversation) => {
-            prompt::of_conversation(app, record, &model, conversation).await?
+            prompt::of_conversation(app, record, &model, *conversation).await?
         }
         TokenizePrompt::Text {
             text,

@@ -148,6 +148,24 @@ async fn a_refusal_sends_the_request_elsewhere_once() {
 }
 
 #[tokio::test]
+async fn an_engine_with_another_tokenizer_gets_no_ids() {
+    let other = Settings {
+        tokenizer_digest: "0123".to_owned(),
+        ..engine()
+    };
+    let stack = Stack::start(vec![other.clone(), engine()], |_| {}).await;
+    for _ in 0..4 {
+        stack.complete(json!({"prompt": "x"})).await.ok();
+    }
+    assert_eq!(stack.metric("scalellm_retries_total ", "").await, 0.0);
+    let stack = Stack::one(other).await;
+    let error = stack.complete(json!({"prompt": "x"})).await.error(503);
+    let message = error["message"].as_str().unwrap();
+    assert!(message.contains("another tokenizer"), "{message}");
+    stack.get("/ready").await.error(503);
+}
+
+#[tokio::test]
 async fn an_engines_error_is_told() {
     let stack = Stack::one(faulty(Faults {
         error_after: Some(2),

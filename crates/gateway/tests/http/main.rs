@@ -4,7 +4,11 @@ mod answers;
 mod endpoints;
 mod errors;
 mod faults;
+// Marked so that the lints for tests hold for its helper functions too.
+#[cfg(test)]
 mod lifecycle;
 mod streams;
+// Marked so that the lints for tests hold for its helper functions too.
+#[cfg(test)]
 mod support;
 mod transport;

@@ -1,0 +1,57 @@
+//! What an engine is told of one choice.
+
+use std::time::Duration;
+
+use scalellm_engine_link::proto;
+
+use crate::app::App;
+use crate::generation::PreparedPrompt;
+use crate::record::RequestRecord;
+use crate::request::Params;
+
+/// The Submit of choice `choice` of a prompt; `left` is the time until the request's deadline.
+#[must_use]
+pub fn submit(
+    record: &RequestRecord,
+    app: &App,
+    prompt: &PreparedPrompt,
+    params: &Params,
+    seed: u64,
+    choice: u32,
+    left: Option<Duration>,
+) -> proto::Submit {
+    let bias = |(token_id, bias): &(u32, f32)| proto::LogitBias {
+        token_id: *token_id,
+        bias: *bias,
+    };
+    proto::Submit {
+        request: None,
+        trace_id: record.id.clone(),
+        prompt_tokens: u32::try_from(prompt.ids.len()).unwrap_or(u32::MAX),
+        prompt_ids: prompt.ids.clone(),
+        resume_ids: Vec::new(),
+        sampling: Some(proto::Sampling {
+            temperature: params.temperature,
+            top_p: params.top_p,
+            top_k: params.top_k,
+            min_p: params.min_p,
+            repetition_penalty: params.repetition_penalty,
+            presence_penalty: params.presence_penalty,
+            frequency_penalty: params.frequency_penalty,
+            logit_bias: params.logit_bias.iter().map(bias).collect(),
+            seed,
+            logprobs: params.logprobs,
+        }),
+        // A step is needed to see the prompt's logprobs, even if no token is wanted.
+        max_tokens: prompt.max_tokens.max(1),
+        min_tokens: params.min_tokens,
+        stop_token_ids: params.stop_token_ids.clone(),
+        ignore_eos: params.ignore_eos,
+        priority: params.priority,
+        deadline_ms: left.map(|left| u32::try_from(left.as_millis()).unwrap_or(u32::MAX).max(1)),
+        arrival_us: app.clock.unix_us(record.started),
+        choice,
+        cache_salt: params.cache_salt.clone(),
+        prompt_logprobs: params.prompt_logprobs,
+    }
+}
