@@ -53,13 +53,16 @@ $(VENV)/.python:
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@touch $@
 
+# A stamp bears the time at which its work began, so that what changes meanwhile is not missed.
 # maturin comes first and pinned; the project is then built without an environment of its own.
 $(VENV)/.installed: pyproject.toml constraints.txt | $(VENV)/.python
+	@touch $(VENV)/.began
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt maturin
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt \
-	    --no-build-isolation -e '.[dev]'
-	@touch $@ $(VENV)/.built
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pip install --quiet --disable-pip-version-check \
+	    -c constraints.txt --no-build-isolation -e '.[dev]'
+	@mv $(VENV)/.began $@ && cp -p $@ $(VENV)/.built
 
 $(VENV)/.built: $(VENV)/.installed $(RUST_SOURCES)
-	$(if $(filter-out $(VENV)/.installed,$?),$(BIN)/maturin develop --release --skip-install --quiet)
-	@touch $@
+	@test -e $@ -a -z "$$(find Cargo.toml Cargo.lock crates proto -type f -newer $@)" \
+	    || { touch $(VENV)/.began && echo "building the Rust half" \
+	    && $(BIN)/maturin develop --release --skip-install --quiet && mv $(VENV)/.began $@; }
