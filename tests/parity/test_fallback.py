@@ -48,6 +48,14 @@ def test_refusal_names_what_is_supported_and_the_reason(tmp_path, architecture, 
     assert re.search(reason, message)
 
 
+def test_code_in_the_checkpoint_is_not_run(tmp_path):
+    (tmp_path / "configuration_own.py").write_text("raise SystemExit('was run')")
+    auto_map = {"AutoConfig": "configuration_own.OwnConfig"}
+    folder = write(tmp_path, "OwnForCausalLM", "own", auto_map=auto_map)
+    with pytest.raises(UnsupportedModelError, match="OwnForCausalLM is not supported"):
+        read_model_config(folder)
+
+
 def tiny_llama():
     register_attention()
     torch.manual_seed(0)

@@ -81,8 +81,9 @@ class SingleExecutor:
             return self._model.forward(token_ids, step)
 
     def close(self) -> None:
-        """Give the memory back; the executor is of no use afterwards."""
-        del self._model, self._cache
+        """Give the memory back; the executor is of no use afterwards. May be called again."""
+        for name in ("_model", "_cache"):
+            self.__dict__.pop(name, None)
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 

@@ -17,7 +17,8 @@ _LAYER_TYPES = {"full_attention", "sliding_attention"}
 def read_fallback_config(folder: Path, architecture: str) -> ModelConfig:
     """Describe a model by transformers' reading of its config.json.
 
-    Raises UnsupportedModelError, naming what is supported and why the fallback does not do.
+    Code that comes with a checkpoint is never run. Raises UnsupportedModelError, naming what is
+    supported and why the fallback does not do.
     """
     config = _transformers_config(folder, architecture)
     text = config.get_text_config()
@@ -76,6 +77,7 @@ def load_fallback(
                 dtype=dtype,
                 attn_implementation=ATTENTION,
                 local_files_only=True,
+                trust_remote_code=False,
                 output_loading_info=True,
             )
             _check_report(folder, report)
@@ -106,7 +108,7 @@ def _transformers_config(folder: Path, architecture: str) -> Any:
     from transformers import AutoConfig
 
     try:
-        return AutoConfig.from_pretrained(folder, local_files_only=True)
+        return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # its validators raise errors of many kinds
         reason = str(error).strip().splitlines()
         raise _unsupported(architecture, reason[0] if reason else repr(error)) from None
