@@ -19,6 +19,9 @@ from scalellm.errors import ConfigError, EndpointError
 _ID_RANGES = ((300, 1000), (64, 256))
 _FIRST_WORD = "the"
 _FEWEST_WORDS = 8
+_ENOUGH_WORDS = 128
+_GROUP = 32
+_MOST_QUESTIONS = 200
 _CHECKED_PROMPTS = 16
 _TRIAL_WORDS = 64
 
@@ -109,14 +112,19 @@ def _counted_texts(
 
 
 def _one_token_words(counter: TokenCounter, words: Sequence[str], least: int) -> list[str]:
-    """Those of `words` that add exactly one token; halves the list to need few questions."""
-    if counter.count(" ".join([_FIRST_WORD, *words])) == least + len(words):
-        return list(words)
-    if len(words) == 1:
-        return []
-    middle = len(words) // 2
-    first = _one_token_words(counter, words[:middle], least)
-    return first + _one_token_words(counter, words[middle:], least)
+    """Some of `words` that add exactly one token each; halves groups to need few questions."""
+    found: list[str] = []
+    groups = [list(words[at : at + _GROUP]) for at in range(0, len(words), _GROUP)]
+    for _ in range(_MOST_QUESTIONS):
+        if not groups or len(found) >= _ENOUGH_WORDS:
+            break
+        group = groups.pop()
+        if counter.count(" ".join([_FIRST_WORD, *group])) == least + len(group):
+            found += group
+        elif len(group) > 1:
+            middle = len(group) // 2
+            groups += [group[:middle], group[middle:]]
+    return found
 
 
 def _texts(
