@@ -4,6 +4,7 @@ import argparse
 import socket
 import tomllib
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -21,7 +22,7 @@ from scalellm.controller.runtime_folder import make_runtime_folder
 from scalellm.errors import AddressInUseError, ServeError
 
 
-def serve_config(**engine: object) -> ServeConfig:
+def serve_config(**engine: Any) -> ServeConfig:
     return ServeConfig(
         engine=EngineConfig(**engine),
         gateway=GatewayConfig(api_key=('k"1', "k2\x7f\U0001f600"), host="0.0.0.0"),
