@@ -5,11 +5,12 @@ from typing import Any, final
 
 __version__: str
 
-# ---------------------------------------------------------------- engine listener (crates/engine-link)
+# ------------------------------------------------------------- engine listener (crates/engine-link)
 
 @final
 class Submission:
-    """A validated Submit: ids are below the vocabulary, floats finite, lengths within the limits."""
+    """A validated Submit: ids are below the vocabulary, floats finite, lengths within the
+    limits."""
 
     key: int  # unique in this engine process; names the request in emit() and in cancels
     trace_id: str
@@ -51,18 +52,20 @@ class EngineListener:
         """Wait for messages without the GIL; return all there are, [] after `timeout_s`.
 
         ("submit", Submission), ("cancel", key), ("drain", None), ("stop", None),
-        ("kv_snapshot", None), ("calibrate", (ticket, [(decode_seqs, context_tokens, prefill_tokens), ...]))"""
+        ("kv_snapshot", None),
+        ("calibrate", (ticket, [(decode_seqs, context_tokens, prefill_tokens), ...]))"""
     def emit(self, outputs: Sequence[tuple[Any, ...]], load: tuple[Any, ...]) -> None:
         """Hand over what one step did; never waits for a gateway.
 
         An output is (key, token_ids, finish_reason | None, cached_tokens, logprobs | None,
         prompt_logprobs | None, times | None, stop_token_id | None, error | None), where
         finish_reason is "eos" | "stop_token" | "length" | "cancelled" | "deadline" | "error",
-        a logprob entry is (token_id, logprob, rank, top_ids, top_logprobs), a prompt logprob entry the same or None,
+        a logprob entry is (token_id, logprob, rank, top_ids, top_logprobs), a prompt logprob entry
+        the same or None,
         times is (queued_us, first_scheduled_us, first_token_us, finished_us, preemptions, steps).
-        `load` is (running, waiting, backlog_tokens, kv_blocks_used, kv_blocks_total, step_ms, overhead_ms,
-        steps, preemptions, prefix_hit_tokens, prefix_query_tokens). Also call it (with no outputs) when idle,
-        at least every 200 ms: it is the sign of life of the loop."""
+        `load` is (running, waiting, backlog_tokens, kv_blocks_used, kv_blocks_total, step_ms,
+        overhead_ms, steps, preemptions, prefix_hit_tokens, prefix_query_tokens). Also call it (with
+        no outputs) when idle, at least every 200 ms: it is the sign of life of the loop."""
     def emit_kv(
         self, stored: Sequence[tuple[bytes, bytes]], removed: Sequence[bytes], snapshot: bool
     ) -> None:
@@ -104,7 +107,8 @@ class Tokenizer:
         kwargs_json: str | None = None,
         continue_final_message: bool = False,
     ) -> str:
-        """As transformers renders it; `kwargs_json` is an object of template variables, `tools` among them.
+        """As transformers renders it; `kwargs_json` is an object of template variables, `tools`
+        among them.
 
         Raises ValueError if there is no template, or it fails or refuses the messages."""
 
@@ -130,14 +134,15 @@ class Detokenizer:
 # ---------------------------------------------------------------- gateway (crates/gateway)
 
 def run_gateway(config_toml: str) -> None:
-    """Serve until SIGTERM or SIGINT has drained it; without the GIL. Raises OSError if the port is taken,
+    """Serve until SIGTERM or SIGINT has drained it; without the GIL. Raises OSError if the port is
+    taken,
     ValueError on a bad configuration."""
 
 # ---------------------------------------------------------------- fake engine (crates/fake-engine)
 
 def run_fake_engine(address: str, settings_json: str) -> None: ...
 
-# ---------------------------------------------------------------- load generator (crates/load-generator)
+# ----------------------------------------------------------- load generator (crates/load-generator)
 
 def run_load(plan_json: str, on_progress: Callable[[str], bool] | None = None) -> str:
     """Drive an endpoint as `plan_json` says, return the results as JSON; without the GIL."""
