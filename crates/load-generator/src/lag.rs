@@ -90,8 +90,8 @@ mod tests {
     use super::*;
 
     fn lag(send_p90: f64, read_p90: f64) -> LagReport {
-        let summary = |p99| Summary {
-            p99: Some(p99),
+        let summary = |p90| Summary {
+            p90: Some(p90),
             ..Summary::default()
         };
         LagReport {

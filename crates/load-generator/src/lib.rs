@@ -25,6 +25,7 @@ mod lag;
 mod level;
 mod pacer;
 pub mod plan;
+mod reading;
 pub mod record;
 pub mod report;
 mod run;
