@@ -72,14 +72,21 @@ def sharpen(model: Any) -> None:
                 parameter.copy_(0.3 * noise)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> Iterator[None]:
+    """Models this small lose by threads, most of all beside other work."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 MakePair = Callable[..., Pair]
 
 
 @pytest.fixture(scope="module")
 def make_pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[MakePair]:
     """Make, or give again, the pair of a transformers configuration."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
     pairs: dict[tuple[str, str, int], Pair] = {}
 
     def make(config: Any, dtype: str = "float32", max_shard_size: str = "5GB") -> Pair:
@@ -104,4 +111,3 @@ def make_pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[MakePair]:
     yield make
     for pair in pairs.values():
         pair.executor.close()
-    torch.set_num_threads(threads)

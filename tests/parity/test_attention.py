@@ -57,7 +57,7 @@ def problems(draw):
     }
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(problems())
 def test_paged_equals_dense(problem):
     rng = torch.Generator().manual_seed(problem["seed"])

@@ -1,7 +1,7 @@
 """Tiny checkpoints written in the test, that each test then spoils in its own way."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -40,6 +40,15 @@ def tiny_weights() -> dict[str, torch.Tensor]:
         }
     rng = torch.Generator().manual_seed(0)
     return {f"{name}.weight": torch.randn(shape, generator=rng) for name, shape in shapes.items()}
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> Iterator[None]:
+    """Models this small lose by threads, most of all beside other work."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 MakeFolder = Callable[..., Path]
