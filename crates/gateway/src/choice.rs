@@ -127,11 +127,9 @@ impl Choice {
         }
     }
 
-    /// Turns an output into text; ends the choice if the engine or a stop string did.
-    ///
-    /// # Errors
-    /// 504 after the deadline, 500 or 503 if the engine gave the request up.
-    pub fn take(&mut self, output: proto::Output) -> ApiResult<ChoiceEvent> {
+    /// Turns an output into text; ends the choice if the engine or a stop string did. What the engine gave before it
+    /// gave up comes with the error.
+    pub fn take(&mut self, output: proto::Output) -> (ChoiceEvent, Option<Box<ApiError>>) {
         let reason = output.finish_reason();
         if self.first_times.is_none() {
             self.first_times = output.times;
@@ -142,66 +140,39 @@ impl Choice {
             prompt_logprobs: output.prompt_logprobs,
             ..Default::default()
         };
+        let failure = failure(reason, &output.error);
         if self.prompt_only {
-            self.attempt = None;
-            event.finish = Some(Finish {
-                reason: "length",
-                stop_reason: None,
-            });
-            return Ok(event);
+            if failure.is_none() {
+                self.end(&mut event, Vec::new(), "length", None);
+            }
+            return (event, failure);
         }
         let mut ids = output.token_ids;
         self.held.extend(output.logprobs);
         // The token that ended the output is counted and reported, but is not part of the text.
         let ended_by_token = matches!(reason, FinishReason::Eos | FinishReason::StopToken);
-        let shown = if ended_by_token && !self.include_stop {
-            ids.len().saturating_sub(1)
-        } else {
-            ids.len()
-        };
-        let piece = self.text.push(&ids[..shown]);
+        let hidden = usize::from(ended_by_token && !self.include_stop);
+        let piece = self.text.push(&ids[..ids.len().saturating_sub(hidden)]);
         let settled = piece.tokens.end;
         if let Some(stop) = self.show(&mut event, piece) {
             // What came after the token that completed the stop string was never wanted.
             ids.truncate(settled.saturating_sub(self.output_tokens as usize));
             self.end(&mut event, ids, "stop", Some(StopReason::Text(stop)));
-            return Ok(event);
+            return (event, None);
         }
         match reason {
-            FinishReason::Unspecified => {
+            FinishReason::Eos => self.finish(&mut event, ids, "stop", None),
+            FinishReason::StopToken => {
+                let token = StopReason::Token(output.stop_token_id);
+                self.finish(&mut event, ids, "stop", Some(token));
+            }
+            FinishReason::Length => self.finish(&mut event, ids, "length", None),
+            _ => {
                 self.output_tokens += ids.len() as u32;
                 event.token_ids = ids;
             }
-            FinishReason::Eos => self.finish(&mut event, ids, "stop", None),
-            FinishReason::StopToken => {
-                self.finish(
-                    &mut event,
-                    ids,
-                    "stop",
-                    Some(StopReason::Token(output.stop_token_id)),
-                );
-            }
-            FinishReason::Length => self.finish(&mut event, ids, "length", None),
-            FinishReason::Deadline => {
-                return Err(ApiError::deadline(
-                    "the engine reached the request's deadline",
-                ));
-            }
-            FinishReason::Cancelled => {
-                return Err(ApiError::busy(
-                    "cancelled",
-                    "the engine cancelled this request: it is stopping",
-                    1,
-                ));
-            }
-            FinishReason::Error => {
-                return Err(ApiError::internal(format!(
-                    "the engine failed on this request: {}",
-                    output.error
-                )));
-            }
         }
-        Ok(event)
+        (event, failure)
     }
 
     /// Moves released text and its tokens' logprobs into the event; returns the stop string that was met.
@@ -246,5 +217,23 @@ impl Choice {
         // Dropping the attempt cancels what the engine may still be doing for it.
         self.attempt = None;
         self.held.clear();
+    }
+}
+
+/// The error of a request that its engine gave up.
+fn failure(reason: FinishReason, error: &str) -> Option<Box<ApiError>> {
+    match reason {
+        FinishReason::Deadline => Some(ApiError::deadline(
+            "the engine reached the request's deadline",
+        )),
+        FinishReason::Cancelled => {
+            let message = "the engine cancelled this request: it is stopping";
+            Some(ApiError::busy("cancelled", message, 1))
+        }
+        FinishReason::Error => {
+            let message = format!("the engine failed on this request: {error}");
+            Some(ApiError::internal(message))
+        }
+        _ => None,
     }
 }

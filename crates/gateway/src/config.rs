@@ -4,7 +4,7 @@ use std::path::PathBuf;
 use std::str::FromStr;
 use std::time::Duration;
 
-use scalellm_engine_link::address::Address;
+use scalellm_engine_link::{Address, ReplicaConfig};
 use serde::Deserialize;
 
 use crate::error::GatewayError;
@@ -32,6 +32,10 @@ pub struct Config {
     pub body_timeout_s: f64,
     /// A client that reads nothing for this long is dropped.
     pub write_timeout_s: f64,
+    /// A replica whose loop has not come round for this long is hung: its requests end, and it gets no new ones.
+    pub replica_hung_after_s: f64,
+    /// A connection to a replica on which nothing at all came for this long is lost.
+    pub replica_silence_s: f64,
     /// Threads for templates and tokenising; 0 is one for every two cores, at least one.
     pub text_threads: usize,
     /// Prompts that wait for one of those threads; further ones get 503.
@@ -81,6 +85,8 @@ impl Default for Config {
             header_timeout_s: 30.0,
             body_timeout_s: 60.0,
             write_timeout_s: 60.0,
+            replica_hung_after_s: 5.0,
+            replica_silence_s: 2.0,
             text_threads: 0,
             text_queue: 256,
             log_level: "info".to_owned(),
@@ -124,6 +130,8 @@ impl Config {
             ("header_timeout_s", self.header_timeout_s, true),
             ("body_timeout_s", self.body_timeout_s, true),
             ("write_timeout_s", self.write_timeout_s, true),
+            ("replica_hung_after_s", self.replica_hung_after_s, true),
+            ("replica_silence_s", self.replica_silence_s, true),
         ] {
             let allowed = (0.0..=1e7).contains(&value) && !(positive && value == 0.0);
             if !allowed {
@@ -174,6 +182,15 @@ impl Config {
         match self.text_threads {
             0 => std::thread::available_parallelism().map_or(1, |cores| cores.get().div_ceil(2)),
             threads => threads,
+        }
+    }
+
+    #[must_use]
+    pub fn replica(&self) -> ReplicaConfig {
+        ReplicaConfig {
+            hung_after: Duration::from_secs_f64(self.replica_hung_after_s),
+            peer_silence: Duration::from_secs_f64(self.replica_silence_s),
+            ..ReplicaConfig::default()
         }
     }
 

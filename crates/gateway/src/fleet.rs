@@ -40,14 +40,15 @@ impl Model {
         config: &ModelConfig,
         text: TextModel,
         template: Option<String>,
-        metrics: &Metrics,
-    ) -> Option<Model> {
-        let addresses = config.addresses().ok()?;
+        metrics: Arc<ModelMetrics>,
+        link: &ReplicaConfig,
+    ) -> Result<Model, GatewayError> {
+        let addresses = config.addresses()?;
         let created_unix_s = SystemTime::now()
             .duration_since(UNIX_EPOCH)
             .unwrap_or_default()
             .as_secs();
-        Some(Model {
+        Ok(Model {
             name: Arc::from(config.name.as_str()),
             aliases: config.aliases.clone(),
             created_unix_s,
@@ -56,9 +57,9 @@ impl Model {
             policy: Mutex::new(LeastLoad::new(addresses.len())),
             replicas: addresses
                 .into_iter()
-                .map(|a| Replica::start(a, ReplicaConfig::default()))
+                .map(|a| Replica::start(a, link.clone()))
                 .collect(),
-            metrics: Arc::clone(metrics.model(&config.name)?),
+            metrics,
             max_model_len: config.max_model_len,
         })
     }
@@ -207,13 +208,17 @@ impl Fleet {
             };
             loaded.push((model, text, template));
         }
-        let models = loaded
+        let link = config.replica();
+        let models: Result<_, GatewayError> = loaded
             .into_iter()
-            .filter_map(|(model, text, template)| {
-                Model::start(model, text, template, metrics).map(Arc::new)
+            .map(|(model, text, template)| {
+                let counts = metrics.model(&model.name);
+                Ok(Arc::new(Model::start(
+                    model, text, template, counts, &link,
+                )?))
             })
             .collect();
-        Ok(Fleet { models })
+        Ok(Fleet { models: models? })
     }
 
     /// The model of that name or alias.

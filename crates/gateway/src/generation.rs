@@ -316,21 +316,23 @@ impl Work<'_> {
             .iter_mut()
             .filter(|choice| !choice.is_finished())
         {
-            let taken = match choice.poll_output(self.app, self.model, cx) {
-                Poll::Pending => continue,
-                Poll::Ready(output) => {
-                    let start = Instant::now();
-                    let taken = output.and_then(|output| choice.take(output));
-                    self.record.add(Stage::Detokenise, start.elapsed());
-                    taken
-                }
+            let Poll::Ready(output) = choice.poll_output(self.app, self.model, cx) else {
+                continue;
             };
-            match taken {
-                Ok(event) => events.push(event),
-                Err(error) => {
-                    *self.error = Some(error);
-                    break;
+            let start = Instant::now();
+            *self.error = match output {
+                Ok(output) => {
+                    let (event, failure) = choice.take(output);
+                    if failure.is_none() || !event.token_ids.is_empty() {
+                        events.push(event);
+                    }
+                    failure
                 }
+                Err(error) => Some(error),
+            };
+            self.record.add(Stage::Detokenise, start.elapsed());
+            if self.error.is_some() {
+                break;
             }
         }
         if events.is_empty() && self.error.is_none() {

@@ -95,12 +95,11 @@ impl Metrics {
         }
     }
 
+    /// The counts of a model, by its name.
     #[must_use]
-    pub fn model(&self, name: &str) -> Option<&Arc<ModelMetrics>> {
-        self.models
-            .iter()
-            .find(|(known, _)| known == name)
-            .map(|(_, metrics)| metrics)
+    pub fn model(&self, name: &str) -> Arc<ModelMetrics> {
+        let known = self.models.iter().find(|(known, _)| known == name);
+        known.map_or_else(Arc::default, |(_, counts)| Arc::clone(counts))
     }
 
     pub fn request_ended(&self, route: &'static str, status: u16, times: &StageTimes) {

@@ -20,7 +20,7 @@ use tokio::net::TcpStream;
 pub const EOS: u32 = 256;
 pub const VOCAB: u32 = 260;
 /// Waits that a passing test never reaches.
-pub const LONG: Duration = Duration::from_secs(10);
+pub const LONG: Duration = Duration::from_secs(60);
 
 /// A folder that is removed with its last user.
 pub struct Folder(pub PathBuf);
@@ -153,6 +153,9 @@ impl Stack {
             .collect();
         let mut config = Config {
             port: 0,
+            // A machine that is busy with other tests must not look like a dead engine.
+            replica_silence_s: 30.0,
+            replica_hung_after_s: 30.0,
             models: vec![ModelConfig {
                 name: "bytes".to_owned(),
                 aliases: vec!["alias".to_owned()],
