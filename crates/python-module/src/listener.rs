@@ -3,7 +3,7 @@
 use std::io;
 use std::time::Duration;
 
-use pyo3::exceptions::{PyKeyError, PyOSError, PyRuntimeError, PyTypeError, PyValueError};
+use pyo3::exceptions::{PyOSError, PyRuntimeError, PyTypeError, PyValueError};
 use pyo3::prelude::*;
 use pyo3::sync::MutexExt;
 use pyo3::types::{PyBytes, PyDict, PyList, PyMapping, PyTuple};
@@ -392,7 +392,7 @@ fn engine_info(
             "eos_token_ids" => value.extract().map(|v| info.eos_token_ids = v),
             "version" => value.extract().map(|v| info.version = v),
             "max_waiting" => value.extract().map(|v| config.max_waiting = v),
-            _ => return Err(PyKeyError::new_err(format!("info has no field {name:?}"))),
+            _ => return Err(PyValueError::new_err(format!("info has no field {name:?}"))),
         };
         set.map_err(|error| PyTypeError::new_err(format!("info[{name:?}]: {error}")))?;
     }
