@@ -104,6 +104,7 @@ def test_a_killed_engine_is_restarted_and_its_children_are_gone(tree: Callable[.
     kill(first[0])
     until(lambda: len(made.pids("engine-0")) == 2)
     until(lambda: "engine-0 is ready again" in made.errors())
+    until(lambda: not alive(first[1]))
     assert "engine-0 ended: killed by SIGKILL" in made.errors()
     assert made.process.poll() is None
 

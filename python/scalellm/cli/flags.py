@@ -10,8 +10,11 @@ from scalellm.errors import ConfigError
 from scalellm.settings import ENVIRONMENT_PREFIX, Setting, suggestion
 
 CONFIG_VARIABLE = ENVIRONMENT_PREFIX + "CONFIG"
-# Variables that are no settings: of the test suite, the configuration file's own, the extension's.
-_OTHER_VARIABLES = (CONFIG_VARIABLE, ENVIRONMENT_PREFIX + "REQUIRE")
+# Variables that are no settings: the file's own, the test suite's, the marks of a process tree.
+_OTHER_VARIABLES = (
+    CONFIG_VARIABLE,
+    *(ENVIRONMENT_PREFIX + name for name in ("REQUIRE", "TREE", "CHILD")),
+)
 
 
 def settings_of(command: str) -> list[Setting]:

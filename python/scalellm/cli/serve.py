@@ -1,9 +1,10 @@
 """`scalellm serve MODEL`: gateway, controller and engines under one root."""
 
 import argparse
+import os
 import shutil
 
-from scalellm.cli.flags import add_settings, resolve_arguments
+from scalellm.cli.flags import add_settings, resolve_arguments, unknown_variables
 from scalellm.cli.model import check_folder, resolve_model
 from scalellm.config import (
     DeploymentConfig,
@@ -32,6 +33,8 @@ def run(arguments: argparse.Namespace) -> int:
         log=build(LogConfig, values),
     )
     report = Report(config.log.log_format)
+    for line in unknown_variables(os.environ):
+        report.event(line)
     port = free_port(config.gateway.host, config.gateway.port)
     weights = config.engine.load_format != "dummy"
     model_path = resolve_model(config.engine.model, config.engine.revision, weights)

@@ -10,7 +10,10 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+from scalellm.controller.watchdog import kill_marked
+
 _PR_SET_PDEATHSIG = 1
+_MARK_VARIABLE = "SCALELLM_CHILD"  # what it starts carries it on, into whatever group or session
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,10 +61,11 @@ class Child:
     ) -> None:
         self.name = name
         self.started_s = time.monotonic()
+        self._mark = f"{name}-{os.urandom(8).hex()}"
         self._process = subprocess.Popen(
             command.arguments,
             stdin=subprocess.DEVNULL,
-            env=dict(environment),
+            env={**environment, _MARK_VARIABLE: self._mark},
             pass_fds=tuple(pass_fds),
             start_new_session=True,
             preexec_fn=die_with_parent(command.nice),
@@ -74,13 +78,14 @@ class Child:
     def poll(self) -> Ending | None:
         """How it ended, or None while it runs.
 
-        What is left in its group is killed before it is reaped: until then its pid, which names the
-        group, cannot belong to anyone else.
+        What it has started and left is killed before it is reaped: until then its pid, which names
+        its group, cannot belong to anyone else.
         """
         if self._process.returncode is None:
             if os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
                 return None
             self.kill_group()
+            kill_marked(self._mark, _MARK_VARIABLE)
         return Ending.of(self._process.wait())
 
     def wait(self, timeout_s: float) -> None:

@@ -46,7 +46,7 @@ class Plan:
     engines: Mapping[str, tuple[str, Command]]  # name -> (address, how to start it)
     limits: Limits
     drain_timeout_s: float = 30.0
-    stop_timeout_s: float = 5.0  # for engines after SIGTERM
+    stop_timeout_s: float = 20.0  # for engines after SIGTERM; unloading a large model takes seconds
     ready_facts: Mapping[str, Any] = field(default_factory=dict)
 
 

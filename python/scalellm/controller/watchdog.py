@@ -66,9 +66,9 @@ def _watch(reading: int, mark: str, folder: Path) -> None:
         os._exit(0)
 
 
-def kill_marked(mark: str) -> list[int]:
-    """SIGKILL every process marked `MARK_VARIABLE=mark` but this one; returns those found alive."""
-    wanted = f"{MARK_VARIABLE}={mark}".encode()
+def kill_marked(mark: str, variable: str = MARK_VARIABLE) -> list[int]:
+    """SIGKILL every process marked `variable=mark` but this one; returns those found."""
+    wanted = f"{variable}={mark}".encode()
     found = []
     for entry in Path("/proc").iterdir():
         if not entry.name.isdigit() or int(entry.name) == os.getpid():
