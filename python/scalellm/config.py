@@ -63,7 +63,7 @@ class EngineConfig:
     )
     step_budget_ms: float | None = setting(
         None,
-        "Predicted time of a step that a prompt's chunk is cut to; default: by device",
+        "Predicted time of a step of prompts, without running streams; default: by device",
         above=0,
         maximum=60_000,
     )

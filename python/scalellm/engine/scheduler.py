@@ -29,7 +29,7 @@ from collections.abc import Mapping, Sequence
 from scalellm.engine.kv_cache import KVCache, extend_hashes
 from scalellm.engine.request import FinishReason, Request, Status
 from scalellm.engine.step import Limits, Output, Plan, Step
-from scalellm.engine.step_time import StepTime
+from scalellm.engine.step_time import StepShape, StepTime
 from scalellm.engine.waiting import Deadlines, WaitingQueue
 
 FLOOR_CHUNK_TOKENS = 32
@@ -179,6 +179,7 @@ class Scheduler:
                 prompts.append(request)
             elif self._grow(request, plan):
                 plan.append(request, 1, now_us)
+        plan.budget_ms = self._budget_ms(plan.shape)
         for request in prompts:
             if request.status is Status.RUNNING and not self._append_chunk(request, plan, now_us):
                 break
@@ -238,6 +239,16 @@ class Scheduler:
 
     # ------------------------------------------------------------ chunks and admission
 
+    def _budget_ms(self, streams: StepShape) -> float:
+        """What the step may take in all, given what its running streams need.
+
+        Prompts may double the streams' own time, so that a gap is at most about twice the
+        steady TBT; beside fast streams they get a quarter of the budget, without streams all."""
+        budget_ms = self.limits.step_budget_ms
+        if streams.spans == 0:
+            return budget_ms
+        return max(budget_ms / 4, 2 * self.step_time.predict_ms(streams))
+
     def _append_chunk(self, request: Request, plan: Plan, now_us: int) -> bool:
         """Add a part of a prompt; False if tokens or time are used up."""
         tokens = self._chunk_tokens(request, request.num_computed_tokens, plan)
@@ -252,7 +263,7 @@ class Scheduler:
         limit = min(remaining, plan.tokens_left)
         if request.wants_prompt_logprobs:
             limit = min(limit, max(0, plan.prompt_logits_left))
-        by_time = self.step_time.largest_chunk(plan.shape, start, self.limits.step_budget_ms)
+        by_time = self.step_time.largest_chunk(plan.shape, start, plan.budget_ms)
         tokens = min(limit, by_time)
         least = min(limit if plan.num_chunks == 0 else remaining, FLOOR_CHUNK_TOKENS)
         if tokens < least:

@@ -1,5 +1,6 @@
 """The values that scheduling is about: a step's bounds, its work, and what came of it."""
 
+import math
 from dataclasses import dataclass, field
 
 from scalellm.engine.request import FinishReason, Request
@@ -16,7 +17,7 @@ class Limits:
     max_num_seqs: int
     max_num_batched_tokens: int
     max_model_len: int
-    step_budget_ms: float
+    step_budget_ms: float  # predicted; of a step without running streams
     max_preemptions: int = 3
     max_waiting: int = 16384
 
@@ -56,6 +57,7 @@ class Plan:
 
     def __init__(self, tokens_left: int) -> None:
         self.tokens_left = tokens_left
+        self.budget_ms = math.inf  # of the whole step, once its streams are known
         self.num_chunks = 0
         self.prompt_logits_left = PROMPT_LOGITS_PER_STEP
         self.keys: list[int] = []

@@ -207,6 +207,22 @@ def test_chunks_shrink_with_context_so_that_predicted_time_stays_within_the_budg
     assert chunks[0] > 2 * chunks[-2] and chunks[:-1] == sorted(chunks[:-1], reverse=True)
 
 
+def test_a_prompt_beside_streams_at_most_doubles_their_step() -> None:
+    times = StepTime()
+    for tokens, context in [(1, 0), (64, 0), (64, 4000), (500, 100), (900, 8000), (1, 900)] * 6:
+        shape = StepShape().with_span(context, tokens)
+        times.observe(shape, 50.0 + 0.1 * shape.tokens)
+    for budget_ms, allowed_ms in [(40.0, 2 * 50.1), (800.0, 200.0)]:
+        limits = Limits(4, 4096, 20_000, step_budget_ms=budget_ms)
+        scheduler = Scheduler(limits, KVCache(2000, 16), times)
+        scheduler.add(Request(key=1, prompt_ids=[3], max_tokens=9), 0)
+        scheduler.update(scheduler.schedule(0), [7], 0)
+        scheduler.add(Request(key=2, prompt_ids=[4] * 9_000, max_tokens=1), 0)
+        step = scheduler.schedule(0)
+        assert step.keys == (1, 2)
+        assert 0.9 * allowed_ms < step.predicted_ms <= allowed_ms + 0.2
+
+
 def test_a_prompt_advances_by_the_floor_when_the_budget_is_already_spent() -> None:
     times = StepTime()
     for _ in range(20):
