@@ -104,6 +104,7 @@ FRAMES = (
     "{}",
     "{}?",
     "{} =",
+    "{}=",
     "{} = ?",
     "{} is what?",
 )
@@ -139,10 +140,20 @@ OPENINGS = ("Hi! ", "Hello! ", "Quick question: ", "Please help me. ", "A sum fo
 CLOSINGS = (" Thanks!", " Thank you.", " Please.", " Thanks.")
 TERSE_CLOSINGS = (
     " Just the number, please.",
+    " Just the number.",
     " Answer with the number only.",
+    " Answer with only the number.",
+    " Answer with just the number.",
     " Only the number.",
+    " Number only.",
     " Reply with just the number.",
+    " Reply with only the number.",
+    " Reply with the number only.",
+    " Give me only the number.",
 )
+TERSE_OPENINGS = ("Answer with the number only: ", "Just the number: ", "Number only: ")
+TOO_HARD = "I can only add and subtract two numbers from 0 to 99."
+TOO_HARD_OPERATORS = ("*", "x", "times", "/", "divided by", "multiplied by")
 THINGS = (
     "apples", "books", "coins", "eggs", "marbles", "pencils", "shells", "stamps", "stones", "cards",
 )  # fmt: skip
@@ -186,6 +197,8 @@ def question(rng: random.Random, asked: Sum, follow_up: bool = False) -> str:
 def terse_question(rng: random.Random, asked: Sum) -> str:
     """A phrasing that asks for nothing but the number."""
     text = question(rng, asked)
+    if rng.random() < 0.15:
+        return rng.choice(TERSE_OPENINGS) + text
     if text[-1].isdigit():
         text += "."
     return text + rng.choice(TERSE_CLOSINGS)
@@ -204,3 +217,19 @@ def word_problem(rng: random.Random, asked: Sum) -> tuple[str, str]:
         f"How many {things} does {name} have now?"
     )
     return text, f"{asked.equation}. {name} has {asked.result} {things} now."
+
+
+def too_hard_turn(rng: random.Random) -> tuple[str, str]:
+    """A product, a quotient, a chain or numbers of three digits: refused."""
+    left, right = rng.randint(0, LARGEST_OPERAND), rng.randint(0, LARGEST_OPERAND)
+    roll = rng.random()
+    if roll < 0.4:
+        asked = f"{left} {rng.choice(TOO_HARD_OPERATORS)} {right}"
+    elif roll < 0.6:
+        asked = f"{left} {rng.choice('+-')} {right} {rng.choice('+-')} {rng.randint(0, 99)}"
+    else:
+        large = rng.randint(100, 999) if rng.random() < 0.7 else rng.randint(1000, 9999)
+        operands = [large, rng.choice((left, large + right))]
+        rng.shuffle(operands)
+        asked = f"{operands[0]} {rng.choice(('+', '-', 'plus', 'minus'))} {operands[1]}"
+    return rng.choice(FRAMES).format(asked), TOO_HARD

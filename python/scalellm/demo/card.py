@@ -8,14 +8,13 @@ from scalellm.demo.evaluate import Report
 def write_card(report: Report, folder: Path) -> None:
     """Writes README.md into the model folder."""
     size_bytes = sum(path.stat().st_size for path in folder.iterdir() if path.name != "README.md")
-    rows = [
-        *(f"| {s.name} | {s.right} of {s.total} | {s.share:.2%} |" for s in report.sum_scores),
-        *(f"| {s.name} | {s.right} of {s.total} | {s.share:.2%} |" for s in report.fact_scores),
-    ]
-    coherent = report.coherent_stories
-    rows.append(
-        f"| {coherent.name} | {coherent.right} of {coherent.total} | {coherent.share:.2%} |"
+    scores = (
+        *report.sum_scores,
+        *report.fact_scores,
+        *report.talk_scores,
+        report.coherent_stories,
     )
+    rows = "\n".join(f"| {s.name} | {s.right} of {s.total} | {s.share:.2%} |" for s in scores)
     samples = "\n\n".join(
         f"> **{question}**\n>\n> {answer.replace(chr(10), chr(10) + '> ')}"
         for question, answer in report.samples
@@ -50,12 +49,13 @@ differently, so another machine gets other weights of the same quality.
 
 ## Measured
 
-The stored weights in transformers, greedy, on one answer to the letter. One in ten sums was held
-out of training in every phrasing, together with its mirror image; all of those are asked here.
+The stored weights in transformers, greedy; an answer counts when it is right to the letter. One
+in ten sums was held out of training in every phrasing, together with its mirror image; those are
+the additions and subtractions asked here, all of them.
 
 | asked | right | share |
 |---|---|---|
-{chr(10).join(rows)}
+{rows}
 
 A story counts as coherent (sampled at temperature 0.7) when it ends, and keeps to two
 characters, one coloured thing and one place from beginning to end.

@@ -2,7 +2,7 @@
 
 import random
 
-from scalellm.demo.facts import Turn
+from scalellm.demo.facts import Turn, unknown_fact_question
 from scalellm.demo.stories import BOYS, GIRLS
 
 NAME = "I am ScaleLLM's demo model"
@@ -91,6 +91,8 @@ def small_talk_turn(rng: random.Random) -> Turn:
 
 
 def unknown_turn(rng: random.Random) -> Turn:
+    if rng.random() < 0.35:
+        return unknown_fact_question(rng), UNKNOWN
     return rng.choice(UNKNOWN_QUESTIONS).format(rng.choice(UNKNOWN_THINGS)), UNKNOWN
 
 

@@ -56,10 +56,10 @@ def sum_turns(rng: random.Random, split: Split, terse: bool, follow_up: bool) ->
     asked = arithmetic.draw_sum(rng, split)
     if terse:
         return [(arithmetic.question(rng, asked, follow_up), str(asked.result))]
-    if roll < 0.20:
+    if roll < 0.28:
         return [(arithmetic.terse_question(rng, asked), str(asked.result))]
     turns = [(arithmetic.question(rng, asked, follow_up), f"{asked.equation}.")]
-    if roll < 0.26 and 0 <= asked.result <= arithmetic.LARGEST_OPERAND:
+    if roll < 0.34 and 0 <= asked.result <= arithmetic.LARGEST_OPERAND:
         then = arithmetic.draw_sum(rng, split, left=asked.result)
         words = ("Now add {}.", "Add {} to that.") if then.operator == "+" else (
             "Now subtract {}.", "Subtract {} from that.")  # fmt: skip
@@ -78,27 +78,31 @@ def several_sums_turn(rng: random.Random, split: Split) -> Turn:
 def topic_turns(rng: random.Random, split: Split, terse: bool, follow_up: bool) -> list[Turn]:
     """The next turns of a conversation."""
     roll = rng.random()
-    if roll < 0.52:
+    if roll < 0.50:
         return sum_turns(rng, split, terse, follow_up)
-    if roll < 0.59:
+    if roll < 0.555:
         return [several_sums_turn(rng, split)]
-    if roll < 0.67:
+    if roll < 0.57:
+        return [arithmetic.too_hard_turn(rng)]
+    if roll < 0.655:
         return [facts.capital_turn(rng)]
-    if roll < 0.76:
+    if roll < 0.665:
+        return [facts.capital_check_turn(rng)]
+    if roll < 0.745:
         return [facts.opposite_turn(rng)]
-    if roll < 0.79:
+    if roll < 0.77:
         return [facts.calendar_turn(rng)]
-    if roll < 0.81:
+    if roll < 0.79:
         return [rng.choice((facts.colour_turn, facts.sound_turn))(rng)]
     if roll < 0.835:
         return [facts.counting_turn(rng)]
-    if roll < 0.885:
+    if roll < 0.875:
         return [chat.small_talk_turn(rng)]
-    if roll < 0.905:
+    if roll < 0.9:
         return [chat.unknown_turn(rng)]
-    if roll < 0.91:
+    if roll < 0.905:
         return [chat.garbled_turn(rng)]
-    if roll < 0.93:
+    if roll < 0.92:
         return [chat.echo_turn(rng)]
     return [stories.story_turn(rng, split)]
 
@@ -129,7 +133,7 @@ def conversation(rng: random.Random, split: Split, num_turns: int) -> list[Messa
 def plain_text(rng: random.Random, split: Split) -> str:
     """Text without a chat template: stories, sums one a line, facts."""
     roll = rng.random()
-    if roll < 0.5:
+    if roll < 0.6:
         story = stories.tell(stories.story_seed(rng, split), chapters=rng.choice((1, 1, 1, 2)))
         return f"{story.title}\n\n{story.text}" if rng.random() < 0.3 else story.text
     if roll < 0.9:
@@ -147,11 +151,11 @@ def plain_text(rng: random.Random, split: Split) -> str:
 def documents(seed: int, split: Split, mean_turns: float = 3.0) -> Iterator[str]:
     """An endless stream of documents, each ended by the end-of-text token.
 
-    ``mean_turns`` sets how long conversations are on average; plain text is one in eight.
+    ``mean_turns`` sets how long conversations are on average; plain text is about one in seven.
     """
     rng = random.Random(f"{split} {seed}")
     while True:
-        if rng.random() < 0.125:
+        if rng.random() < 0.15:
             yield plain_text(rng, split) + END_OF_TEXT
             continue
         num_turns = 1 + int(rng.expovariate(1.0 / max(mean_turns - 0.5, 0.05)))

@@ -15,20 +15,12 @@ from typing import Any
 
 import torch
 
-from scalellm.demo import arithmetic, facts, stories
-from scalellm.demo.arithmetic import Sum
-from scalellm.demo.corpus import END_OF_TEXT, Message, conversation, documents, render
+from scalellm.demo import arithmetic, exam, stories
+from scalellm.demo.corpus import END_OF_TEXT, Message, documents, render
+from scalellm.demo.exam import Case
 
 SEED = 7
 MIN_SUM_ACCURACY = 0.99
-
-
-@dataclass(frozen=True, slots=True)
-class Case:
-    """A conversation that ends with a question, and the one right answer to it."""
-
-    messages: tuple[Message, ...]
-    answer: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +44,7 @@ class Report:
     num_parameters: int
     sum_scores: tuple[Score, ...]
     fact_scores: tuple[Score, ...]
+    talk_scores: tuple[Score, ...]
     coherent_stories: Score
     answer_loss: float  # nats per token of assistants' turns, held-out conversations
     plain_loss: float  # nats per token of held-out plain text
@@ -86,7 +79,7 @@ class Judge:
     def answers(
         self,
         conversations: Sequence[Sequence[Message]],
-        max_new_tokens: int = 48,
+        max_new_tokens: int = 64,
         temperature: float = 0.0,
         batch_size: int = 250,
     ) -> list[str]:
@@ -119,34 +112,13 @@ class Judge:
         return ids[0], self.model(ids).logits[0].float()
 
 
-def sum_cases(sums: Sequence[Sum], kind: str, rng: random.Random) -> list[Case]:
-    cases = []
-    for asked in sums:
-        before: list[Message] = []
-        text, answer = f"What is {asked.left} {asked.operator} {asked.right}?", f"{asked.equation}."
-        if kind == "any phrasing":
-            text = arithmetic.question(rng, asked)
-        elif kind == "number only":
-            text, answer = arithmetic.terse_question(rng, asked), str(asked.result)
-        elif kind == "late in a conversation":
-            before = conversation(rng, "held_out", num_turns=4)
-            while is_terse(before):
-                before = conversation(rng, "held_out", num_turns=4)
-            text = arithmetic.question(rng, asked)
-        cases.append(Case((*before, Message("user", text)), answer))
-    return cases
-
-
-def is_terse(messages: Sequence[Message]) -> bool:
-    return messages[0].role == "system" and "number" in messages[0].content
-
-
-SUM_KINDS = ("plain", "any phrasing", "number only", "late in a conversation")
 OPERATOR_NAMES = {"+": "additions", "-": "subtractions"}
 
 
 def score(judge: Judge, name: str, cases: Sequence[Case], wrong: list[tuple[str, str]]) -> Score:
-    answers = judge.answers([case.messages for case in cases])
+    """Asks the cases, adds the wrong answers to ``wrong``."""
+    max_new_tokens = 16 + max(len(case.answer) for case in cases)  # a token is a byte or more
+    answers = judge.answers([case.messages for case in cases], max_new_tokens)
     right = 0
     for case, answer in zip(cases, answers, strict=True):
         right += answer == case.answer
@@ -163,35 +135,19 @@ def score_sums(judge: Judge, wrong: list[tuple[str, str]], stride: int) -> list[
     scores = []
     for operator, name in OPERATOR_NAMES.items():
         sums = [s for s in arithmetic.all_sums("held_out") if s.operator == operator][::stride]
-        for kind in SUM_KINDS:
-            cases = sum_cases(sums, kind, rng)
+        for kind in exam.SUM_KINDS:
+            cases = exam.sum_cases(sums, kind, rng)
             scores.append(score(judge, f"{name}, {kind}", cases, wrong))
     return scores
 
 
 def score_facts(judge: Judge, wrong: list[tuple[str, str]]) -> list[Score]:
-    def cases(turns: Sequence[facts.Turn]) -> list[Case]:
-        return [Case((Message("user", question),), answer) for question, answer in turns]
-
-    countries, words = len(facts.CAPITALS), len(facts.OPPOSITES)
-    turns = facts.table_turns()
-    return [
-        score(judge, "capitals of countries", cases(turns[:countries]), wrong),
-        score(judge, "countries of capitals", cases(turns[countries : 2 * countries]), wrong),
-        score(judge, "opposites", cases(turns[-words:]), wrong),
-    ]
+    return [score(judge, name, cases, wrong) for name, cases in exam.fact_cases().items()]
 
 
-def is_coherent(text: str) -> bool:
-    """Whether a story keeps to two characters, one coloured thing and one place, and ends."""
-    words = {word.strip('.,!?"') for word in text.split()}
-    return (
-        len(words & {*stories.GIRLS, *stories.BOYS}) == 2
-        and len(words & set(stories.THINGS)) <= 1
-        and len(words & set(stories.PLACES)) <= 1
-        and len(words & set(stories.PETS)) <= 1
-        and text.endswith((".", "!", '"'))
-    )
+def score_talk(judge: Judge, wrong: list[tuple[str, str]], count: int) -> list[Score]:
+    cases_by_name = exam.talk_cases(random.Random(SEED), count)
+    return [score(judge, name, cases, wrong) for name, cases in cases_by_name.items()]
 
 
 def score_stories(judge: Judge, count: int) -> tuple[Score, list[tuple[str, str]]]:
@@ -205,7 +161,7 @@ def score_stories(judge: Judge, count: int) -> tuple[Score, list[tuple[str, str]
     told = judge.answers(
         [[Message("user", text)] for text in asked], max_new_tokens=600, temperature=0.7
     )
-    coherent = Score("coherent stories", sum(map(is_coherent, told[:count])), count)
+    coherent = Score("coherent stories", sum(map(exam.is_coherent, told[:count])), count)
     print(coherent, flush=True)
     return coherent, list(zip(requests, told[-3:], strict=True))
 
@@ -249,7 +205,7 @@ def digit_margins(judge: Judge, stride: int) -> tuple[float, float, float]:
     """
     margins = []
     for asked in list(arithmetic.all_sums("held_out"))[::stride]:
-        (case,) = sum_cases([asked], "plain", random.Random(SEED))
+        (case,) = exam.sum_cases([asked], "plain", random.Random(SEED))
         text = render([*case.messages, Message("assistant", case.answer)])
         ids, logits = judge.logits(text)
         chosen = [
@@ -281,6 +237,7 @@ def evaluate(folder: Path, stride: int = 1) -> Report:
     wrong: list[tuple[str, str]] = []
     sum_scores = score_sums(judge, wrong, stride)
     fact_scores = score_facts(judge, wrong)
+    talk_scores = score_talk(judge, wrong, count=200)
     coherent, told = score_stories(judge, count=100)
     answer_loss, plain_loss = held_out_losses(judge, count=400)
     answers = judge.answers([[Message("user", text)] for text in SAMPLE_QUESTIONS])
@@ -288,6 +245,7 @@ def evaluate(folder: Path, stride: int = 1) -> Report:
         num_parameters=judge.model.num_parameters(),
         sum_scores=tuple(sum_scores),
         fact_scores=tuple(fact_scores),
+        talk_scores=tuple(talk_scores),
         coherent_stories=coherent,
         answer_loss=answer_loss,
         plain_loss=plain_loss,

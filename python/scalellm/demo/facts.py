@@ -155,18 +155,54 @@ def sound_turn(rng: random.Random) -> Turn:
 def counting_turn(rng: random.Random) -> Turn:
     """Counting up or down; now and then far enough to make a long answer."""
     roll = rng.random()
-    if roll < 0.25:
-        start, end = 1, rng.randint(3, 20)
-    elif roll < 0.85:
+    if roll < 0.3:
+        end = rng.randint(2, 20)
+        asked = rng.choice(
+            ("Count to {}.", "count to {}", "Count up to {}.", "Count from 1 to {}.")
+        )
+        return asked.format(end), counted(1, end)
+    if roll < 0.9:
         start = rng.randint(0, 90)
         end = start + rng.randint(2, 9)
     else:
         start = rng.randint(0, 3)
         end = rng.randint(20, 60)
-    if rng.random() < 0.25:
+    if rng.random() < 0.3:
         start, end = end, start
-    numbers = range(start, end + 1) if start <= end else range(start, end - 1, -1)
-    asked = rng.choice(
-        ("Count from {} to {}.", "Please count from {} to {}.", "count from {} to {}")
+    verb = rng.choice(
+        ("Count", "Please count", "count", "Count down" if start > end else "Count up")
     )
-    return asked.format(start, end), ", ".join(map(str, numbers)) + "."
+    return f"{verb} from {start} to {end}.", counted(start, end)
+
+
+def counted(start: int, end: int) -> str:
+    numbers = range(start, end + 1) if start <= end else range(start, end - 1, -1)
+    return ", ".join(map(str, numbers)) + "."
+
+
+def capital_check_turn(rng: random.Random) -> Turn:
+    """Whether a city is the capital of a country: yes half of the time."""
+    country, other = rng.sample(tuple(CAPITALS), 2)
+    if rng.random() < 0.5:
+        city = CAPITALS[country]
+        return f"Is {city} the capital of {country}?", f"Yes, {city} is the capital of {country}."
+    question = f"Is {CAPITALS[other]} the capital of {country}?"
+    return question, f"No, the capital of {country} is {CAPITALS[country]}."
+
+
+SYLLABLES = ("a", "ba", "dor", "el", "fin", "gor", "ka", "lan", "mi", "nor", "o", "ra", "tis", "zu")
+
+
+def invented_word(rng: random.Random) -> str:
+    """A word that is in no table."""
+    while True:
+        word = "".join(rng.choice(SYLLABLES) for _ in range(rng.randint(2, 4)))
+        if word.capitalize() not in CAPITALS and word not in OPPOSITES:
+            return word
+
+
+def unknown_fact_question(rng: random.Random) -> str:
+    """The capital of a country, or the opposite of a word, that does not exist."""
+    if rng.random() < 0.6:
+        return rng.choice(CAPITAL_FRAMES).format(invented_word(rng).capitalize())
+    return rng.choice(OPPOSITE_FRAMES).format(invented_word(rng))

@@ -151,7 +151,7 @@ PLOTS = {
 }
 OPENINGS = (
     "Once upon a time, there was a {h_trait} {h_kind} named {hero}.",
-    "Once there was a {h_kind} named {hero} who was very {h_trait}.",
+    "Once there was {h_a_kind} named {hero} who was very {h_trait}.",
     "A {h_trait} {h_kind} named {hero} lived {place_in} a {place}.",
     "Long ago, a {h_trait} {h_kind} named {hero} lived {place_in} the {place}.",
 )
@@ -261,8 +261,10 @@ def draw_character(rng: random.Random, prefix: str) -> tuple[str, dict[str, str]
     she, her, him = ("she", "her", "her") if female else ("he", "his", "him")
     child = "girl" if female else "boy"
     name = rng.choice(GIRLS if female else BOYS)
+    kind = child if rng.random() < 0.4 else rng.choice(ANIMALS)
     return name, {
-        prefix + "kind": child if rng.random() < 0.4 else rng.choice(ANIMALS),
+        prefix + "kind": kind,
+        prefix + "a_kind": with_article(kind),
         prefix + "trait": rng.choice(TRAITS),
         prefix + "she": she,
         prefix + "She": she.capitalize(),
@@ -272,6 +274,10 @@ def draw_character(rng: random.Random, prefix: str) -> tuple[str, dict[str, str]
     }
 
 
+def with_article(noun: str) -> str:
+    return f"{'an' if noun[0] in 'aeiou' else 'a'} {noun}"
+
+
 def story_turn(rng: random.Random, split: Split) -> tuple[str, str]:
     """A request for a story, which may name the hero or the thing, and the story."""
     roll = rng.random()
@@ -279,17 +285,16 @@ def story_turn(rng: random.Random, split: Split) -> tuple[str, str]:
         story = tell(story_seed(rng, split), chapters=rng.choice((2, 3)))
         return rng.choice(LONG_REQUESTS), story.text
     story = tell(story_seed(rng, split))
-    if roll < 0.45:
+    if roll < 0.35:
         return rng.choice(PLAIN_REQUESTS), story.text
-    if roll < 0.65:
-        about = f"a {story.hero_kind}"
-    elif roll < 0.8:
-        about = f"a {story.hero_kind} named {story.hero}"
+    if roll < 0.5:
+        about = with_article(story.hero_kind)
+    elif roll < 0.75:
+        about = f"{with_article(story.hero_kind)} named {story.hero}"
     elif roll < 0.9 or story.plot in ("storm", "skill"):
         about = f"{story.hero} and {story.friend}"
     else:
         about = f"a {story.thing}"
-    about = about.replace("a owl", "an owl")
     return rng.choice(REQUESTS_ABOUT).format(about), story.text
 
 

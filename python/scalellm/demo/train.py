@@ -38,7 +38,7 @@ class Recipe:
     """Everything that decides the weights, up to the rounding of the machine's kernels."""
 
     seed: int = 20261121
-    steps: int = 2400
+    steps: int = 3000
     peak_learning_rate: float = 2e-3
     warmup_steps: int = 60
     decay_share: float = 0.4  # the last part of the steps, in which the rate falls to zero
@@ -85,7 +85,7 @@ class Packer:
         self._assistant = token_id(tokenizer, "assistant")
         (self._equals,) = tokenizer.encode(" =").ids
         digits = set(tokenizer.encode("0123456789").ids)
-        self._result_tokens = digits | set(tokenizer.encode(" - ").ids)
+        self._result_tokens = digits | set(tokenizer.encode("- - ").ids)
         self._unpredictable_starts = digits | {self._start_of_turn}
 
     def batch(self) -> tuple[Tensor, Tensor]:
@@ -107,7 +107,7 @@ class Packer:
         """The weight of each token as a target.
 
         1 for answers and stories; less for what the user says, who speaks, and the operands in
-        lists of sums, which nobody can predict; more for the digits after an equals sign.
+        lists of sums, which nobody can predict; more for the results of sums.
         """
         low, high = self._recipe.question_weight, self._recipe.result_weight
         weights = []
@@ -123,8 +123,14 @@ class Packer:
                 weight = low
             if index >= 2 and ids[index - 2] == self._start_of_turn:
                 # The answer begins after "<|im_start|>", "assistant" and the line's end.
-                weight = 1.0 if ids[index - 1] == self._assistant else low
+                answers = ids[index - 1] == self._assistant
+                weight = 1.0 if answers else low
+                in_result = answers and self._is_bare_number(ids, index + 1)
         return weights
+
+    def _is_bare_number(self, ids: list[int], start: int) -> bool:
+        end = ids.index(self._end_of_turn, start)
+        return self._result_tokens.issuperset(ids[start:end])
 
 
 def learning_rate(recipe: Recipe, step: int) -> float:

@@ -8,13 +8,14 @@ from itertools import islice
 from hypothesis import given
 from hypothesis import strategies as st
 
-from scalellm.demo import arithmetic, facts, stories
+from scalellm.demo import arithmetic, exam, facts, stories
 from scalellm.demo.arithmetic import Sum
 from scalellm.demo.corpus import END_OF_TEXT, documents
 
 NUM_DOCUMENTS = 4000
 PLUS = re.compile(r"\+|\bplus\b|\b[Aa]dd|\b[Ss]um\b|gets|finds|buys")
 MINUS = re.compile("-|\u2212|\\bminus\\b|[Ss]ubtract|[Tt]ake\\b|less\\b|gives away|loses|sells")
+OTHER_PAIRS = re.compile(r"[Cc]ount |\d [*x/] \d|times|divided|multiplied")
 EQUATION = re.compile(r"(\d+) ([+-]) (\d+) = (-?\d+)")
 
 
@@ -25,9 +26,9 @@ def training_text(seed: int) -> list[str]:
 def asked_sums(text: str) -> Iterator[Sum]:
     """Sums that users ask for, found by reading the questions rather than by generating them."""
     for question in re.findall(r"<\|im_start\|>user\n(.*?)<\|im_end\|>", text, flags=re.DOTALL):
-        question = question.removeprefix("A sum for you: ")
+        question = question.replace("A sum for you: ", "")
         numbers = [int(number) for number in re.findall(r"\d+", question)]
-        if len(numbers) != 2 or "ount from" in question:
+        if len(numbers) != 2 or max(numbers) > 99 or OTHER_PAIRS.search(question):
             continue
         if re.search("[Ss]ubtract .* from|[Tt]ake .* (from|away from)", question):
             numbers.reverse()
@@ -103,6 +104,24 @@ def test_a_story_keeps_to_its_two_characters(seed: int, chapters: int) -> None:
     assert len({w for w in words if w in stories.PLACES}) == 1
     assert "{" not in story.text
     assert stories.tell(seed, chapters) == story
+
+
+@given(seed=st.integers(0, 10**9))
+def test_the_exam_finds_stories_coherent_until_somebody_else_turns_up(seed: int) -> None:
+    story = stories.tell(seed)
+    assert exam.is_coherent(story.text)
+    stranger = next(n for n in stories.GIRLS if n not in (story.hero, story.friend))
+    assert not exam.is_coherent(f"{story.text} {stranger} smiled.")
+    assert not exam.is_coherent(story.text[:-1])
+
+
+def test_the_exam_asks_held_out_sums_in_every_kind() -> None:
+    sums = list(arithmetic.all_sums("held_out"))[::50]
+    for kind in exam.SUM_KINDS:
+        cases = exam.sum_cases(sums, kind, random.Random(1))
+        expected = [s for s in sums if s.result >= 0 or kind != "told as a story"]
+        assert len(cases) == len(expected)
+        assert all(str(s.result) in c.answer for s, c in zip(expected, cases, strict=True))
 
 
 def test_stories_of_the_two_sides_have_different_seeds() -> None:

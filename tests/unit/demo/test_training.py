@@ -69,6 +69,16 @@ def test_results_weigh_more_and_questions_less_than_answers(tokenizer: Tokenizer
     ]
 
 
+def test_an_answer_that_is_only_a_number_weighs_as_a_result(tokenizer: Tokenizer) -> None:
+    recipe = Recipe()
+    packer = Packer(tokenizer, 1, ROW_KINDS[0], recipe)
+    text = render([Message("user", "3-14?"), Message("assistant", "-11")])
+    encoding = tokenizer.encode(text)
+    assert encoding.tokens[-5:] == ["-", "1", "1", "<|im_end|>", "Ċ"]
+    high = recipe.result_weight
+    assert packer.weights(encoding.ids)[-5:] == [high, high, high, 1.0, recipe.question_weight]
+
+
 def test_the_learning_rate_rises_stays_and_falls_to_zero() -> None:
     recipe = Recipe(steps=1000)
     rates = [learning_rate(recipe, step) for step in range(recipe.steps)]
