@@ -7,6 +7,7 @@
 //!
 //! Encoding and rendering are CPU work of up to many milliseconds: call them off the async threads.
 
+mod bytes;
 mod detokenizer;
 mod error;
 mod folder;
@@ -15,9 +16,12 @@ mod model;
 mod output;
 mod python;
 mod rewrite;
+mod steps;
 mod stop;
 mod stream;
+mod strings;
 mod template;
+mod values;
 mod vocabulary;
 
 pub use detokenizer::Detokenizer;

@@ -13,10 +13,11 @@
 //! Fuse, then Strip           both ends of the text          characters that may be stripped at the end
 //! ```
 
-use tokenizers::Decoder;
 use tokenizers::decoders::DecoderWrapper;
 
+use super::bytes::{Utf8, byte_level, fallback_byte};
 use super::error::TextError;
+use super::steps::{Each, Step, Strip, feed};
 
 /// How a tokenizer's tokens become text; made once for each model.
 pub(super) struct Plan {
@@ -32,47 +33,6 @@ pub(super) struct Plan {
 pub(super) enum Entry {
     Text(String),
     Bytes(Vec<u8>),
-}
-
-#[derive(Clone)]
-enum Each {
-    Decoder(DecoderWrapper),
-    Strip(Strip),
-}
-
-/// `Strip` drops up to `start` and `stop` of `content` from the ends of a token.
-#[derive(Clone, Copy)]
-struct Strip {
-    content: char,
-    start: usize,
-    stop: usize,
-}
-
-#[derive(Clone)]
-enum Step {
-    Each(Each),
-    /// The first token decodes differently from the others.
-    First {
-        decoder: DecoderWrapper,
-        seen: bool,
-    },
-    /// Without a decoder, tokens are joined by spaces.
-    Join {
-        seen: bool,
-    },
-    ByteFallback {
-        run: Vec<u8>,
-    },
-    /// `held` begins with the suffix: a space within the text, nothing at its end.
-    Suffix {
-        suffix: String,
-        held: String,
-    },
-    /// Strip of the whole text; `start` counts down, `held` may turn out to be the end.
-    Ends {
-        strip: Strip,
-        held: String,
-    },
 }
 
 impl Plan {
@@ -264,216 +224,12 @@ impl Stream {
 
     /// Whether all text of the pushed tokens is out.
     pub(super) fn is_settled(&self) -> bool {
-        self.utf8.as_ref().is_none_or(|utf8| utf8.held.is_empty())
+        self.utf8.as_ref().is_none_or(|utf8| utf8.is_empty())
             && self.steps.iter().all(|step| match step {
                 Step::Each(_) | Step::First { .. } | Step::Join { .. } => true,
                 Step::ByteFallback { run } => run.is_empty(),
                 Step::Suffix { held, .. } | Step::Ends { held, .. } => held.is_empty(),
             })
-    }
-}
-
-/// Run `text`, one token's, through `steps`.
-fn feed(steps: &mut [Step], text: &str, out: &mut String) {
-    match steps.split_first_mut() {
-        None => out.push_str(text),
-        Some((step, rest)) => step.push(text, |text| feed(rest, text, out)),
-    }
-}
-
-impl Step {
-    fn push(&mut self, token: &str, mut next: impl FnMut(&str)) {
-        match self {
-            Self::Each(each) => next(&each.apply(token).unwrap_or_default()),
-            Self::First { decoder, seen } => {
-                let text = decode_at(decoder, token, *seen);
-                *seen = true;
-                next(&text);
-            }
-            Self::Join { seen } => {
-                if *seen {
-                    next(" ");
-                }
-                *seen = true;
-                next(token);
-            }
-            Self::ByteFallback { run } => match fallback_byte(token) {
-                Some(byte) => run.push(byte),
-                None => {
-                    end_run(run, &mut next);
-                    next(token);
-                }
-            },
-            Self::Suffix { suffix, held } => {
-                if !held.is_empty() {
-                    next(&held.replace(suffix.as_str(), " "));
-                    held.clear();
-                }
-                let (now, later) =
-                    token.split_at(token.find(suffix.as_str()).unwrap_or(token.len()));
-                next(now);
-                held.push_str(later);
-            }
-            Self::Ends { strip, held } => {
-                let mut text = token;
-                while strip.start > 0 && !text.is_empty() {
-                    match text.strip_prefix(strip.content) {
-                        Some(rest) => {
-                            text = rest;
-                            strip.start -= 1;
-                        }
-                        None => strip.start = 0,
-                    }
-                }
-                if strip.stop == 0 {
-                    next(text);
-                    return;
-                }
-                held.push_str(text);
-                let trailing = held
-                    .chars()
-                    .rev()
-                    .take(strip.stop)
-                    .take_while(|&c| c == strip.content)
-                    .count();
-                let shown = held.len() - trailing * strip.content.len_utf8();
-                next(&held[..shown]);
-                held.drain(..shown);
-            }
-        }
-    }
-
-    fn finish(&mut self, mut next: impl FnMut(&str)) {
-        match self {
-            Self::Each(_) | Self::First { .. } | Self::Join { .. } => {}
-            Self::ByteFallback { run } => end_run(run, &mut next),
-            Self::Suffix { suffix, held } => {
-                next(&held.replace(suffix.as_str(), ""));
-                held.clear();
-            }
-            Self::Ends { held, .. } => held.clear(),
-        }
-    }
-}
-
-impl Each {
-    fn apply(&self, token: &str) -> Result<String, String> {
-        match self {
-            Self::Decoder(decoder) => {
-                let texts = decoder
-                    .decode_chain(vec![token.to_owned()])
-                    .map_err(|e| e.to_string())?;
-                Ok(texts.concat())
-            }
-            Self::Strip(strip) => {
-                let mut text = token;
-                for _ in 0..strip.start {
-                    text = text.strip_prefix(strip.content).unwrap_or(text);
-                }
-                for _ in 0..strip.stop {
-                    text = text.strip_suffix(strip.content).unwrap_or(text);
-                }
-                Ok(text.to_owned())
-            }
-        }
-    }
-}
-
-/// `token` as the first or as a later one.
-fn decode_at(decoder: &DecoderWrapper, token: &str, later: bool) -> String {
-    let mut tokens = vec![token.to_owned()];
-    if later {
-        tokens.insert(0, String::new());
-    }
-    decoder
-        .decode_chain(tokens)
-        .ok()
-        .and_then(|mut texts| texts.pop())
-        .unwrap_or_default()
-}
-
-/// The end of a run of byte tokens: its characters if all of it is UTF-8, else one U+FFFD for each byte.
-fn end_run(run: &mut Vec<u8>, next: &mut impl FnMut(&str)) {
-    if run.is_empty() {
-        return;
-    }
-    match std::str::from_utf8(run) {
-        Ok(text) => next(text),
-        Err(_) => run.iter().for_each(|_| next("\u{fffd}")),
-    }
-    run.clear();
-}
-
-/// The byte of a `<0xNN>` token.
-fn fallback_byte(token: &str) -> Option<u8> {
-    let digits = token.strip_prefix("<0x")?.strip_suffix('>')?;
-    if digits.len() == 2 {
-        u8::from_str_radix(digits, 16).ok()
-    } else {
-        None
-    }
-}
-
-/// The bytes of a byte-level token: a character for each byte, printable ones standing for themselves
-/// (GPT-2's table); a token with any other character stands for its own UTF-8.
-fn byte_level(token: &str) -> Vec<u8> {
-    let bytes: Option<Vec<u8>> = token.chars().map(byte_of).collect();
-    bytes.unwrap_or_else(|| token.as_bytes().to_vec())
-}
-
-fn byte_of(c: char) -> Option<u8> {
-    let code = u32::from(c);
-    match code {
-        0x21..=0x7e | 0xa1..=0xac | 0xae..=0xff => u8::try_from(code).ok(),
-        // The other 68 bytes follow in order from 256.
-        0x100..=0x120 => u8::try_from(code - 0x100).ok(),
-        0x121..=0x142 => u8::try_from(code - 0x121 + 0x7f).ok(),
-        0x143 => Some(0xad),
-        _ => None,
-    }
-}
-
-/// Bytes to text as `String::from_utf8_lossy` would, in pieces.
-#[derive(Clone, Default)]
-struct Utf8 {
-    /// The beginning of a character, at most 3 bytes.
-    held: Vec<u8>,
-}
-
-impl Utf8 {
-    fn push(&mut self, bytes: &[u8], mut next: impl FnMut(&str)) {
-        let joined;
-        let mut rest = if self.held.is_empty() {
-            bytes
-        } else {
-            self.held.extend_from_slice(bytes);
-            joined = std::mem::take(&mut self.held);
-            joined.as_slice()
-        };
-        loop {
-            match std::str::from_utf8(rest) {
-                Ok(text) => return next(text),
-                Err(error) => {
-                    let (valid, after) = rest.split_at(error.valid_up_to());
-                    if let Ok(text) = std::str::from_utf8(valid) {
-                        next(text);
-                    }
-                    let Some(bad) = error.error_len() else {
-                        self.held.extend_from_slice(after);
-                        return;
-                    };
-                    next("\u{fffd}");
-                    rest = &after[bad..];
-                }
-            }
-        }
-    }
-
-    fn finish(&mut self, mut next: impl FnMut(&str)) {
-        if !self.held.is_empty() {
-            next("\u{fffd}");
-            self.held.clear();
-        }
     }
 }
 

@@ -11,9 +11,10 @@ use minijinja::{AutoEscape, Environment, Error, ErrorKind, Template};
 use serde_json::{Map, Value};
 
 use super::error::TextError;
-use super::json::{str_of, to_template};
+
 use super::python;
 use super::rewrite::rewrite;
+use super::values::{str_of, to_template};
 
 /// Instructions that one rendering may take; about a second of work.
 const MAX_INSTRUCTIONS: u64 = 20_000_000;
