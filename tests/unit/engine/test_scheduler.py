@@ -63,6 +63,7 @@ class Machine:
         self.scheduler.check_integrity()
         assert step.shape.tokens <= self.scheduler.limits.max_num_batched_tokens
         assert len(step.keys) <= self.scheduler.limits.max_num_seqs
+        assert step.keys or not self.scheduler.requests, "requests, and no work for any of them"
         if step.keys:
             self.scheduler.update(step, self.compute(step), self.now_us)
         self.collect()
@@ -83,6 +84,7 @@ class Machine:
         while self.scheduler.requests:
             assert len(self.steps) < limit, "requests do not finish"
             self.step()
+        self.collect()
 
     def add(self, key: int, prompt: list[int], max_tokens: int, **more: object) -> Request:
         request = Request(
