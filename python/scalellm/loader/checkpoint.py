@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Self
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from scalellm.errors import ModelFileError, ModelNotFoundError, UnsupportedModelError
@@ -17,6 +17,7 @@ from scalellm.loader.config import read_json
 
 INDEX = "model.safetensors.index.json"
 _BYTES = {"F64": 8, "F32": 4, "BF16": 2, "F16": 2}
+_MAX_HEADER_BYTES = 100_000_000  # safetensors' own limit
 _SHOWN = 5  # tensors named in an error before "and N more"
 
 
@@ -107,10 +108,18 @@ class CheckpointSource:
         self._files.close()
 
     def fill(self, out: Tensor, name: str) -> None:
+        out.copy_(self.stored(name))
+
+    def stored(self, name: str) -> Tensor:
+        """The tensor as the checkpoint has it, on the CPU. Raises ModelFileError."""
         file = self._checkpoint.tensors[name].file
-        if file not in self._open:
-            self._open[file] = self._files.enter_context(safe_open(file, framework="pt"))
-        out.copy_(self._open[file].get_tensor(name))
+        try:
+            if file not in self._open:
+                self._open[file] = self._files.enter_context(safe_open(file, framework="pt"))
+            tensor: Tensor = self._open[file].get_tensor(name)
+        except SafetensorError as error:
+            raise ModelFileError(f"{file}: {name} cannot be read: {error}") from None
+        return tensor
 
 
 def read_header(file: Path) -> dict[str, StoredTensor]:
@@ -127,14 +136,17 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
             raise ModelFileError(
                 f"{file} is truncated: its header has {length} bytes, the whole file {size}"
             )
+        if length > _MAX_HEADER_BYTES:
+            raise ModelFileError(
+                f"{file} is no safetensors file: a header of {length} bytes, "
+                f"where {_MAX_HEADER_BYTES} are allowed"
+            )
         try:
             header = json.loads(stream.read(length))
             tensors = {
-                name: (entry["dtype"], tuple(entry["shape"]), tuple(entry["data_offsets"]))
-                for name, entry in header.items()
-                if name != "__metadata__"
+                name: _declared(entry) for name, entry in header.items() if name != "__metadata__"
             }
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise ModelFileError(f"{file} is no safetensors file: {error!r}") from None
     end = max((offsets[1] for _, _, offsets in tensors.values()), default=0)
     if 8 + length + end != size:
@@ -150,12 +162,26 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
     return {name: StoredTensor(file, dtype, shape) for name, (dtype, shape, _) in tensors.items()}
 
 
+def _declared(entry: dict[str, Any]) -> tuple[str, tuple[int, ...], tuple[int, int]]:
+    """Type, shape and the first and last byte of one entry of a header. Raises ValueError."""
+    dtype, shape, (first, last) = entry["dtype"], entry["shape"], entry["data_offsets"]
+    sizes = [*shape, first, last]
+    if not isinstance(dtype, str) or not all(type(size) is int and size >= 0 for size in sizes):
+        raise ValueError(f"{entry} describes no tensor")
+    return dtype, tuple(shape), (first, last)
+
+
 def _shards(folder: Path) -> tuple[list[Path], frozenset[str]]:
     """The shard files, and the tensor names that the index promises."""
     if (folder / INDEX).is_file():
         weight_map = read_json(folder / INDEX).get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
             raise ModelFileError(f"{folder / INDEX}: weight_map must name tensors and their files")
+        for name in weight_map.values():
+            if not isinstance(name, str) or name in ("", "..") or Path(name).name != name:
+                raise ModelFileError(
+                    f"{folder / INDEX}: weight_map names {name!r}, which is no file of the folder"
+                )
         shards = [folder / name for name in sorted(set(weight_map.values()))]
         if absent := [shard.name for shard in shards if not shard.is_file()]:
             raise ModelNotFoundError(

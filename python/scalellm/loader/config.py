@@ -52,7 +52,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file. Raises ModelFileError."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ModelFileError(f"{path}: {error}") from None
     if not isinstance(value, dict):
         raise ModelFileError(f"{path}: expected a JSON object, found {type(value).__name__}")

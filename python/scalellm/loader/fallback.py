@@ -78,6 +78,7 @@ def load_fallback(
                 attn_implementation=ATTENTION,
                 local_files_only=True,
                 trust_remote_code=False,
+                use_safetensors=True,
                 output_loading_info=True,
             )
             _check_report(folder, report)

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -52,6 +52,8 @@ def load_model(
     limit = check_max_model_len(config.max_model_len, model_config)
     dummy = config.load_format == "dummy"
     checkpoint = None if dummy else Checkpoint.open(folder)
+    if checkpoint is not None and model_config.tie_word_embeddings:
+        model_config = replace(model_config, tie_word_embeddings=_really_tied(checkpoint))
     inventory = InventorySource(dtype)
     if model_config.family == "transformers":
         numbers = (
@@ -89,6 +91,19 @@ def load_model(
     kind = "random weights" if dummy else "weights"
     _done(progress, f"{kind}: {gib(weight_bytes)} on {device}", started)
     return LoadedModel(model, model_config, dtype, device, weight_bytes)
+
+
+def _really_tied(checkpoint: Checkpoint) -> bool:
+    """Whether the output layer is the embedding, as config.json says.
+
+    A checkpoint that has both, and different, is right against its config.json: so transformers.
+    """
+    both = ("model.embed_tokens.weight", "lm_head.weight")
+    if not all(name in checkpoint.tensors for name in both):
+        return True
+    with CheckpointSource(checkpoint, torch.float32, torch.device("cpu")) as source:
+        embedding, output = (source.stored(name) for name in both)
+        return embedding.dtype == output.dtype and torch.equal(embedding, output)
 
 
 def check_max_model_len(requested: int | None, config: ModelConfig) -> int:

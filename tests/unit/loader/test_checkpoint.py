@@ -1,5 +1,7 @@
 """Weights: read rightly, and every way to be damaged has an answer that names it."""
 
+import json
+
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -94,13 +96,57 @@ def test_trailing_bytes(make_folder):
 
 @pytest.mark.parametrize(
     "header",
-    [b"not json at all", b"[1, 2]", b'{"a": {"dtype": "F32"}}', b'{"a": 3}', b"\xff\xfe\x00"],
+    [
+        b"not json at all",
+        b"[1, 2]",
+        b'{"a": {"dtype": "F32"}}',
+        b'{"a": 3}',
+        b"\xff\xfe\x00",
+        b'{"a": {"dtype": "F32", "shape": [1], "data_offsets": [4]}}',
+        b'{"a": {"dtype": "F32", "shape": ["1"], "data_offsets": [0, 4]}}',
+        b'{"a": {"dtype": "F32", "shape": [-1, -1], "data_offsets": [0, 4]}}',
+        b'{"a": {"dtype": ["F32"], "shape": [1], "data_offsets": [0, 4]}}',
+        b"[" * 100_000,
+    ],
 )
 def test_headers_that_make_no_sense(tmp_path, header):
     file = tmp_path / "x.safetensors"
     file.write_bytes(len(header).to_bytes(8, "little") + header)
     with pytest.raises(ModelFileError, match="is no safetensors file"):
         read_header(file)
+
+
+def test_a_header_beyond_safetensors_limit_is_not_read(tmp_path):
+    file = tmp_path / "x.safetensors"
+    with file.open("wb") as stream:
+        stream.write((200_000_000).to_bytes(8, "little"))
+        stream.truncate(300_000_000)
+    with pytest.raises(ModelFileError, match="a header of 200000000 bytes"):
+        read_header(file)
+
+
+def test_tensors_that_overlap_in_the_file_are_refused_by_name(make_folder):
+    file = make_folder() / "model.safetensors"
+    data = file.read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + length])
+    norms = ["model.norm.weight", "model.layers.0.input_layernorm.weight"]
+    header[norms[0]]["data_offsets"] = header[norms[1]]["data_offsets"]
+    spoilt = json.dumps(header).encode()
+    file.write_bytes(len(spoilt).to_bytes(8, "little") + spoilt + data[8 + length :])
+    with pytest.raises(ModelFileError, match=r"model\.safetensors"):
+        load(file.parent)
+
+
+@pytest.mark.parametrize(
+    "name", ["../secret.safetensors", "/etc/passwd", "a/b", "..", "", 3, ["x"]]
+)
+def test_an_index_cannot_name_files_outside_its_folder(make_folder, name):
+    folder = make_folder(weights=None)
+    index = {"weight_map": {"model.norm.weight": name}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(ModelFileError, match="no file of the folder"):
+        load(folder)
 
 
 def test_header_whose_shape_and_bytes_disagree(tmp_path):
@@ -131,11 +177,24 @@ def test_many_missing_tensors_are_counted(make_folder):
 
 def test_tied_embeddings_may_be_stored_twice(make_folder):
     weights = weights_of(make_folder())
-    tied = load(make_folder(weights, tie_word_embeddings=True)).forward(BATCH)
+    weights["lm_head.weight"] = weights["model.embed_tokens.weight"].clone()
+    twice = load(make_folder(weights, tie_word_embeddings=True))
+    assert twice.model_config.tie_word_embeddings
     del weights["lm_head.weight"]
-    assert torch.equal(load(make_folder(weights, tie_word_embeddings=True)).forward(BATCH), tied)
+    once = load(make_folder(weights, tie_word_embeddings=True))
+    assert torch.equal(once.forward(BATCH), twice.forward(BATCH))
     with pytest.raises(ModelFileError, match=r"missing lm_head\.weight"):
         load(make_folder(weights, tie_word_embeddings=False))
+
+
+def test_an_output_layer_that_differs_from_the_embedding_counts_as_in_transformers(make_folder):
+    from transformers import AutoModelForCausalLM
+
+    folder = make_folder(tie_word_embeddings=True)
+    ids = torch.tensor([BATCH.spans[0].token_ids])
+    with torch.inference_mode():
+        expected = AutoModelForCausalLM.from_pretrained(folder)(ids).logits[0]
+    torch.testing.assert_close(load(folder).forward(BATCH), expected, atol=1e-4, rtol=1e-4)
 
 
 def test_old_rotary_buffers_are_ignored(make_folder):
