@@ -4,6 +4,7 @@ Mechanism only: the settings themselves are in `config`.
 """
 
 import difflib
+import math
 import typing
 from collections.abc import Iterable
 from dataclasses import MISSING, dataclass, field, fields
@@ -165,7 +166,10 @@ def parse_bytes(text: str) -> int:
     """`4GiB`, `512MB`, `1048576` in bytes. Raises ValueError."""
     lowered = text.strip().lower().removesuffix("b")
     digits = lowered.rstrip("kmgi")
-    return int(float(digits) * _BYTE_UNITS[lowered[len(digits) :]]) if digits else int("")
+    unit = lowered[len(digits) :]
+    if unit not in _BYTE_UNITS or not math.isfinite(number := float(digits)):
+        raise ValueError(f"{text!r} is no size")
+    return int(number * _BYTE_UNITS[unit])
 
 
 def declared(group: type) -> dict[str, Setting]:
