@@ -17,19 +17,23 @@ from scalellm.errors import AddressInUseError, ServeError
 
 # -P: the working folder must not shadow modules of ours.
 PYTHON = (sys.executable, "-P", "-m")
+_ENGINE_TOML = "# Empty: `serve` has resolved every setting; no scalellm.toml may add its own.\n"
 
 
 def plan_deployment(config: ServeConfig, model_path: Path, port: int, folder: Path) -> Plan:
-    """The tree of one `serve`; writes the gateway's configuration into `folder`."""
+    """The tree of one `serve`; writes the configuration files of its processes into `folder`."""
     deployment = config.deployment
     names = [f"engine-{index}" for index in range(deployment.replicas)]
     addresses = [f"unix:{folder / name}.sock" for name in names]
     file = folder / "gateway.toml"
     file.touch(mode=0o600)
     file.write_text(gateway_toml(config, model_path, port, addresses), encoding="utf-8")
+    engine_file = folder / "engine.toml"
+    engine_file.write_text(_ENGINE_TOML, encoding="utf-8")
     threads = config.engine.cpu_threads or max(1, usable_cores() // deployment.replicas)
     nice = 0 if config.engine.device == "cuda" else deployment.engine_nice
     flags = engine_flags(config.engine, config.log, served_name(config.engine), threads)
+    flags += ["--config", str(engine_file)]
     return Plan(
         url=f"http://{_in_url(config.gateway.host)}:{port}",
         model=served_name(config.engine),

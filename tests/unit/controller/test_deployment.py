@@ -31,7 +31,9 @@ def serve_config(**engine: Any) -> ServeConfig:
     )
 
 
-def test_an_engine_gets_exactly_what_serve_resolved(tmp_path: Path) -> None:
+def test_an_engine_gets_exactly_what_serve_resolved(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     config = serve_config(
         model="demo", max_num_seqs=9, enable_prefix_caching=False, kv_cache_memory_bytes=1 << 20
     )
@@ -40,12 +42,16 @@ def test_an_engine_gets_exactly_what_serve_resolved(tmp_path: Path) -> None:
     arguments = command.arguments[command.arguments.index("engine") + 1 :]
     parser = argparse.ArgumentParser()
     add_settings(parser, "engine", positional=("model",))
-    # an environment that says otherwise does not matter
-    values = resolve_arguments(parser.parse_args(arguments), {"SCALELLM_MAX_NUM_SEQS": "3"})
+    # an environment or a file of the working folder that says otherwise does not matter
+    monkeypatch.chdir(tmp_path)
+    Path("scalellm.toml").write_text("max_num_seqs = 5\nmax_model_len = 64\n")
+    environment = {"SCALELLM_MAX_NUM_SEQS": "3", "SCALELLM_CONFIG": "scalellm.toml"}
+    values = resolve_arguments(parser.parse_args(arguments), environment)
     engine = build(EngineConfig, values)
     assert engine.model == str(tmp_path / "model")
     assert engine.served_model_name == "demo"
     assert engine.max_num_seqs == 9
+    assert engine.max_model_len is None
     assert engine.enable_prefix_caching is False
     assert engine.kv_cache_memory_bytes == 1 << 20
     assert engine.listen == address == f"unix:{tmp_path}/engine-1.sock"
