@@ -167,7 +167,12 @@ def _detokenizer(
 
     # the stop string is cut by Choice, which wants to know which one it was
     return Detokenizer(
-        tokenizer, prompt.token_ids, tuple(params.stop), params.skip_special_tokens, True
+        tokenizer,
+        prompt.token_ids,
+        tuple(params.stop),
+        params.skip_special_tokens,
+        include_stop=True,
+        min_tokens=params.min_tokens,
     )
 
 

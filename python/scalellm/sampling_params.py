@@ -9,6 +9,10 @@ from scalellm.errors import RequestError
 
 MAX_LOGPROBS = 20
 MAX_CHOICES = 128
+# As the listener of a served engine allows; beyond them float32 scores lose their meaning.
+MAX_TEMPERATURE = 100.0
+REPETITION_PENALTIES = (0.01, 100.0)
+MAX_PRIORITY = 1_000_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,11 +47,11 @@ class SamplingParams:
 
     def __post_init__(self) -> None:
         self._integer("n", 1, MAX_CHOICES)
-        self._number("temperature", 0.0, math.inf, "a number of at least 0")
+        self._number("temperature", 0.0, MAX_TEMPERATURE, "a number from 0 to 100")
         self._number("top_p", 0.0, 1.0, "a number above 0, at most 1", above=True)
         self._integer("top_k", -1)
         self._number("min_p", 0.0, 1.0, "a number from 0 to 1")
-        self._number("repetition_penalty", 0.0, math.inf, "a number above 0", above=True)
+        self._number("repetition_penalty", *REPETITION_PENALTIES, "a number from 0.01 to 100")
         self._number("presence_penalty", -2.0, 2.0, "a number from -2 to 2")
         self._number("frequency_penalty", -2.0, 2.0, "a number from -2 to 2")
         self._integer("seed", 0, 2**64 - 1, optional=True)
@@ -55,7 +59,7 @@ class SamplingParams:
         self._integer("min_tokens", 0)
         self._integer("logprobs", 0, MAX_LOGPROBS, optional=True)
         self._integer("prompt_logprobs", 0, MAX_LOGPROBS, optional=True)
-        self._integer("priority", -(2**31), 2**31 - 1)
+        self._integer("priority", -MAX_PRIORITY, MAX_PRIORITY)
         for name in ("ignore_eos", "skip_special_tokens", "include_stop_str_in_output"):
             if not isinstance(getattr(self, name), bool):
                 raise self._error(name, "True or False")

@@ -123,6 +123,18 @@ def test_stop_strings_end_the_text_before_them(llm: LLM) -> None:
         assert "".join(llm.stream(QUESTION, params)) == expected
 
 
+def test_stop_strings_do_not_stop_before_min_tokens(llm: LLM) -> None:
+    story = "Once upon a time"
+    params = SamplingParams(temperature=0, max_tokens=24, ignore_eos=True)
+    text = llm.generate(story, params, use_tqdm=False)[0].outputs[0].text
+    stop = " "
+    last_stops = SamplingParams(
+        temperature=0, max_tokens=24, ignore_eos=True, stop=stop, min_tokens=24
+    )
+    [output] = llm.generate(story, last_stops, use_tqdm=False)
+    assert stop in text and output.outputs[0].text == text
+
+
 def test_a_stop_token_is_named(llm: LLM) -> None:
     [whole] = llm.chat(QUESTION, GREEDY, use_tqdm=False)
     token = whole.outputs[0].token_ids[3]
@@ -238,13 +250,14 @@ def test_wrong_conversations_and_settings_are_refused(llm: LLM) -> None:
     ("field", "value", "allowed"),
     [
         ("n", 0, "a whole number from 1 to 128"),
-        ("temperature", -1, "a number of at least 0"),
-        ("temperature", math.nan, "a number of at least 0"),
-        ("temperature", "hot", "a number of at least 0"),
+        ("temperature", -1, "a number from 0 to 100"),
+        ("temperature", math.nan, "a number from 0 to 100"),
+        ("temperature", 101, "a number from 0 to 100"),
+        ("temperature", "hot", "a number from 0 to 100"),
         ("top_p", 0, "a number above 0, at most 1"),
         ("top_k", -2, "a whole number at least -1"),
         ("min_p", 1.1, "a number from 0 to 1"),
-        ("repetition_penalty", 0.0, "a number above 0"),
+        ("repetition_penalty", 0.001, "a number from 0.01 to 100"),
         ("presence_penalty", 3, "a number from -2 to 2"),
         ("frequency_penalty", math.inf, "a number from -2 to 2"),
         ("logit_bias", {3: 101}, "a mapping from token id to a number from -100 to 100"),
