@@ -109,7 +109,12 @@ impl Replica {
             .filter(|table| table.is_attached())
             .min_by_key(|table| table.len())
             .ok_or(SubmitError::NotReady)?;
-        table.submit(submit)
+        let stream = table.submit(submit)?;
+        // A replica found to hang ends the requests that are in its tables, once: this one may have come after that.
+        if self.state() == ReplicaState::Hung {
+            return Err(SubmitError::NotReady);
+        }
+        Ok(stream)
     }
 
     /// Ticks whenever [`Replica::state`] or [`Replica::info`] may have changed.
