@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use scalellm_engine_link::listener::MAX_DEADLINE_MS;
 use scalellm_engine_link::proto;
 
 use crate::app::App;
@@ -48,7 +49,12 @@ pub fn submit(
         stop_token_ids: params.stop_token_ids.clone(),
         ignore_eos: params.ignore_eos,
         priority: params.priority,
-        deadline_ms: left.map(|left| u32::try_from(left.as_millis()).unwrap_or(u32::MAX).max(1)),
+        // The gateway keeps the exact deadline; what the protocol cannot say, the engine need not know.
+        deadline_ms: left.map(|left| {
+            u32::try_from(left.as_millis())
+                .unwrap_or(u32::MAX)
+                .clamp(1, MAX_DEADLINE_MS)
+        }),
         arrival_us: app.clock.unix_us(record.started),
         choice,
         cache_salt: params.cache_salt.clone(),

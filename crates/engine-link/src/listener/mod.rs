@@ -19,7 +19,7 @@ use crate::proto;
 pub use config::ListenerConfig;
 pub use handle::EngineHandle;
 pub use server::Listener;
-pub use validate::validate;
+pub use validate::{MAX_DEADLINE_MS, validate};
 
 /// What Describe answers.
 pub type EngineInfo = proto::DescribeResponse;

@@ -264,3 +264,10 @@ async fn a_connection_that_sends_no_request_is_closed() {
         assert!(!String::from_utf8_lossy(&rest).contains("200 OK"));
     }
 }
+
+/// The engine protocol's deadlines end at 7 days.
+#[tokio::test]
+async fn a_time_limit_of_months_is_no_error() {
+    let stack = Stack::start(vec![engine()], |config| config.request_timeout_s = 1e7).await;
+    stack.complete(json!({"prompt": "x"})).await.ok();
+}
