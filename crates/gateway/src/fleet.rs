@@ -4,6 +4,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
 use std::time::{SystemTime, UNIX_EPOCH};
 
+use futures_util::future::join_all;
 use parking_lot::Mutex;
 use scalellm_engine_link::{Replica, ReplicaConfig, ReplicaState, proto};
 use scalellm_routing::{Candidate, LeastLoad};
@@ -64,7 +65,7 @@ impl Model {
         })
     }
 
-    /// The strictest of the replicas' limits; `None` until one has described itself.
+    /// The strictest limits of the replicas that share the tokenizer; `None` until one has described itself.
     #[must_use]
     pub fn limits(&self) -> Option<Limits> {
         let of = |info: &proto::DescribeResponse| Limits {
@@ -76,6 +77,7 @@ impl Model {
         };
         self.replicas
             .iter()
+            .filter(|replica| self.shares_tokenizer(replica))
             .filter_map(|replica| replica.info())
             .map(|info| of(&info))
             .reduce(|a, b| Limits {
@@ -250,11 +252,9 @@ impl Fleet {
         }
     }
 
+    /// Lets go of all replicas at the same time: one that does not answer must not hold up the others.
     pub async fn shutdown(&self) {
-        for model in &self.models {
-            for replica in &model.replicas {
-                replica.shutdown().await;
-            }
-        }
+        let replicas = self.models.iter().flat_map(|model| &model.replicas);
+        join_all(replicas.map(|replica| replica.shutdown())).await;
     }
 }

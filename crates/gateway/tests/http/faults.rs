@@ -151,11 +151,13 @@ async fn a_refusal_sends_the_request_elsewhere_once() {
 async fn an_engine_with_another_tokenizer_gets_no_ids() {
     let other = Settings {
         tokenizer_digest: "0123".to_owned(),
+        max_model_len: 10,
         ..engine()
     };
     let stack = Stack::start(vec![other.clone(), engine()], |_| {}).await;
     for _ in 0..4 {
-        stack.complete(json!({"prompt": "x"})).await.ok();
+        let beyond_the_others = json!({"prompt": "x", "max_tokens": 20});
+        stack.complete(beyond_the_others).await.ok();
     }
     assert_eq!(stack.metric("scalellm_retries_total ", "").await, 0.0);
     let stack = Stack::one(other).await;
