@@ -34,7 +34,8 @@ impl Attempt {
         preferred: Option<usize>,
     ) -> ApiResult<Attempt> {
         let mut tried = Vec::new();
-        let stream = submit_to_any(app, model, &submit, preferred, &mut tried)?;
+        let stream = submit_to_any(app, model, &submit, preferred, &mut tried)
+            .inspect_err(|_| app.metrics.rejected("no_replica"))?;
         Ok(Attempt {
             stream,
             submit: Some(submit),
@@ -68,16 +69,14 @@ impl Attempt {
             };
             let another = may_go_elsewhere(&error) && self.tried.len() < MAX_ATTEMPTS;
             match self.submit.as_mut().filter(|_| another) {
-                Some(submit) => {
-                    tracing::warn!(trace_id = submit.trace_id, %error, "trying another replica");
-                    match submit_to_any(app, model, submit, None, &mut self.tried) {
-                        Ok(stream) => {
-                            app.metrics.retried.fetch_add(1, Relaxed);
-                            self.stream = stream;
-                        }
-                        Err(_) => return Poll::Ready(Err(answer(model, error))),
+                Some(submit) => match submit_to_any(app, model, submit, None, &mut self.tried) {
+                    Ok(stream) => {
+                        tracing::warn!(trace_id = submit.trace_id, %error, "trying another replica");
+                        app.metrics.retried.fetch_add(1, Relaxed);
+                        self.stream = stream;
                     }
-                }
+                    Err(_) => return Poll::Ready(Err(answer(model, error))),
+                },
                 None => return Poll::Ready(Err(answer(model, error))),
             }
         }
@@ -107,7 +106,6 @@ fn submit_to_any(
             Err(SubmitError::NotReady | SubmitError::Full) => {}
         }
     }
-    app.metrics.rejected("no_replica");
     Err(model.no_replica())
 }
 

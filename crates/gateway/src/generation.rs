@@ -253,7 +253,7 @@ impl Generation {
             progress.cached_tokens = usage.cached_tokens;
             progress.output_tokens = usage.completion_tokens;
             progress.longest_choice_tokens = longest.into();
-            progress.last_token_at = Some(now);
+            progress.tokens_came(now);
             progress.finish = finish.or(progress.finish);
         });
         if !self.seen_first {
@@ -275,7 +275,7 @@ impl Generation {
         let in_engine = between(times.received_us, times.first_token_us);
         let prefill = between(times.first_scheduled_us, times.first_token_us);
         self.record.update(|progress| {
-            progress.first_token_at = Some(now);
+            progress.replica = replica_name(&self.model, choice);
             progress.times.set(
                 Stage::Queue,
                 between(times.received_us, times.first_scheduled_us),
@@ -283,7 +283,8 @@ impl Generation {
             progress.times.set(Stage::Prefill, prefill);
             progress.times.set(
                 Stage::Link,
-                now.duration_since(self.submitted).saturating_sub(in_engine),
+                now.duration_since(self.submitted)
+                    .saturating_sub(in_engine + progress.times.own_output_work()),
             );
             progress.times.set(
                 Stage::First,

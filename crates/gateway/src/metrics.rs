@@ -102,8 +102,12 @@ impl Metrics {
         known.map_or_else(Arc::default, |(_, counts)| Arc::clone(counts))
     }
 
-    pub fn request_ended(&self, route: &'static str, status: u16, times: &StageTimes) {
+    pub fn request_ended(&self, route: &'static str, status: u16) {
         *self.requests.lock().entry((route, status)).or_insert(0) += 1;
+    }
+
+    /// Takes in the times of a request that was for a model; probes would drown them.
+    pub fn observe_stages(&self, times: &StageTimes) {
         for (stage, us) in times.passed() {
             self.stages[stage as usize].observe_us(us);
         }
@@ -216,7 +220,7 @@ impl Metrics {
             out,
             "scalellm_stage_seconds",
             "histogram",
-            "Time of each stage of a request's life.",
+            "Time of each stage of the life of a request that named a model.",
         );
         for stage in Stage::ALL {
             self.stages[stage as usize].write(

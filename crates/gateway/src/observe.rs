@@ -149,10 +149,9 @@ impl Drop for RequestEnd {
             }
         });
         record.update(|progress| {
-            self.app
-                .metrics
-                .request_ended(record.route, status, &progress.times);
+            self.app.metrics.request_ended(record.route, status);
             let Some(model) = &progress.model else { return };
+            self.app.metrics.observe_stages(&progress.times);
             model.count_tokens(
                 progress.prompt_tokens,
                 progress.cached_tokens,
@@ -161,10 +160,10 @@ impl Drop for RequestEnd {
             if let Some(us) = progress.times.get_us(Stage::First) {
                 model.metrics.time_to_first_token.observe_us(us);
             }
-            if let (Some(first), Some(last)) = (progress.first_token_at, progress.last_token_at)
+            if let (Some(first), Some(last)) = (progress.first_tokens, progress.last_tokens)
                 && progress.longest_choice_tokens > 1
             {
-                let decode_us = micros(last.saturating_duration_since(first));
+                let decode_us = micros(last.at.saturating_duration_since(first.at));
                 model
                     .metrics
                     .time_between_tokens

@@ -34,18 +34,37 @@ pub struct Progress {
     pub output_tokens: u64,
     /// Of the choice that has most.
     pub longest_choice_tokens: u64,
-    pub first_token_at: Option<Instant>,
-    pub last_token_at: Option<Instant>,
+    pub first_tokens: Option<TokensCame>,
+    pub last_tokens: Option<TokensCame>,
     /// Known by whoever ended the response early; its status replaces the response's in log and metrics.
     pub failed: Option<(u16, ErrorNote)>,
     pub finish: Option<&'static str>,
 }
 
+/// When tokens came, and what the gateway itself had worked on the output by then.
+#[derive(Debug, Clone, Copy)]
+pub struct TokensCame {
+    pub at: Instant,
+    pub own_work: Duration,
+}
+
 impl Progress {
+    /// Tokens have come now.
+    pub fn tokens_came(&mut self, now: Instant) {
+        let came = TokensCame {
+            at: now,
+            own_work: self.times.own_output_work(),
+        };
+        self.first_tokens.get_or_insert(came);
+        self.last_tokens = Some(came);
+    }
+
+    /// Sets `Decode` without the stages of the gateway's that lie within it, so that no time counts twice.
     pub fn close_decode(&mut self) {
-        if let (Some(first), Some(last)) = (self.first_token_at, self.last_token_at) {
-            self.times
-                .set(Stage::Decode, last.saturating_duration_since(first));
+        if let (Some(first), Some(last)) = (self.first_tokens, self.last_tokens) {
+            let whole = last.at.saturating_duration_since(first.at);
+            let own = last.own_work.saturating_sub(first.own_work);
+            self.times.set(Stage::Decode, whole.saturating_sub(own));
         }
     }
 }

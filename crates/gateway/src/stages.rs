@@ -40,7 +40,8 @@ pub fn micros(duration: Duration) -> u64 {
     u64::try_from(duration.as_micros()).unwrap_or(u64::MAX)
 }
 
-/// A part of a request's life. Those of the engine are measured there.
+/// A part of a request's life. Those of the engine are measured there. No time is in two of them, apart from `First`
+/// and `Total`, which are sums.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Stage {
     /// First byte of the head read until the request is ours.
@@ -56,11 +57,11 @@ pub enum Stage {
     Queue,
     /// Engine: first scheduled until first token.
     Prefill,
-    /// Both ways between gateway and engine, for the first token.
+    /// Both ways between gateway and engine, for the first token; a failed first attempt is in here.
     Link,
     /// The whole wait for the first token, from the request's first byte.
     First,
-    /// First token until the last.
+    /// First token until the last, less what the gateway did meanwhile (`Detokenise`, `Serialise`).
     Decode,
     Detokenise,
     Serialise,
@@ -130,6 +131,16 @@ impl StageTimes {
     #[must_use]
     pub fn get_us(&self, stage: Stage) -> Option<u64> {
         self.took_us[stage as usize]
+    }
+
+    /// What the gateway itself has worked on the output.
+    #[must_use]
+    pub fn own_output_work(&self) -> Duration {
+        [Stage::Detokenise, Stage::Serialise]
+            .into_iter()
+            .filter_map(|stage| self.get_us(stage))
+            .map(Duration::from_micros)
+            .sum()
     }
 
     pub fn passed(&self) -> impl Iterator<Item = (Stage, u64)> + '_ {

@@ -19,7 +19,7 @@ type Gauge = (
     fn(&Replica) -> f64,
 );
 
-const REPLICA_GAUGES: [Gauge; 13] = [
+const REPLICA_GAUGES: [Gauge; 14] = [
     (
         "running_requests",
         "gauge",
@@ -73,6 +73,12 @@ const REPLICA_GAUGES: [Gauge; 13] = [
         "counter",
         "Prompt tokens found in the prefix cache.",
         |r| r.load().prefix_hit_tokens as f64,
+    ),
+    (
+        "prefix_query_tokens_total",
+        "counter",
+        "Prompt tokens looked for in the prefix cache.",
+        |r| r.load().prefix_query_tokens as f64,
     ),
     (
         "in_flight_requests",
