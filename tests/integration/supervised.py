@@ -101,6 +101,7 @@ class Tree:
         drain_s: float = 0.0,
         drain_timeout_s: float = 5.0,
         limits: Mapping[str, float] | None = None,
+        nohup: bool = False,
     ) -> None:
         self.folder = folder
         (folder / "runtime").mkdir()
@@ -119,7 +120,7 @@ class Tree:
         }
         self._errors = (folder / "stderr").open("w+b")
         self.process = subprocess.Popen(
-            [sys.executable, "-c", ROOT, json.dumps(given)],
+            [*(["nohup"] if nohup else []), sys.executable, "-c", ROOT, json.dumps(given)],
             stdout=subprocess.PIPE,
             stderr=self._errors,
             start_new_session=True,

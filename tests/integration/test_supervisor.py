@@ -2,6 +2,7 @@
 
 import os
 import signal
+import subprocess
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -191,6 +192,25 @@ def test_drains_the_gateway_before_the_engines_stop(tree: Callable[..., Tree], n
     assert made.log()[-3:] == ["gateway draining", "gateway ended", "engine-0 ended"]
     until(lambda: not any(alive(pid) for pid in pids))
     assert not (made.folder / "runtime").exists()
+
+
+def test_a_hang_up_is_survived_under_nohup(tree: Callable[..., Tree]) -> None:
+    made = tree(nohup=True)
+    made.wait_ready()
+    made.signal(signal.SIGHUP)
+    with pytest.raises(subprocess.TimeoutExpired):
+        made.process.wait(0.5)
+    made.signal(signal.SIGTERM)
+    assert made.process.wait(DEADLINE_S) == 0
+    assert "SIGTERM: draining" in made.errors() and "SIGHUP" not in made.errors()
+
+
+def test_a_hang_up_of_the_terminal_drains(tree: Callable[..., Tree]) -> None:
+    made = tree()
+    made.wait_ready()
+    made.signal(signal.SIGHUP)
+    assert made.process.wait(DEADLINE_S) == 0
+    assert "SIGHUP: draining" in made.errors()
 
 
 def test_a_second_signal_stops_at_once(tree: Callable[..., Tree]) -> None:

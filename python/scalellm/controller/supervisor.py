@@ -17,7 +17,7 @@ import signal
 import socket
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -47,7 +47,6 @@ class Plan:
     limits: Limits
     drain_timeout_s: float = 30.0
     stop_timeout_s: float = 20.0  # for engines after SIGTERM; unloading a large model takes seconds
-    ready_facts: Mapping[str, Any] = field(default_factory=dict)
 
 
 class Phase(enum.IntEnum):
@@ -109,9 +108,8 @@ class Supervisor:
         woken, waking = socket.socketpair()
         woken.setblocking(False)
         waking.setblocking(False)
-        previous = {
-            number: signal.signal(number, _ignore) for number in (*_STOP_SIGNALS, signal.SIGCHLD)
-        }
+        handled = [number for number in (*_STOP_SIGNALS, signal.SIGCHLD) if not _unwanted(number)]
+        previous = {number: signal.signal(number, _ignore) for number in handled}
         previous_fd = signal.set_wakeup_fd(waking.fileno(), warn_on_full_buffer=False)
         self._selector.register(woken, selectors.EVENT_READ, lambda: self._signals(woken))
         try:
@@ -359,6 +357,11 @@ class Supervisor:
         kill_marked(self._mark)
         for replica in self._replicas.values():
             self._forget_status(replica)
+
+
+def _unwanted(number: int) -> bool:
+    """Whether a hang-up is to be survived, as under nohup."""
+    return number == signal.SIGHUP and signal.getsignal(number) is signal.SIG_IGN
 
 
 def _ignore(number: int, frame: FrameType | None) -> None:
