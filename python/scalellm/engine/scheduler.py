@@ -73,10 +73,6 @@ class Scheduler:
         left = (request.num_tokens - request.num_computed_tokens for request in self._running)
         return self._waiting.num_tokens + sum(tokens for tokens in left if tokens > 1)
 
-    @property
-    def next_deadline_us(self) -> int | None:
-        return self._deadlines.next_us
-
     def add(self, request: Request, now_us: int) -> None:
         """Queue a request; one that can never run ends at once with an error.
 

@@ -79,8 +79,3 @@ class Deadlines:
             if request is not None:
                 passed.append(request)
         return passed
-
-    @property
-    def next_us(self) -> int | None:
-        """No later than the next deadline; None when there is none."""
-        return self._heap[0][0] if self._heap else None

@@ -140,7 +140,6 @@ def _native(fields: Fields, architecture: str, family: str) -> ModelConfig | Non
         moe=_moe(fields, family, layers),
         checkpoint_dtype=checkpoint_dtype(fields.raw),
         eos_token_ids=(),
-        bos_token_id=first_id(fields.raw.get("bos_token_id")),
     )
 
 
@@ -237,12 +236,6 @@ def checkpoint_dtype(raw: Mapping[str, Any]) -> str | None:
     """The weights' type as config.json names it: `dtype` (transformers 5) or `torch_dtype`."""
     name = raw.get("dtype") or raw.get("torch_dtype")
     return name.removeprefix("torch.") if isinstance(name, str) else None
-
-
-def first_id(value: Any) -> int | None:
-    """A token id that may be given as a number, a list or not at all."""
-    ids = value if isinstance(value, list) else [value]
-    return next((id for id in ids if isinstance(id, int)), None)
 
 
 def _eos_token_ids(folder: Path, fields: Fields, vocab_size: int) -> tuple[int, ...]:

@@ -50,7 +50,6 @@ def read_fallback_config(folder: Path, architecture: str) -> ModelConfig:
         moe=None,
         checkpoint_dtype=str(dtype).removeprefix("torch.") if dtype is not None else None,
         eos_token_ids=(),
-        bos_token_id=text.bos_token_id if isinstance(text.bos_token_id, int) else None,
     )
 
 

@@ -44,7 +44,6 @@ class ModelConfig:
     moe: MoeConfig | None
     checkpoint_dtype: str | None  # "bfloat16" etc.
     eos_token_ids: tuple[int, ...]
-    bos_token_id: int | None
 
     @property
     def attention(self) -> AttentionShape:
