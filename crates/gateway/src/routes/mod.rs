@@ -28,7 +28,7 @@ const ROUTES: [&str; 11] = [
     "/version",
     "/metrics",
     "/v1/models",
-    "/v1/models/{id}",
+    "/v1/models/{*id}",
     "/v1/chat/completions",
     "/v1/completions",
     "/tokenize",
@@ -59,7 +59,8 @@ pub fn router(app: Arc<App>) -> Router {
         .route("/version", get(health::version))
         .route("/metrics", get(metrics::metrics))
         .route("/v1/models", get(models::list))
-        .route("/v1/models/{id}", get(models::one))
+        // Names may be hub ids: they hold slashes.
+        .route("/v1/models/{*id}", get(models::one))
         .route("/v1/chat/completions", post(chat::create))
         .route("/v1/completions", post(completions::create))
         .route("/tokenize", post(text::tokenize))

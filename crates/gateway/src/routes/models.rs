@@ -1,4 +1,4 @@
-//! `GET /v1/models`, `/v1/models/{id}`
+//! `GET /v1/models`, `/v1/models/{*id}`
 
 use std::sync::Arc;
 

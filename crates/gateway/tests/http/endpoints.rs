@@ -6,7 +6,10 @@ use crate::support::{EOS, Stack, engine, ids, user};
 
 #[tokio::test]
 async fn models_are_listed_and_described() {
-    let stack = Stack::one(engine()).await;
+    let stack = Stack::start(vec![engine()], |config| {
+        config.models[0].aliases.push("org/name".to_owned());
+    })
+    .await;
     let list = stack.get("/v1/models").await.ok();
     assert_eq!(list["object"], "list");
     let names: Vec<&Value> = list["data"]
@@ -15,12 +18,15 @@ async fn models_are_listed_and_described() {
         .iter()
         .map(|card| &card["id"])
         .collect();
-    assert_eq!(names, ["bytes", "alias"]);
+    assert_eq!(names, ["bytes", "alias", "org/name"]);
     let card = stack.get("/v1/models/alias").await.ok();
     assert_eq!(
         (&card["object"], &card["root"], &card["max_model_len"]),
         (&json!("model"), &json!("bytes"), &json!(2048))
     );
+    for path in ["/v1/models/org/name", "/v1/models/org%2Fname"] {
+        assert_eq!(stack.get(path).await.ok()["id"], "org/name");
+    }
     let error = stack.get("/v1/models/other").await.error(404);
     assert_eq!(error["code"], "model_not_found");
     assert!(error["message"].as_str().unwrap().contains("bytes"));
@@ -168,6 +174,14 @@ async fn metrics_count_what_was_done() {
             .metric("scalellm_stage_seconds_count{", "stage=\"queue\"")
             .await,
         1.0
+    );
+    stack.get("/health").await.ok();
+    assert_eq!(
+        stack
+            .metric("scalellm_stage_seconds_count{", "stage=\"total\"")
+            .await,
+        1.0,
+        "probes and bad bodies are not among the requests for a model"
     );
     assert_eq!(
         stack
