@@ -4,7 +4,38 @@ use std::sync::Arc;
 
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
+use crate::app::App;
 use crate::error::{ApiError, ApiResult};
+use crate::fleet::{Limits, Model};
+use crate::record::RequestRecord;
+use crate::stages::Stage;
+
+/// What a request was given on its way in.
+pub struct Admitted {
+    pub model: Arc<Model>,
+    pub limits: Limits,
+    pub permit: Permit,
+}
+
+/// Finds the request's model and a place for it.
+///
+/// # Errors
+/// 404 for an unknown model, 400 if there is a choice and no name, 503 when all places are taken or no replica has been reached.
+pub fn admit(app: &App, record: &RequestRecord, model_name: Option<&str>) -> ApiResult<Admitted> {
+    let model = Arc::clone(app.fleet.find_or_only(model_name)?);
+    record.update(|progress| progress.model = Some(Arc::clone(&model)));
+    let permit = record
+        .timed(Stage::Admission, || app.admission.enter())
+        .inspect_err(|_| app.metrics.rejected("max_in_flight"))?;
+    let limits = model
+        .require_limits()
+        .inspect_err(|_| app.metrics.rejected("no_replica"))?;
+    Ok(Admitted {
+        model,
+        limits,
+        permit,
+    })
+}
 
 /// Hands out places; waits for nobody, because a client that waits here cannot be routed elsewhere.
 pub struct Admission {

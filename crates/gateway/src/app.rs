@@ -5,6 +5,7 @@ use std::sync::Arc;
 use tokio::sync::watch;
 
 use crate::admission::Admission;
+use crate::body::BodyMemory;
 use crate::config::Config;
 use crate::error::GatewayError;
 use crate::fleet::Fleet;
@@ -29,6 +30,7 @@ pub struct App {
     pub fleet: Fleet,
     pub text_pool: TextPool,
     pub admission: Admission,
+    pub body_memory: BodyMemory,
     phase: watch::Sender<Phase>,
     /// HTTP requests whose response has not ended.
     in_flight: watch::Sender<usize>,
@@ -48,6 +50,7 @@ impl App {
             clock: Clock::start(),
             text_pool: TextPool::start(config.text_threads(), config.text_queue)?,
             admission: Admission::new(config.max_in_flight),
+            body_memory: BodyMemory::new(config.max_body_memory_bytes),
             phase: watch::Sender::new(Phase::Serving),
             in_flight: watch::Sender::new(0),
             metrics,

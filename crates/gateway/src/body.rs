@@ -3,18 +3,105 @@
 use std::time::Duration;
 
 use axum::body::Body;
-use axum::http::{HeaderMap, header};
+use axum::extract::Request;
+use axum::http::{HeaderMap, StatusCode, header};
 use bytes::{Bytes, BytesMut};
 use http_body_util::BodyExt;
+use tokio::sync::{Semaphore, SemaphorePermit};
 
+use crate::app::App;
 use crate::config::Config;
 use crate::error::{ApiError, ApiResult};
+use crate::record::RequestRecord;
+use crate::stages::Stage;
+
+/// Memory for the bodies of all requests that are being read and parsed.
+pub struct BodyMemory {
+    blocks: Semaphore,
+    total_blocks: usize,
+}
+
+/// Memory is handed out in blocks of this, so that an ordinary body takes one.
+const BLOCK_BYTES: usize = 64 << 10;
+
+impl BodyMemory {
+    #[must_use]
+    pub fn new(bytes: usize) -> BodyMemory {
+        let total_blocks = bytes.div_ceil(BLOCK_BYTES).min(Semaphore::MAX_PERMITS);
+        BodyMemory {
+            blocks: Semaphore::new(total_blocks),
+            total_blocks,
+        }
+    }
+
+    #[must_use]
+    pub fn taken_bytes(&self) -> usize {
+        (self.total_blocks - self.blocks.available_permits()) * BLOCK_BYTES
+    }
+
+    /// Makes `held` enough for `bytes`; waits for nobody, because what is held meanwhile would be waited for.
+    ///
+    /// # Errors
+    /// 503 with Retry-After when there is no more.
+    fn grow<'a>(&'a self, held: &mut Option<SemaphorePermit<'a>>, bytes: usize) -> ApiResult<()> {
+        let held_blocks = held.as_ref().map_or(0, SemaphorePermit::num_permits);
+        let more = bytes.div_ceil(BLOCK_BYTES).saturating_sub(held_blocks);
+        if more == 0 {
+            return Ok(());
+        }
+        let permit = u32::try_from(more)
+            .ok()
+            .and_then(|more| self.blocks.try_acquire_many(more).ok())
+            .ok_or_else(ApiError::body_memory)?;
+        match held {
+            Some(held) => held.merge(permit),
+            None => *held = Some(permit),
+        }
+        Ok(())
+    }
+}
+
+/// Reads a request's body and makes of it what the endpoint takes.
+///
+/// # Errors
+/// As [`read`], then as `parse`.
+pub async fn parsed<T>(
+    app: &App,
+    record: &RequestRecord,
+    request: Request,
+    parse: impl FnOnce(&[u8]) -> ApiResult<T>,
+) -> ApiResult<T> {
+    let (parts, payload) = request.into_parts();
+    let mut held = None;
+    let reading = read(
+        &parts.headers,
+        payload,
+        &app.config,
+        &app.body_memory,
+        &mut held,
+    );
+    let bytes = record
+        .timed_async(Stage::Body, reading)
+        .await
+        .inspect_err(|error| {
+            if error.status == StatusCode::SERVICE_UNAVAILABLE {
+                app.metrics.rejected("body_memory");
+            }
+        })?;
+    record.timed(Stage::Parse, || parse(&bytes))
+}
 
 /// Reads the body. A declared length above the limit is refused before a byte is read.
 ///
 /// # Errors
-/// 413, 408, or 400 if the client breaks off.
-pub async fn read(headers: &HeaderMap, body: Body, config: &Config) -> ApiResult<Bytes> {
+/// 413, 408, 400 if the client breaks off, or 503 while others' bodies fill the memory.
+async fn read<'a>(
+    headers: &HeaderMap,
+    body: Body,
+    config: &Config,
+    memory: &'a BodyMemory,
+    held: &mut Option<SemaphorePermit<'a>>,
+) -> ApiResult<Bytes> {
     let declared = headers
         .get(header::CONTENT_LENGTH)
         .and_then(|v| v.to_str().ok())
@@ -32,12 +119,17 @@ pub async fn read(headers: &HeaderMap, body: Body, config: &Config) -> ApiResult
         ));
     }
     let limit = Duration::from_secs_f64(config.body_timeout_s);
-    tokio::time::timeout(limit, collect(body, config.max_body_bytes))
+    tokio::time::timeout(limit, collect(body, config.max_body_bytes, memory, held))
         .await
         .map_err(|_| ApiError::body_timeout(config.body_timeout_s))?
 }
 
-async fn collect(mut body: Body, limit_bytes: usize) -> ApiResult<Bytes> {
+async fn collect<'a>(
+    mut body: Body,
+    limit_bytes: usize,
+    memory: &'a BodyMemory,
+    held: &mut Option<SemaphorePermit<'a>>,
+) -> ApiResult<Bytes> {
     let mut first = Bytes::new();
     let mut whole = BytesMut::new();
     while let Some(frame) = body.frame().await {
@@ -46,9 +138,11 @@ async fn collect(mut body: Body, limit_bytes: usize) -> ApiResult<Bytes> {
         let Ok(data) = frame.into_data() else {
             continue;
         };
-        if first.len() + whole.len() + data.len() > limit_bytes {
+        let so_far = first.len() + whole.len() + data.len();
+        if so_far > limit_bytes {
             return Err(ApiError::body_too_large(limit_bytes));
         }
+        memory.grow(held, so_far)?;
         if first.is_empty() && whole.is_empty() {
             first = data;
         } else {

@@ -19,6 +19,8 @@ pub struct Config {
     /// Clients must present one of these as `Authorization: Bearer KEY`; empty lets everybody in.
     pub api_keys: Vec<String>,
     pub max_body_bytes: usize,
+    /// Of all request bodies that are being read and parsed; while it is taken, further ones get 503.
+    pub max_body_memory_bytes: usize,
     /// Requests that generate at the same time; further ones get 503 with Retry-After.
     pub max_in_flight: usize,
     pub max_connections: usize,
@@ -78,6 +80,7 @@ impl Default for Config {
             port: 8000,
             api_keys: Vec::new(),
             max_body_bytes: 16 << 20,
+            max_body_memory_bytes: 1 << 30,
             max_in_flight: 2048,
             max_connections: 16384,
             drain_timeout_s: 30.0,
@@ -116,6 +119,11 @@ impl Config {
         let bad = |message: String| Err(GatewayError::Config(message));
         for (name, value, low) in [
             ("max_body_bytes", self.max_body_bytes, 1024),
+            (
+                "max_body_memory_bytes",
+                self.max_body_memory_bytes,
+                self.max_body_bytes,
+            ),
             ("max_in_flight", self.max_in_flight, 1),
             ("max_connections", self.max_connections, 1),
             ("text_queue", self.text_queue, 1),

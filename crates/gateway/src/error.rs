@@ -187,6 +187,16 @@ impl ApiError {
         })
     }
 
+    /// 503: the bodies that are being read have taken all memory for them.
+    #[must_use]
+    pub fn body_memory() -> Box<ApiError> {
+        let message = "the memory for request bodies (max_body_memory_bytes) is taken";
+        Box::new(ApiError {
+            close: true,
+            ..*ApiError::busy("overloaded", message, 1)
+        })
+    }
+
     #[must_use]
     pub fn body_timeout(limit_s: f64) -> Box<ApiError> {
         let message = format!("the request body did not arrive within body_timeout_s, {limit_s} s");

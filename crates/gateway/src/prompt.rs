@@ -1,7 +1,9 @@
-//! From a checked request to the prompt's token ids: template and tokenising, on the threads for text.
+//! Between a request's text and its prompt's token ids: template, tokenising and back, on the threads for text.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
+
+use axum::http::StatusCode;
 
 use crate::app::App;
 use crate::error::{ApiError, ApiResult};
@@ -87,6 +89,46 @@ pub async fn of_prompts(
     on_text_threads(app, record, job).await?.0
 }
 
+/// Texts of each of `prompts`, which come back with them.
+///
+/// # Errors
+/// 503 when the threads' queue is full.
+pub async fn texts_of(
+    app: &App,
+    record: &RequestRecord,
+    model: &Arc<Model>,
+    prompts: Vec<Vec<u32>>,
+    skip_special_tokens: bool,
+) -> ApiResult<Vec<(Vec<u32>, String)>> {
+    let text_model = Arc::clone(&model.text);
+    let job = move || {
+        let texts = prompts.into_iter().map(|ids| {
+            let text = text_model.decode(&ids, skip_special_tokens);
+            (ids, text)
+        });
+        (texts.collect(), Duration::ZERO)
+    };
+    Ok(on_text_threads(app, record, job).await?.0)
+}
+
+/// How each of `ids` reads, with the ids themselves.
+///
+/// # Errors
+/// 503 when the threads' queue is full.
+pub async fn names_of(
+    app: &App,
+    record: &RequestRecord,
+    model: &Arc<Model>,
+    ids: Vec<u32>,
+) -> ApiResult<(Vec<u32>, Vec<String>)> {
+    let text_model = Arc::clone(&model.text);
+    let job = move || {
+        let names = ids.iter().map(|id| text_model.token_text(*id).0).collect();
+        ((ids, names), Duration::ZERO)
+    };
+    Ok(on_text_threads(app, record, job).await?.0)
+}
+
 fn ids_of(text_model: &TextModel, prompt: Prompt, add_special_tokens: bool) -> ApiResult<Vec<u32>> {
     match prompt {
         Prompt::Ids(ids) => Ok(ids),
@@ -103,11 +145,11 @@ async fn on_text_threads<T: Send + 'static>(
     job: impl FnOnce() -> (T, Duration) + Send + 'static,
 ) -> ApiResult<(T, Duration)> {
     let start = Instant::now();
-    let done = app
-        .text_pool
-        .run(job)
-        .await
-        .inspect_err(|_| app.metrics.rejected("text_queue"))?;
+    let done = app.text_pool.run(job).await.inspect_err(|error| {
+        if error.status == StatusCode::SERVICE_UNAVAILABLE {
+            app.metrics.rejected("text_queue");
+        }
+    })?;
     record.add(Stage::Template, done.1);
     record.add(Stage::Tokenise, start.elapsed().saturating_sub(done.1));
     Ok(done)

@@ -27,7 +27,7 @@ pub enum ChatPrompt {
 
 #[derive(Debug)]
 pub struct ChatRequest {
-    pub model: String,
+    pub model: Option<String>,
     pub prompt: ChatPrompt,
     pub params: Params,
     pub warning: Option<String>,
@@ -38,7 +38,7 @@ impl ChatRequest {
     /// 400 with the first field that is wrong.
     pub fn parse(body: &[u8]) -> ApiResult<ChatRequest> {
         let mut fields = Fields::parse(body)?;
-        let model = fields.required_string("model")?;
+        let model = fields.string("model")?;
         refuse_chat(&mut fields)?;
         let mut params = Params::take(&mut fields)?;
         params.logprobs = chat_logprobs(&mut fields)?;
@@ -85,6 +85,12 @@ pub fn take_conversation(fields: &mut Fields) -> ApiResult<Conversation> {
 }
 
 fn take_options(fields: &mut Fields) -> ApiResult<(ChatOptions, bool)> {
+    // A template is a program: the operator's is run, a client's never.
+    fields.refuse(
+        "chat_template",
+        "null: the server's operator chooses the template",
+        |_| false,
+    )?;
     let continue_final_message = fields.bool("continue_final_message")?.unwrap_or(false);
     let mut kwargs: Map<String, Value> = fields.object("chat_template_kwargs")?.unwrap_or_default();
     if let Some(effort) = fields.string("reasoning_effort")? {
@@ -95,7 +101,7 @@ fn take_options(fields: &mut Fields) -> ApiResult<(ChatOptions, bool)> {
             .bool("add_generation_prompt")?
             .unwrap_or(!continue_final_message),
         continue_final_message,
-        template: fields.string("chat_template")?,
+        template: None,
         tools: None,
         kwargs,
     };

@@ -15,7 +15,7 @@ const DEFAULT_MAX_TOKENS: u32 = 16;
 
 #[derive(Debug)]
 pub struct CompletionRequest {
-    pub model: String,
+    pub model: Option<String>,
     pub prompts: Vec<Prompt>,
     pub add_special_tokens: bool,
     pub echo: bool,
@@ -28,7 +28,7 @@ impl CompletionRequest {
     /// 400 with the first field that is wrong.
     pub fn parse(body: &[u8]) -> ApiResult<CompletionRequest> {
         let mut fields = Fields::parse(body)?;
-        let model = fields.required_string("model")?;
+        let model = fields.string("model")?;
         refuse_completions(&mut fields)?;
         let mut params = Params::take(&mut fields)?;
         params.logprobs = completion_logprobs(&mut fields)?;

@@ -137,10 +137,6 @@ impl Fields {
         }
     }
 
-    pub fn required_string(&mut self, name: &str) -> ApiResult<String> {
-        self.string(name)?.ok_or_else(|| missing(name, "a string"))
-    }
-
     pub fn object(&mut self, name: &str) -> ApiResult<Option<Map<String, Value>>> {
         match self.take(name) {
             None => Ok(None),

@@ -59,10 +59,7 @@ pub async fn whole(
     let collected = collect(&mut generation).await?;
     let usage = generation.usage();
     Ok(record.timed(Stage::Serialise, || {
-        let names = TokenNames {
-            text: &head.model.text,
-            as_ids: head.params.tokens_as_ids,
-        };
+        let names = head.names();
         let of_prompt = collected
             .first()
             .filter(|_| head.params.prompt_logprobs.is_some());
@@ -238,10 +235,7 @@ impl Format for ChatStream {
             if !event.is_visible(params.return_token_ids) {
                 continue;
             }
-            let names = TokenNames {
-                text: &self.head.model.text,
-                as_ids: params.tokens_as_ids,
-            };
+            let names = self.head.names();
             let logprobs = params
                 .logprobs
                 .filter(|_| !event.logprobs.is_empty())

@@ -6,12 +6,12 @@ use serde::Serialize;
 use serde_json::Value;
 
 use super::collect::{Collected, collect};
-use super::logprobs::{CompletionLogprobs, TokenNames, prompt_logprobs};
+use super::logprobs::{CompletionLogprobs, prompt_logprobs};
 use super::sse::{Format, Frames};
 use super::{Head, StopReasonBody, UsageBody, finish_fields, json};
 use crate::choice::ChoiceEvent;
 use crate::error::ApiResult;
-use crate::generation::{Generation, PreparedPrompt};
+use crate::generation::Generation;
 use crate::record::RequestRecord;
 use crate::stages::Stage;
 
@@ -20,21 +20,6 @@ pub struct EchoedPrompt {
     pub ids: Vec<u32>,
     /// With `echo`, what stands before the output.
     pub text: Option<String>,
-}
-
-impl EchoedPrompt {
-    #[must_use]
-    pub fn new(prompt: PreparedPrompt, echo: bool, head: &Head) -> EchoedPrompt {
-        let text = echo.then(|| {
-            head.model
-                .text
-                .decode(&prompt.ids, head.params.skip_special_tokens)
-        });
-        EchoedPrompt {
-            ids: prompt.ids,
-            text,
-        }
-    }
 }
 
 #[derive(Serialize)]
@@ -101,10 +86,7 @@ fn whole_choice<'a>(
     prompts: &'a [EchoedPrompt],
 ) -> BodyChoice<'a> {
     let prompt = &prompts[collected.prompt];
-    let names = TokenNames {
-        text: &head.model.text,
-        as_ids: head.params.tokens_as_ids,
-    };
+    let names = head.names();
     let mut offset = 0;
     let logprobs = logprobs_of(
         head,
@@ -146,10 +128,7 @@ fn logprobs_of(
     even_if_empty: bool,
 ) -> Option<CompletionLogprobs> {
     head.params.logprobs?;
-    let names = TokenNames {
-        text: &head.model.text,
-        as_ids: head.params.tokens_as_ids,
-    };
+    let names = head.names();
     let echoed = prompt.filter(|prompt| prompt.text.is_some());
     if echoed.is_none() && of_output.is_empty() && !even_if_empty {
         return None;

@@ -11,9 +11,18 @@ use crate::text::TextModel;
 pub struct TokenNames<'a> {
     pub text: &'a TextModel,
     pub as_ids: bool,
+    /// Special tokens are left out of the text.
+    pub skip_special: bool,
 }
 
 impl TokenNames<'_> {
+    /// Whether the token is left out of the text.
+    fn is_hidden(&self, id: u32) -> bool {
+        self.skip_special
+            && self.text.decode(&[id], true).is_empty()
+            && !self.text.decode(&[id], false).is_empty()
+    }
+
     fn name(&self, id: u32) -> (String, Vec<u8>) {
         let (text, bytes) = self.text.token_text(id);
         if self.as_ids {
@@ -141,20 +150,24 @@ impl CompletionLogprobs {
         offset: &mut usize,
     ) {
         self.text_offset.push(*offset);
-        *offset += names.text.token_text(id).0.chars().count();
-        self.tokens.push(names.name(id).0);
+        let (name, bytes) = names.name(id);
+        if !names.is_hidden(id) {
+            // Where characters begin: one that is spread over several tokens counts with the first.
+            *offset += bytes.iter().filter(|byte| **byte & 0xc0 != 0x80).count();
+        }
+        self.tokens.push(name);
         self.token_logprobs.push(logprob);
         self.top_logprobs.push(top);
     }
 }
 
-/// The alternatives, with the token itself among them.
+/// The alternatives, with the token itself among them. Of those that read the same the likeliest counts.
 fn top_map(token: &TokenLogprobs, names: TokenNames<'_>) -> Map<String, Value> {
-    let mut map: Map<String, Value> = tops(token)
-        .map(|(id, logprob)| (names.name(id).0, json!(logprob)))
-        .collect();
-    map.entry(names.name(token.token_id).0)
-        .or_insert_with(|| json!(finite(token.logprob)));
+    let mut map = Map::new();
+    for (id, logprob) in tops(token).chain([(token.token_id, finite(token.logprob))]) {
+        map.entry(names.name(id).0)
+            .or_insert_with(|| json!(logprob));
+    }
     map
 }
 

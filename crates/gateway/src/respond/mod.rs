@@ -11,6 +11,7 @@ use crate::choice::{Finish, StopReason};
 use crate::fleet::Model;
 use crate::generation::Usage;
 use crate::request::Params;
+use logprobs::TokenNames;
 
 pub mod chat;
 pub mod collect;
@@ -50,6 +51,15 @@ impl Head {
             model_name,
             model,
             params,
+        }
+    }
+
+    /// How logprobs name tokens.
+    fn names(&self) -> TokenNames<'_> {
+        TokenNames {
+            text: &self.model.text,
+            as_ids: self.params.tokens_as_ids,
+            skip_special: self.params.skip_special_tokens,
         }
     }
 }

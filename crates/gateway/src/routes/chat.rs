@@ -6,6 +6,7 @@ use axum::Extension;
 use axum::extract::{Request, State};
 use axum::response::{IntoResponse, Response};
 
+use crate::admission::{Admitted, admit};
 use crate::app::App;
 use crate::error::ApiResult;
 use crate::generation::{Generation, PreparedPrompt};
@@ -13,7 +14,6 @@ use crate::record::RequestRecord;
 use crate::request::chat::{ChatPrompt, ChatRequest};
 use crate::respond::chat::{ChatStream, whole};
 use crate::respond::{Head, sse, warn};
-use crate::stages::Stage;
 use crate::{body, prompt};
 
 pub async fn create(
@@ -31,23 +31,12 @@ async fn answer(
     record: &Arc<RequestRecord>,
     request: Request,
 ) -> ApiResult<Response> {
-    let (parts, payload) = request.into_parts();
-    let bytes = record
-        .timed_async(
-            Stage::Body,
-            body::read(&parts.headers, payload, &app.config),
-        )
-        .await?;
-    let chat = record.timed(Stage::Parse, || ChatRequest::parse(&bytes))?;
-    drop(bytes);
-    let model = Arc::clone(app.fleet.find(&chat.model)?);
-    record.update(|progress| progress.model = Some(Arc::clone(&model)));
-    let permit = record
-        .timed(Stage::Admission, || app.admission.enter())
-        .inspect_err(|_| {
-            app.metrics.rejected("max_in_flight");
-        })?;
-    let limits = model.require_limits()?;
+    let chat = body::parsed(app, record, request, ChatRequest::parse).await?;
+    let Admitted {
+        model,
+        limits,
+        permit,
+    } = admit(app, record, chat.model.as_deref())?;
     let field = if matches!(chat.prompt, ChatPrompt::Ids(_)) {
         "prompt_token_ids"
     } else {
@@ -65,13 +54,8 @@ async fn answer(
         permit,
     )?;
     let stream = chat.params.stream;
-    let head = Head::new(
-        "chatcmpl",
-        &record.id,
-        chat.model,
-        model,
-        Arc::new(chat.params),
-    );
+    let name = chat.model.unwrap_or_else(|| model.name.to_string());
+    let head = Head::new("chatcmpl", &record.id, name, model, Arc::new(chat.params));
     let mut response = if stream {
         sse::respond(
             generation,

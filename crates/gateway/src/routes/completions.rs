@@ -6,6 +6,7 @@ use axum::Extension;
 use axum::extract::{Request, State};
 use axum::response::{IntoResponse, Response};
 
+use crate::admission::{Admitted, admit};
 use crate::app::App;
 use crate::error::ApiResult;
 use crate::generation::{Generation, PreparedPrompt};
@@ -13,7 +14,6 @@ use crate::record::RequestRecord;
 use crate::request::completions::CompletionRequest;
 use crate::respond::completions::{CompletionStream, EchoedPrompt, whole};
 use crate::respond::{Head, sse, warn};
-use crate::stages::Stage;
 use crate::{body, prompt};
 
 pub async fn create(
@@ -31,15 +31,6 @@ async fn answer(
     record: &Arc<RequestRecord>,
     request: Request,
 ) -> ApiResult<Response> {
-    let (parts, payload) = request.into_parts();
-    let bytes = record
-        .timed_async(
-            Stage::Body,
-            body::read(&parts.headers, payload, &app.config),
-        )
-        .await?;
-    let completion = record.timed(Stage::Parse, || CompletionRequest::parse(&bytes))?;
-    drop(bytes);
     let CompletionRequest {
         model: model_name,
         prompts,
@@ -47,16 +38,22 @@ async fn answer(
         echo,
         params,
         warning,
-    } = completion;
-    let model = Arc::clone(app.fleet.find(&model_name)?);
-    record.update(|progress| progress.model = Some(Arc::clone(&model)));
-    let permit = record
-        .timed(Stage::Admission, || app.admission.enter())
-        .inspect_err(|_| {
-            app.metrics.rejected("max_in_flight");
-        })?;
-    let limits = model.require_limits()?;
+    } = body::parsed(app, record, request, CompletionRequest::parse).await?;
+    let Admitted {
+        model,
+        limits,
+        permit,
+    } = admit(app, record, model_name.as_deref())?;
     let ids = prompt::of_prompts(app, record, &model, prompts, add_special_tokens).await?;
+    let (ids, echoed): (Vec<_>, Vec<_>) = if echo {
+        prompt::texts_of(app, record, &model, ids, params.skip_special_tokens)
+            .await?
+            .into_iter()
+            .map(|(ids, text)| (ids, Some(text)))
+            .unzip()
+    } else {
+        ids.into_iter().map(|ids| (ids, None)).unzip()
+    };
     let prepared: Vec<PreparedPrompt> = ids
         .into_iter()
         .map(|ids| {
@@ -68,10 +65,15 @@ async fn answer(
         .collect::<ApiResult<_>>()?;
     let generation = Generation::start(app, record, &model, &prepared, &params, permit)?;
     let stream = params.stream;
-    let head = Head::new("cmpl", &record.id, model_name, model, Arc::new(params));
+    let name = model_name.unwrap_or_else(|| model.name.to_string());
+    let head = Head::new("cmpl", &record.id, name, model, Arc::new(params));
     let prompts = prepared
         .into_iter()
-        .map(|prompt| EchoedPrompt::new(prompt, echo, &head))
+        .zip(echoed)
+        .map(|(prompt, text)| EchoedPrompt {
+            ids: prompt.ids,
+            text,
+        })
         .collect();
     let mut response = if stream {
         sse::respond(

@@ -116,6 +116,11 @@ pub async fn metrics(State(app): State<Arc<App>>) -> Response {
             app.admission.taken(),
         ),
         (
+            "scalellm_body_memory_bytes",
+            "Memory held by request bodies, of max_body_memory_bytes.",
+            app.body_memory.taken_bytes(),
+        ),
+        (
             "scalellm_text_queue",
             "Prompts that wait for a thread, of text_queue.",
             app.text_pool.queued(),

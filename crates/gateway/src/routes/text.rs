@@ -13,7 +13,6 @@ use crate::record::RequestRecord;
 use crate::request::Prompt;
 use crate::request::text::{DetokenizeRequest, TokenizePrompt, TokenizeRequest};
 use crate::respond;
-use crate::stages::Stage;
 use crate::{body, prompt};
 
 pub async fn tokenize(
@@ -41,14 +40,7 @@ async fn encode(
     record: &Arc<RequestRecord>,
     request: Request,
 ) -> ApiResult<Response> {
-    let (parts, payload) = request.into_parts();
-    let bytes = record
-        .timed_async(
-            Stage::Body,
-            body::read(&parts.headers, payload, &app.config),
-        )
-        .await?;
-    let asked = record.timed(Stage::Parse, || TokenizeRequest::parse(&bytes))?;
+    let asked = body::parsed(app, record, request, TokenizeRequest::parse).await?;
     let model = Arc::clone(app.fleet.find_or_only(asked.model.as_deref())?);
     let tokens = match asked.prompt {
         TokenizePrompt::Conversation(conversation) => {
@@ -64,12 +56,12 @@ async fn encode(
                 .swap_remove(0)
         }
     };
-    let strings = asked.return_token_strs.then(|| {
-        tokens
-            .iter()
-            .map(|id| model.text.token_text(*id).0)
-            .collect::<Vec<String>>()
-    });
+    let (tokens, strings) = if asked.return_token_strs {
+        let (tokens, strings) = prompt::names_of(app, record, &model, tokens).await?;
+        (tokens, Some(strings))
+    } else {
+        (tokens, None)
+    };
     let max_model_len = model.limits().map(|limits| limits.max_model_len);
     let mut response = respond::json(&json!({
         "count": tokens.len(),
@@ -86,25 +78,17 @@ async fn decode(
     record: &Arc<RequestRecord>,
     request: Request,
 ) -> ApiResult<Response> {
-    let (parts, payload) = request.into_parts();
-    let bytes = record
-        .timed_async(
-            Stage::Body,
-            body::read(&parts.headers, payload, &app.config),
-        )
-        .await?;
-    let asked = record.timed(Stage::Parse, || DetokenizeRequest::parse(&bytes))?;
+    let asked = body::parsed(app, record, request, DetokenizeRequest::parse).await?;
     let model = Arc::clone(app.fleet.find_or_only(asked.model.as_deref())?);
     let vocab_size = model.text.vocab_size();
     if let Some(id) = asked.tokens.iter().find(|id| **id as usize >= vocab_size) {
         let message = format!("tokens: got the token id {id}, allowed are ids below {vocab_size}");
         return Err(ApiError::field("tokens", message));
     }
-    let text_model = Arc::clone(&model.text);
-    let text = app
-        .text_pool
-        .run(move || text_model.decode(&asked.tokens, false))
-        .await?;
+    let text = prompt::texts_of(app, record, &model, vec![asked.tokens], false)
+        .await?
+        .swap_remove(0)
+        .1;
     let mut response = respond::json(&json!({"prompt": text}));
     respond::warn(&mut response, asked.warning);
     Ok(response)

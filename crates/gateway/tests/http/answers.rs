@@ -60,6 +60,27 @@ async fn a_chat_turn_is_answered() {
     }
 }
 
+/// Streams, because they are serialised while the engine decodes.
+#[tokio::test]
+async fn no_time_is_in_two_stages() {
+    let stack = Stack::one(engine()).await;
+    let ask = json!({"messages": user("x"), "max_tokens": 1000, "stream": true, "logprobs": true,
+                     "top_logprobs": 20, "stream_options": {"include_usage": true}});
+    let events = stack.chat(ask).await.events();
+    let stages = events.last().unwrap()["stages_ms"]
+        .as_object()
+        .unwrap()
+        .clone();
+    let total = stages["total"].as_f64().unwrap();
+    let sum: f64 = stages
+        .iter()
+        .filter(|(stage, _)| !["first", "total"].contains(&stage.as_str()))
+        .map(|(_, ms)| ms.as_f64().unwrap())
+        .sum();
+    // Each stage is rounded to a microsecond for each of its parts.
+    assert!(sum <= total + 0.1, "{sum} of {total}: {stages:?}");
+}
+
 #[tokio::test]
 async fn lengths_default_as_in_openai_and_vllm() {
     let stack = Stack::one(engine()).await;
@@ -258,6 +279,44 @@ async fn echo_repeats_the_prompt_with_its_logprobs() {
         json!(["x", "y"])
     );
     assert_eq!(scored["usage"]["completion_tokens"], 0);
+}
+
+#[tokio::test]
+async fn text_offsets_count_characters_that_are_in_the_text() {
+    let stack = Stack::one(says("\u{fc}b")).await;
+    let mut prompt = ids("a");
+    prompt.push(EOS + 1);
+    prompt.extend(ids("\u{1f600}"));
+    for (skip, text, offsets) in [
+        (true, "a\u{1f600}\u{fc}b", [0, 1, 1, 2, 2, 2, 2, 3, 3]),
+        (
+            false,
+            "a<|user|>\u{1f600}\u{fc}b",
+            [0, 1, 9, 10, 10, 10, 10, 11, 11],
+        ),
+    ] {
+        let ask = json!({"prompt": prompt, "max_tokens": 3, "echo": true, "logprobs": 0,
+                         "skip_special_tokens": skip});
+        let choice = &stack.complete(ask).await.ok()["choices"][0];
+        assert_eq!(choice["text"], text);
+        assert_eq!(choice["logprobs"]["text_offset"], json!(offsets));
+    }
+}
+
+/// Every byte of a character reads as U+FFFD.
+#[tokio::test]
+async fn of_tokens_that_read_the_same_the_likeliest_counts() {
+    let stack = Stack::one(Settings {
+        output: Output::Fixed { ids: vec![0xe0] },
+        ..engine()
+    })
+    .await;
+    let ask = json!({"prompt": "x", "max_tokens": 1, "logprobs": 5});
+    let choice = &stack.complete(ask).await.ok()["choices"][0];
+    assert_eq!(
+        choice["logprobs"]["top_logprobs"],
+        json!([{"\u{fffd}": -0.5}])
+    );
 }
 
 #[tokio::test]

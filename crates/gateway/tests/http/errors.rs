@@ -3,7 +3,7 @@
 use bytes::Bytes;
 use serde_json::{Value, json};
 
-use crate::support::{Stack, engine, request, send, user};
+use crate::support::{Folder, Stack, engine, request, send, user};
 
 #[tokio::test]
 async fn each_bad_field_of_both_endpoints_is_named() {
@@ -186,13 +186,16 @@ async fn fields_of_one_endpoint_are_named() {
         ),
         (
             "/v1/chat/completions",
-            json!({"messages": user("x")}),
-            "model",
+            json!({"messages": user("x"), "chat_template": "x"}),
+            "chat_template",
         ),
     ] {
         let error = stack.post(path, &body).await.error(400);
         assert_eq!(error["param"], param, "{error}");
     }
+    let nameless = json!({"messages": user("x"), "max_tokens": 1});
+    let reply = stack.post("/v1/chat/completions", &nameless).await;
+    assert_eq!(reply.ok()["model"], "bytes");
     let unknown = json!({"model": "gpt", "messages": user("x")});
     assert_eq!(
         stack
@@ -296,14 +299,19 @@ async fn values_that_mean_the_default_are_accepted() {
 
 #[tokio::test]
 async fn a_template_that_fails_or_never_ends_is_the_clients_error() {
-    let stack = Stack::one(engine()).await;
-    for template in [
-        "{{ raise_exception('roles must alternate') }}",
-        "{% for i in range(100000) %}{% for j in range(100000) %}x{% endfor %}{% endfor %}",
-        "{% if %}",
-    ] {
+    let loops = "{% for m in messages if m.content == 'loop' %}{% for i in range(100000) %}\
+                 {% for j in range(100000) %}x{% endfor %}{% endfor %}{% endfor %}";
+    let fails = "{% if messages[0].content == 'fail' %}{{ raise_exception('roles must alternate') }}{% endif %}x";
+    let folder = Folder::new();
+    let file = folder.0.join("template.jinja");
+    std::fs::write(&file, format!("{loops}{fails}")).unwrap();
+    let stack = Stack::start(vec![engine()], |config| {
+        config.models[0].chat_template = Some(file);
+    })
+    .await;
+    for content in ["loop", "fail"] {
         let error = stack
-            .chat(json!({"messages": user("x"), "chat_template": template}))
+            .chat(json!({"messages": user(content)}))
             .await
             .error(400);
         assert_eq!(error["param"], "messages");

@@ -110,6 +110,29 @@ async fn a_body_that_does_not_arrive_is_a_408() {
 }
 
 #[tokio::test]
+async fn bodies_that_fill_their_memory_hold_off_others_until_they_go() {
+    let stack = Stack::start(vec![engine()], |config| {
+        config.max_body_bytes = 64 << 10;
+        config.max_body_memory_bytes = 64 << 10;
+    })
+    .await;
+    let mut hoarder = TcpStream::connect(stack.address()).await.unwrap();
+    let head = "POST /v1/completions HTTP/1.1\r\nhost: t\r\ncontent-length: 100\r\n\r\n{";
+    hoarder.write_all(head.as_bytes()).await.unwrap();
+    stack
+        .wait_metric("scalellm_body_memory_bytes ", "", f64::from(64 << 10))
+        .await;
+    let reply = stack.complete(json!({"prompt": "x"})).await;
+    assert_eq!(reply.error(503)["code"], "overloaded");
+    assert_eq!(reply.header("retry-after"), "1");
+    drop(hoarder);
+    stack
+        .wait_metric("scalellm_body_memory_bytes ", "", 0.0)
+        .await;
+    stack.complete(json!({"prompt": "x"})).await.ok();
+}
+
+#[tokio::test]
 async fn a_connection_lives_on_after_errors() {
     let stack = Stack::one(engine()).await;
     let tcp = TcpStream::connect(stack.address()).await.unwrap();
