@@ -7,7 +7,8 @@
 One step, in this order:
  1. Every running sequence that lacks one token gets it (decode), so streams never wait for prompts.
  2. Running prompts go on, in chunks that keep the step within its tokens and its predicted time.
- 3. Waiting requests are admitted while blocks, tokens and time are left.
+ 3. Waiting requests are admitted while blocks, tokens and time are left; those that are more
+    important than a running prompt come before its chunk.
 The step's first chunk is never below `FLOOR_CHUNK_TOKENS`, so prompts always advance.
 
 When blocks run out. A running sequence takes blocks one at a time as it grows; nothing is reserved.
@@ -177,11 +178,11 @@ class Scheduler:
                 plan.append(request, 1, now_us)
         plan.budget_ms = self._budget_ms(plan.shape)
         for request in prompts:
+            self._admit_waiting(plan, now_us, request.priority)
             if request.status is Status.RUNNING and not self._append_chunk(request, plan, now_us):
                 break
         else:
-            if not plan.preempted:
-                self._admit_waiting(plan, now_us)
+            self._admit_waiting(plan, now_us)
         self._in_flight = frozenset(plan.keys)
         return plan.step(self.step_time)
 
@@ -266,11 +267,18 @@ class Scheduler:
             return least if plan.num_chunks == 0 else 0
         return tokens
 
-    def _admit_waiting(self, plan: Plan, now_us: int) -> None:
+    def _admit_waiting(self, plan: Plan, now_us: int, above: int | None = None) -> None:
+        """Admit what fits, only requests more important than priority `above` if it is given.
+
+        Nobody is admitted in a step that preempts: blocks are short."""
+        if plan.preempted:
+            return
         deferred: list[Request] = []
         while len(self._running) < self.limits.max_num_seqs and plan.tokens_left > 0:
             request = self._waiting.peek()
             if request is None or len(deferred) == _MAX_DEFERRED:
+                break
+            if above is not None and request.priority >= above:
                 break
             matched = self._match(request)
             if self._prefix_is_coming(request, matched):
@@ -293,14 +301,18 @@ class Scheduler:
         return self.kv.match(request.block_hashes, tokens // self.kv.block_size)
 
     def _prefix_is_coming(self, request: Request, matched: Sequence[int]) -> bool:
-        """Whether a running request is about to compute this one's next block: worth the wait."""
+        """Whether a running request is about to compute this one's next block: worth the wait.
+
+        Not for a less important one, which may itself wait for whatever runs between the two."""
         following = len(matched)
-        return (
-            following < (request.num_tokens - 1) // self.kv.block_size
-            and following < len(request.block_hashes)
-            and not request.wants_prompt_logprobs
-            and request.block_hashes[following] in self._computing
-        )
+        if (
+            following >= (request.num_tokens - 1) // self.kv.block_size
+            or following >= len(request.block_hashes)
+            or request.wants_prompt_logprobs
+        ):
+            return False
+        key = self._computing.get(request.block_hashes[following])
+        return key is not None and self.requests[key].priority <= request.priority
 
     def _shortage(self, request: Request, matched: Sequence[int]) -> int:
         """Blocks that are lacking for admission; 0 or less when it can be admitted."""

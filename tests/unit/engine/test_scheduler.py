@@ -304,6 +304,30 @@ def test_a_shared_prefix_is_computed_once_even_when_all_arrive_together() -> Non
     assert machine.scheduler.prefix_hit_tokens == 200
 
 
+def test_an_urgent_prompt_goes_before_the_rest_of_a_long_less_important_one() -> None:
+    machine = Machine(blocks=200)
+    machine.add(1, [1] * 120, 2, priority=1)
+    machine.step()
+    machine.add(2, [2] * 20, 2, priority=0)
+    machine.add(3, [3] * 20, 2, priority=1)
+    assert machine.step().keys == (2, 1)
+    machine.run()
+
+
+@pytest.mark.parametrize(("priority", "waits"), [(0, False), (1, True), (2, True)])
+def test_nobody_waits_for_a_prefix_that_a_less_important_request_computes(
+    priority: int, waits: bool
+) -> None:
+    machine = Machine(replace(LIMITS, max_num_batched_tokens=40), blocks=200)
+    prompt = list(range(1, 21)) * 5
+    machine.add(1, prompt, 2, priority=1)
+    machine.step()
+    machine.add(2, prompt, 2, priority=priority)
+    assert (2 in machine.step().keys) is not waits
+    machine.run()
+    assert machine.emitted[1] == machine.emitted[2]
+
+
 def test_a_whole_cached_prompt_leaves_a_token_to_compute() -> None:
     machine = Machine()
     machine.add(1, [4] * 8, 1)
