@@ -37,7 +37,7 @@ SHARED: dict[str, list[Any]] = {
     "include_stop_str_in_output": NOT_A_BOOLEAN,
     "return_token_ids": NOT_A_BOOLEAN,
     "prompt_logprobs": [*NOT_A_NUMBER, -1, 21],
-    "prompt_token_ids": [1, "1", [-1], [1.5], [1280], [[1]], [True]],
+    "prompt_token_ids": [1, "1", [-1], [1.5], [[1]], [True]],
     "priority": [*NOT_A_NUMBER, 2**31],
     "deadline_ms": [*NOT_A_NUMBER, 0, -1, 86_400_001],
     "cache_salt": [*NOT_A_STRING, "x" * 65],
@@ -54,7 +54,7 @@ OF_CHAT: dict[str, list[Any]] = {
     "messages": [1, "hello", {}, [], [1], ["hello"], [{}], [None]],
     "logprobs": NOT_A_BOOLEAN,
     "top_logprobs": [*NOT_A_NUMBER, -1, 21, 3],  # 3: not without `logprobs`
-    "chat_template": NOT_A_STRING,
+    "prompt_token_ids": [[1280]],
     "chat_template_kwargs": [1, "x", []],
     "add_generation_prompt": NOT_A_BOOLEAN,
 }
@@ -69,6 +69,8 @@ MESSAGES: list[Any] = [
     {"role": "user", "content": [{"type": "text", "text": 1}]},
     {"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]},
 ]
+ONLY_OF_CHAT = ("tools", "chat_template")
+ONLY_OF_COMPLETIONS = ("suffix",)
 UNSUPPORTED: dict[str, Any] = {
     "tools": [{"type": "function", "function": {"name": "f"}}],
     "response_format": {"type": "json_object"},
@@ -78,6 +80,7 @@ UNSUPPORTED: dict[str, Any] = {
     "structured_outputs": {"regex": "a"},
     "logits_processors": ["x"],
     "bad_words": ["x"],
+    "chat_template": "{{ messages }}",
 }
 
 
@@ -128,7 +131,7 @@ def test_messages(server: Serve) -> None:
 @pytest.mark.parametrize("field", UNSUPPORTED)
 def test_what_is_known_and_not_supported_is_refused_by_name(server: Serve, field: str) -> None:
     for ask in (complete, chat):
-        if (field, ask) in (("suffix", chat), ("tools", complete)):
+        if field in (ONLY_OF_CHAT if ask is complete else ONLY_OF_COMPLETIONS):
             continue
         reply = ask(server.url, **{field: UNSUPPORTED[field]})
         assert refused(reply, field), reply.body
@@ -143,12 +146,16 @@ def test_unknown_fields_are_ignored_with_a_warning(server: Serve) -> None:
     assert complete(server.url, max_tokens=1).headers["x-scalellm-warning"] is None
 
 
-def test_an_unknown_model_and_a_missing_one(server: Serve) -> None:
+def test_an_unknown_model(server: Serve) -> None:
     reply = complete(server.url, model="gpt-17")
     assert reply.status == http.client.NOT_FOUND
     assert reply.error["code"] == "model_not_found"
     assert "gpt-17" in reply.error["message"] and "demo" in reply.error["message"]
-    assert refused(call(server.url, "/v1/completions", {"prompt": "x"}), "model")
+
+
+def test_the_only_model_need_not_be_named(server: Serve) -> None:
+    reply = call(server.url, "/v1/completions", {"prompt": "Once", "max_tokens": 1})
+    assert (reply.status, reply.json()["model"]) == (http.client.OK, "demo")
 
 
 def test_a_prompt_over_the_models_length(server: Serve) -> None:

@@ -109,9 +109,12 @@ def test_templates_that_fail_or_never_end(strict: str) -> None:
         assert "template" in reply.error["message"]
     assert "roles must alternate" in ask(strict, "failing").error["message"]
     assert ask(strict, "demo", max_tokens=1).status == http.client.OK
-    reply = ask(strict, "demo", chat_template=TEMPLATES["endless"])
-    assert reply.status == http.client.BAD_REQUEST
-    assert "template" in reply.error["message"]
+
+
+def test_one_of_several_models_has_to_be_named(strict: str) -> None:
+    asked = {"prompt": "Once", "max_tokens": 1}
+    reply = call(strict, "/v1/completions", asked, headers={"Authorization": f"Bearer {KEY}"})
+    assert (reply.status, reply.error["param"]) == (http.client.BAD_REQUEST, "model")
 
 
 def test_a_body_of_100_mb_is_refused_unread(server: Serve) -> None:
