@@ -9,7 +9,8 @@ from pathlib import Path
 
 from scalellm.cli import machine
 from scalellm.cli.flags import add_settings, resolve_arguments
-from scalellm.controller.deployment import free_port, usable_cores
+from scalellm.controller.cores import cgroup_cpu_limit, usable_cores
+from scalellm.controller.deployment import free_port
 from scalellm.errors import ServeError
 from scalellm.loader.memory import available_cpu_bytes, gib
 
@@ -40,7 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     values = resolve_arguments(arguments)
     cores, available = usable_cores(), available_cpu_bytes()
-    limit = machine.cgroup_cpu_limit()
+    limit = cgroup_cpu_limit()
     gpus = machine.gpus()
     cache = Path(os.environ.get("HF_HOME", "~/.cache/huggingface")).expanduser()
     disk = machine.free_disk_bytes(cache)
@@ -53,7 +54,8 @@ def run(arguments: argparse.Namespace) -> int:
         _line("", f"control group allows {limit:g}")
     _line("memory", f"{gib(available)} available of {gib(machine.total_memory_bytes())}")
     for gpu in gpus:
-        _line("gpu", f"{gpu.name}, {gib(gpu.memory_bytes)}, driver {gpu.driver}")
+        memory = "memory shared" if gpu.memory_bytes is None else gib(gpu.memory_bytes)
+        _line("gpu", f"{gpu.name}, {memory}, driver {gpu.driver}")
     if not gpus:
         _line("gpu", "none found; models run on the CPU")
     _line("disk", f"{gib(disk)} free at {cache}")

@@ -13,6 +13,7 @@ from scalellm.cli.log import set_up_logging
 from scalellm.cli.model import check_folder, resolve_model
 from scalellm.cli.progress import Progress
 from scalellm.config import EngineConfig, LogConfig, build
+from scalellm.controller.cores import usable_cores
 from scalellm.errors import AddressInUseError, ConfigError, ServeError
 
 
@@ -31,7 +32,8 @@ def run(arguments: argparse.Namespace) -> int:
     weights = config.load_format != "dummy"
     folder = resolve_model(config.model, config.revision, weights)
     check_folder(folder, needs_tokenizer=False, needs_weights=weights)
-    config = dataclasses.replace(config, model_path=folder)
+    threads = config.cpu_threads or usable_cores()
+    config = dataclasses.replace(config, model_path=folder, cpu_threads=threads)
 
     import torch
 

@@ -31,7 +31,7 @@ _PASSES = 3
 @dataclass(frozen=True, slots=True)
 class Gpu:
     name: str
-    memory_bytes: int
+    memory_bytes: int | None  # None where it is shared with the CPU
     driver: str
 
 
@@ -56,15 +56,6 @@ def total_memory_bytes() -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
-def cgroup_cpu_limit(root: Path = Path("/sys/fs/cgroup")) -> float | None:
-    """Cores that a control group allows this process, or None without a limit."""
-    try:
-        quota, period = (root / "cpu.max").read_text().split()
-        return None if quota == "max" else int(quota) / int(period)
-    except (OSError, ValueError):
-        return None
-
-
 def gpus() -> list[Gpu]:
     """NVIDIA GPUs, as nvidia-smi lists them."""
     tool = shutil.which("nvidia-smi")
@@ -76,7 +67,11 @@ def gpus() -> list[Gpu]:
     except (OSError, subprocess.SubprocessError):
         return []
     rows = [[cell.strip() for cell in line.split(",")] for line in done.stdout.splitlines()]
-    return [Gpu(row[0], int(row[1]) << 20, row[2]) for row in rows if len(row) == 3]
+    return [  # memory is "[N/A]" where it is the system's
+        Gpu(row[0], int(row[1]) << 20 if row[1].isdigit() else None, row[2])
+        for row in rows
+        if len(row) == 3
+    ]
 
 
 def package_version(name: str) -> str | None:

@@ -2,7 +2,6 @@
 
 import errno
 import json
-import os
 import socket
 import sys
 from collections.abc import Sequence
@@ -11,6 +10,7 @@ from pathlib import Path
 
 from scalellm.config import SETTINGS, EngineConfig, LogConfig, ServeConfig
 from scalellm.controller.child import Command
+from scalellm.controller.cores import usable_cores
 from scalellm.controller.policy import Limits
 from scalellm.controller.supervisor import Plan
 from scalellm.errors import AddressInUseError, ServeError
@@ -131,11 +131,6 @@ def free_port(host: str, port: int) -> int:
                 f"port {port} of {host} is taken; stop what listens there or use --port"
             ) from None
         raise ServeError(f"cannot listen on {host}:{port}: {error.strerror or error}") from None
-
-
-def usable_cores() -> int:
-    """Cores this process may run on."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _in_url(host: str) -> str:

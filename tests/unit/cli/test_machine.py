@@ -12,14 +12,6 @@ def test_bandwidth_is_of_a_plausible_size() -> None:
     assert 1e8 < machine.read_bandwidth(1) < 1e13
 
 
-@pytest.mark.parametrize(
-    ("text", "cores"), [("max 100000", None), ("150000 100000", 1.5), ("x", None)]
-)
-def test_cpu_limits_of_a_control_group(tmp_path: Path, text: str, cores: float | None) -> None:
-    (tmp_path / "cpu.max").write_text(text)
-    assert machine.cgroup_cpu_limit(tmp_path) == cores
-
-
 def test_a_package_that_is_not_there_has_no_version() -> None:
     assert machine.package_version("no-such-package") is None
     assert machine.package_version("pytest")
@@ -31,6 +23,8 @@ def test_gpus_are_read_from_nvidia_smi(tmp_path: Path, monkeypatch: pytest.Monke
     tool.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path))
     assert machine.gpus() == [machine.Gpu("NVIDIA H200", 143771 << 20, "570.1")]
+    tool.write_text("#!/bin/sh\necho 'NVIDIA GB10, [N/A], 580.1'\n")
+    assert machine.gpus() == [machine.Gpu("NVIDIA GB10", None, "580.1")]
     tool.write_text("#!/bin/sh\nexit 9\n")
     assert machine.gpus() == []
 
