@@ -23,7 +23,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", metavar="FILE", help="settings file")
     actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
     show = actions.add_parser("show", help="every setting, its value and where it comes from")
-    show.add_argument("--command", help="only the settings of one command")
+    commands = sorted({name for found in SETTINGS.values() for name in found.declaration.commands})
+    show.add_argument("--command", choices=commands, help="only the settings of one command")
     actions.add_parser("docs", help="the reference of all settings, in Markdown")
 
 
