@@ -56,7 +56,7 @@ def run(arguments: argparse.Namespace) -> int:
         raise taken(f"cannot listen on {config.listen}: {error}") from None
     progress.done("listen", listener.address)
     loop = EngineLoop(executor, listener, config)
-    stopping = _Stopping(loop)
+    stopping = Stopping(loop)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, stopping)
     facts = {name: info[name] for name in ("dtype", "device", "max_model_len")}
@@ -75,8 +75,9 @@ class Stoppable(Protocol):
     def stop(self) -> None: ...
 
 
-class _Stopping:
-    """Signal handler: the first drains, the second stops."""
+class Stopping:
+    """Signal handler: the first drains, the second stops after the step that runs, a third ends
+    the process, whatever it does."""
 
     def __init__(self, loop: Stoppable) -> None:
         self._loop = loop
@@ -85,5 +86,7 @@ class _Stopping:
     def __call__(self, _number: int, _frame: FrameType | None) -> None:
         if self._signalled:
             self._loop.stop()
+            for number in (signal.SIGTERM, signal.SIGINT):
+                signal.signal(number, signal.SIG_DFL)
         self._signalled = True
         self._loop.drain()
