@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from typing import Any
 
 import openai
 import pytest
@@ -83,7 +84,7 @@ def ask(url: str, model: str, **fields: object) -> Reply:
 
 
 def test_keys(strict: str) -> None:
-    asked = {"model": "demo", "prompt": "Once", "max_tokens": 1}
+    asked: Any = {"model": "demo", "prompt": "Once", "max_tokens": 1}
     for key in ("sk-wrong", KEY + "x", KEY[:-1]):
         with (
             openai.OpenAI(base_url=strict + "/v1", api_key=key) as client,
