@@ -87,6 +87,12 @@ class EngineConfig:
     cpu_threads: int | None = setting(
         None, "Threads of one replica on a CPU; default: all cores", minimum=1, maximum=1024
     )
+    compute_nice: int = setting(
+        5,
+        "Niceness of a CPU engine's compute threads, so that gateway and link go first",
+        minimum=0,
+        maximum=19,
+    )
     seed: int = setting(0, "Seed of dummy weights", minimum=0, maximum=2**63 - 1)
     listen: str = setting(
         "127.0.0.1:9000", "Address of the engine: unix:PATH or HOST:PORT", commands=("engine",)
@@ -176,13 +182,6 @@ class DeploymentConfig:
     )
     hung_after_s: float = setting(
         30.0, "Age of a step after which an engine is killed", ("serve",), minimum=1, maximum=86_400
-    )
-    engine_nice: int = setting(
-        5,
-        "Niceness of CPU engines, so that the gateway answers first",
-        ("serve",),
-        minimum=0,
-        maximum=19,
     )
 
     def __post_init__(self) -> None:

@@ -316,7 +316,7 @@ def _start(config: EngineConfig) -> "tuple[LocalEngine, int, int]":
 
     executor = SingleExecutor.load(config)
     listener = LocalListener()
-    loop = EngineLoop(executor, listener, config)
+    loop = EngineLoop(executor, listener, replace(config, compute_nice=0))
     return (
         LocalEngine(loop, listener, executor.close),
         loop.scheduler.max_model_len,

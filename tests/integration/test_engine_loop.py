@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import os
 import queue
 import random
 import threading
@@ -18,6 +19,7 @@ import torch
 from scalellm.config import EngineConfig
 from scalellm.engine.local import LocalListener, LocalSubmission
 from scalellm.engine.loop import SIGN_OF_LIFE_S, EngineLoop
+from scalellm.engine.worker import Worker
 from scalellm.errors import EngineError
 from scalellm.executor.batch import Batch
 
@@ -416,3 +418,38 @@ def wait_until(condition: Callable[[], bool]) -> None:
 
 def assert_(held: bool) -> None:
     assert held
+
+
+def test_the_loop_warms_up_before_it_is_ready_and_leaves_no_block_taken() -> None:
+    executor = TableExecutor()
+    loop = EngineLoop(executor, RecordingListener(), CONFIG)
+    used: list[int] = []
+
+    def ready() -> None:
+        used.append(loop.scheduler.kv.num_used)
+        loop.stop()
+
+    loop.run(ready)
+    assert used == [0]
+
+
+def test_a_model_that_cannot_run_is_never_ready() -> None:
+    class Broken(TableExecutor):
+        def forward(self, batch: Any) -> torch.Tensor:
+            raise RuntimeError(f"no kernel for {batch.num_tokens} tokens")
+
+    loop = EngineLoop(Broken(), RecordingListener(), CONFIG)
+    with pytest.raises(EngineError, match="the model cannot run: no kernel for"):
+        loop.run(lambda: pytest.fail("ready"))
+
+
+def test_compute_threads_give_way_to_the_others() -> None:
+    def niceness() -> int:
+        return os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
+
+    with Worker[int](nice=3) as worker:
+        worker.start(niceness)
+        done = None
+        while done is None:
+            done = worker.wait(1.0)
+    assert done.result == niceness() + 3

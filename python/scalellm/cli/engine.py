@@ -61,9 +61,13 @@ def run(arguments: argparse.Namespace) -> int:
         signal.signal(number, stopping)
     facts = {name: info[name] for name in ("dtype", "device", "max_model_len")}
     kv_tokens = executor.num_blocks * executor.block_size
-    progress.ready(listener.address, facts | {"kv_tokens": kv_tokens})
+
+    def ready() -> None:
+        progress.done("warm up")
+        progress.ready(listener.address, facts | {"kv_tokens": kv_tokens})
+
     try:
-        loop.run()
+        loop.run(ready)
     finally:
         listener.close()
         executor.close()

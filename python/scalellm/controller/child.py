@@ -21,7 +21,6 @@ class Command:
     """How to start a process."""
 
     arguments: tuple[str, ...]
-    nice: int = 0  # niceness relative to the parent's
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +67,7 @@ class Child:
             env={**environment, _MARK_VARIABLE: self._mark},
             pass_fds=tuple(pass_fds),
             start_new_session=True,
-            preexec_fn=die_with_parent(command.nice),
+            preexec_fn=die_with_parent(),
         )
 
     @property
@@ -105,7 +104,7 @@ class Child:
                 os.killpg(self.pid, signal.SIGKILL)
 
 
-def die_with_parent(nice: int = 0) -> Callable[[], None]:
+def die_with_parent() -> Callable[[], None]:
     """What a child runs between fork and exec; made before the fork, so that it imports nothing."""
     parent = os.getpid()
     prctl = ctypes.CDLL(None, use_errno=True).prctl if sys.platform == "linux" else None
@@ -115,7 +114,5 @@ def die_with_parent(nice: int = 0) -> Callable[[], None]:
             prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
         if os.getppid() != parent:  # it died between fork and prctl
             os._exit(1)
-        if nice:
-            os.nice(nice)
 
     return prepare

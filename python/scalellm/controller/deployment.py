@@ -31,7 +31,6 @@ def plan_deployment(config: ServeConfig, model_path: Path, port: int, folder: Pa
     engine_file = folder / "engine.toml"
     engine_file.write_text(_ENGINE_TOML, encoding="utf-8")
     threads = config.engine.cpu_threads or max(1, usable_cores() // deployment.replicas)
-    nice = 0 if config.engine.device == "cuda" else deployment.engine_nice
     flags = engine_flags(config.engine, config.log, served_name(config.engine), threads)
     flags += ["--config", str(engine_file)]
     return Plan(
@@ -43,8 +42,7 @@ def plan_deployment(config: ServeConfig, model_path: Path, port: int, folder: Pa
             name: (
                 address,
                 Command(
-                    (*PYTHON, "scalellm", "engine", str(model_path), *flags, "--listen", address),
-                    nice,
+                    (*PYTHON, "scalellm", "engine", str(model_path), *flags, "--listen", address)
                 ),
             )
             for name, address in zip(names, addresses, strict=True)

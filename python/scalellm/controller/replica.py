@@ -31,7 +31,7 @@ class Replica:
         """Spawn the process with a status pipe; returns the pipe's reading end."""
         reading, writing = os.pipe()
         os.set_blocking(reading, False)
-        command = Command((*self.command.arguments, "--status-fd", str(writing)), self.command.nice)
+        command = Command((*self.command.arguments, "--status-fd", str(writing)))
         try:
             self.child = Child(self.name, command, environment, (writing,))
         except OSError:

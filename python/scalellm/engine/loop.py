@@ -16,6 +16,7 @@ import statistics
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, Protocol
 
 from scalellm.config import EngineConfig
@@ -38,6 +39,7 @@ _HUNG_AFTER_S = 10.0  # or _HUNG_FACTOR times the prediction, whichever is more
 _HUNG_FACTOR = 20.0
 _HUNG_UNPREDICTED_S = 120.0
 _MAX_FAILED_STEPS = 5  # in a row; then the engine is beyond help
+WARM_UP_TOKENS = 64
 _MAX_CALIBRATIONS = 16
 
 Command = tuple[str, Any]
@@ -94,7 +96,8 @@ class EngineLoop:
         kv = KVCache(executor.num_blocks, executor.block_size, config.enable_prefix_caching)
         self.scheduler = Scheduler(limits_of(config, executor), kv)
         self._sampler = Sampler(executor.vocab_size)
-        self._worker: Worker[Any] = Worker(config.cpu_threads)
+        nice = config.compute_nice if executor.device.type == "cpu" else 0
+        self._worker: Worker[Any] = Worker(config.cpu_threads, nice)
         self._logprobs: dict[int, TokenLogprobs] = {}
         self._prompt_logprobs: dict[int, EmittedLogprobs] = {}
         self._calibrations: deque[tuple[int, list[Shape]]] = deque()
@@ -115,10 +118,15 @@ class EngineLoop:
         """Cancel everything and end `run`. Safe in signal handlers."""
         self._stop_wanted = True
 
-    def run(self) -> None:
-        """Raises EngineError when steps fail again and again."""
+    def run(self, ready: Callable[[], None] | None = None) -> None:
+        """Serve until the end; with `ready`, run each kind of step once before, and call it.
+
+        Raises EngineError when the model cannot run, or when steps fail again and again."""
         try:
             with self._worker:
+                if ready is not None:
+                    self._warm_up()
+                    ready()
                 while self._turn():
                     pass
         finally:
@@ -142,6 +150,20 @@ class EngineLoop:
         self._overhead_ms = max(0.0, self._step_ms - done.elapsed_ms)
         self._take_in(self._listener.poll(0.0))
         return True
+
+    def _warm_up(self) -> None:
+        """First calls allocate and compile; no client shall wait for that."""
+        scheduler = self.scheduler
+        longest = min(scheduler.max_model_len, scheduler.limits.max_num_batched_tokens)
+        for shape in (Shape(0, 0, min(WARM_UP_TOKENS, longest)), Shape(1, 0, 0)):
+            built = build_batch(shape, scheduler.kv)
+            if built is None:
+                continue
+            batch, blocks = built
+            done = self._compute(partial(self._executor.forward, batch), 0.0)
+            scheduler.kv.free(blocks)
+            if done.error is not None:
+                raise EngineError(f"the model cannot run: {done.error}") from done.error
 
     def _idle(self) -> bool:
         if self.scheduler.requests:

@@ -6,7 +6,9 @@
 torch releases the GIL inside its operations, so the loop thread's work hides behind the model's.
 """
 
+import os
 import queue
+import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -122,10 +124,11 @@ class Done(Generic[Result]):
 class Worker(Generic[Result]):
     """One thread and one job at a time. A context manager: leaving it joins the thread."""
 
-    def __init__(self, num_threads: int | None = None) -> None:
+    def __init__(self, num_threads: int | None = None, nice: int = 0) -> None:
         self._jobs: queue.SimpleQueue[Callable[[], Result] | None] = queue.SimpleQueue()
         self._done: queue.SimpleQueue[Done[Result]] = queue.SimpleQueue()
         self._num_threads = num_threads
+        self._nice = nice
         self._thread = threading.Thread(target=self._run, name="scalellm-step", daemon=True)
 
     def __enter__(self) -> Self:
@@ -152,6 +155,8 @@ class Worker(Generic[Result]):
             return None
 
     def _run(self) -> None:
+        if self._nice:
+            lower_priority(self._nice)
         if self._num_threads is not None:
             torch.set_num_threads(self._num_threads)
         while (job := self._jobs.get()) is not None:
@@ -163,3 +168,12 @@ class Worker(Generic[Result]):
             except Exception as raised:
                 error = raised
             self._done.put(Done((time.perf_counter() - started) * 1e3, result, error))
+
+
+def lower_priority(nice: int) -> None:
+    """Make the calling thread, and those that it starts, give way to the process's others.
+
+    On Linux niceness belongs to the thread; elsewhere nothing is done."""
+    if sys.platform == "linux":
+        thread = threading.get_native_id()
+        os.setpriority(os.PRIO_PROCESS, thread, os.getpriority(os.PRIO_PROCESS, thread) + nice)
