@@ -125,6 +125,7 @@ class Setting:
             value = float(value)
         if self.is_bytes and isinstance(value, str):
             return self.parse(value, origin)
+        said = self.declaration
         if self.kind is tuple:
             value = (
                 (value,)
@@ -135,8 +136,11 @@ class Setting:
             )
             if not isinstance(value, tuple) or not all(isinstance(part, str) for part in value):
                 raise ConfigError(self._refusal(value, origin))
+            if said.secret and not all(map(_is_sendable, value)):
+                source = f" ({origin})" if origin else ""
+                got = "an empty text" if "" in value else "a secret with other characters"
+                raise ConfigError(f"{self.name}: got {got}{source}; allowed: visible ASCII")
             return value
-        said = self.declaration
         wrong = type(value) is not self.kind or (bool(said.choices) and value not in said.choices)
         if not wrong and self.kind in (int, float):
             wrong = (
@@ -156,6 +160,11 @@ class Setting:
         )
         source = f" ({origin})" if origin else ""
         return f"{self.name}: got {shown}{source}{unready}; allowed: {self.allowed}"
+
+
+def _is_sendable(key: str) -> bool:
+    """Whether a key can stand in an HTTP header as it is."""
+    return bool(key) and all("!" <= character <= "~" for character in key)
 
 
 def _plain(number: float) -> str:

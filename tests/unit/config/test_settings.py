@@ -73,6 +73,8 @@ def test_flag_beats_environment_beats_file_beats_default(tmp_path: Path) -> None
         ("port = true\n", "port: got True"),
         ("enable_prefix_caching = 1\n", "allowed: true or false"),
         ("api_key = [1]\n", "api_key: got a secret"),
+        ("api_key = ['']\n", "api_key: got an empty text"),
+        ("api_key = 'k 1'\n", "api_key: got a secret with other characters"),
         ("port = \n", "Invalid value"),
         ("[engine]\nport = 1\n", "unknown setting 'engine'"),
     ],

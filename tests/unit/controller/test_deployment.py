@@ -25,7 +25,7 @@ from scalellm.errors import AddressInUseError, ServeError
 def serve_config(**engine: Any) -> ServeConfig:
     return ServeConfig(
         engine=EngineConfig(**engine),
-        gateway=GatewayConfig(api_key=('k"1', "k2\x7f\U0001f600"), host="0.0.0.0"),
+        gateway=GatewayConfig(api_key=('k"1', "k\\2"), host="0.0.0.0"),
         deployment=DeploymentConfig(replicas=2, drain_timeout_s=7),
         log=LogConfig(log_format="json"),
     )
@@ -62,17 +62,18 @@ def test_an_engine_gets_exactly_what_serve_resolved(
 
 def test_the_gateways_file_is_private_toml(tmp_path: Path) -> None:
     template = tmp_path / "t.jinja"
-    config = serve_config(model="demo", max_model_len=77)
+    name = 'd"\x7f\U0001f600'
+    config = serve_config(model="demo", served_model_name=name, max_model_len=77)
     plan_deployment(config, tmp_path / "model", 8123, tmp_path)
     file = tmp_path / "gateway.toml"
     assert file.stat().st_mode & 0o777 == 0o600
     found = tomllib.loads(file.read_text(encoding="utf-8"))
     assert found["port"] == 8123
-    assert found["api_keys"] == ['k"1', "k2\x7f\U0001f600"]
+    assert found["api_keys"] == ['k"1', "k\\2"]
     assert found["drain_timeout_s"] == 7
     assert found["models"] == [
         {
-            "name": "demo",
+            "name": name,
             "path": str(tmp_path / "model"),
             "replicas": [f"unix:{tmp_path}/engine-{i}.sock" for i in range(2)],
             "max_model_len": 77,
