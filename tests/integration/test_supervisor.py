@@ -231,6 +231,7 @@ def test_a_signal_during_the_start_stops(tree: Callable[..., Tree]) -> None:
     until(lambda: made.pids("engine-0") and made.pids("gateway"))
     made.signal(signal.SIGTERM)
     assert made.process.wait(DEADLINE_S) == 0, made.errors()
+    assert "SIGTERM: stopping" in made.errors() and "draining" not in made.errors()
 
 
 def test_an_engine_that_ignores_sigterm_is_killed(tree: Callable[..., Tree]) -> None:

@@ -328,8 +328,8 @@ class Supervisor:
         serves = self._phase is Phase.SERVING or any(r.ready for r in self._replicas.values())
         self._phase = Phase.DRAINING
         self._gateway.due_s = self._controller.due_s = None
-        limit_s = f"{self._plan.drain_timeout_s:g} s"
-        self._report.event(f"{why}: " + (f"draining for at most {limit_s}" if serves else "stopping"))
+        what = f"draining for at most {self._plan.drain_timeout_s:g} s" if serves else "stopping"
+        self._report.event(f"{why}: {what}")
         self._send({"type": "draining"})
         if running is not None:
             running.signal(signal.SIGTERM)
