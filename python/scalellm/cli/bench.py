@@ -145,9 +145,9 @@ def levels_of(arguments: argparse.Namespace) -> tuple[Level, ...]:
     for flag in ("requests", "rounds", "duration"):
         value = getattr(arguments, f"bench_{flag}")
         if value is not None and value <= 0:
-            raise ConfigError(f"{flag}: got {value}, allowed: more than 0")
+            raise ConfigError(f"--{flag}: got {value}, allowed: more than 0")
     if (arguments.bench_warmup or 0) < 0:
-        raise ConfigError(f"warmup: got {arguments.bench_warmup}, allowed: 0 or more")
+        raise ConfigError(f"--warmup: got {arguments.bench_warmup}, allowed: 0 or more")
     amount = (arguments.bench_requests, arguments.bench_duration, arguments.bench_warmup)
     text = arguments.bench_concurrency
     if text is None and arguments.bench_rate is None:
@@ -166,9 +166,9 @@ def workload_of(arguments: argparse.Namespace) -> Workload:
     for flag in ("input_tokens", "output_tokens", "timeout"):
         value = getattr(arguments, f"bench_{flag}")
         if value <= 0:
-            raise ConfigError(f"{flag.replace('_', '-')}: got {value}, allowed: more than 0")
+            raise ConfigError(f"--{flag.replace('_', '-')}: got {value}, allowed: more than 0")
     if arguments.bench_seed < 0:
-        raise ConfigError(f"seed: got {arguments.bench_seed}, allowed: 0 or more")
+        raise ConfigError(f"--seed: got {arguments.bench_seed}, allowed: 0 or more")
     return Workload(
         endpoint=arguments.bench_endpoint,
         input_tokens=arguments.bench_input_tokens,
@@ -192,7 +192,7 @@ def _numbers(flag: str, text: str | None, whole: bool) -> list[float]:
         found = []
     if not found or not all(0 < number < float("inf") for number in found):
         kind = "whole numbers" if whole else "numbers"
-        raise ConfigError(f"{flag}: got {text!r}, allowed: {kind} over 0 with commas between")
+        raise ConfigError(f"--{flag}: got {text!r}, allowed: {kind} over 0 with commas between")
     return [float(number) for number in found]
 
 
@@ -204,5 +204,5 @@ def _json_object(text: str | None) -> dict[str, Any]:
     except ValueError:
         found = None
     if not isinstance(found, dict):
-        raise ConfigError(f"extra-body: got {text!r}, allowed: a JSON object")
+        raise ConfigError(f"--extra-body: got {text!r}, allowed: a JSON object")
     return found
