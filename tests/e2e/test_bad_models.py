@@ -91,6 +91,10 @@ def broken_config(folder: Path) -> None:
     (folder / "config.json").write_text("{")
 
 
+def broken_template(folder: Path) -> None:
+    (folder / "chat_template.jinja").write_text("{% for message in messages %}")
+
+
 BAD_FOLDERS = {
     "weights cut off": (cut_off, r"model\.safetensors"),
     "shapes that do not match": (changed(hidden_size=512), r"256.*512|512.*256"),
@@ -101,6 +105,7 @@ BAD_FOLDERS = {
     "no tokenizer": (no_tokenizer, r"tokenizer\.json"),
     "a broken tokenizer": (broken_tokenizer, r"tokenizer\.json"),
     "a broken config": (broken_config, r"config\.json"),
+    "a broken chat template": (broken_template, r"chat template .*does not compile: .*default:1"),
 }
 
 
@@ -134,6 +139,11 @@ SETTINGS = {
     "an unknown dtype": (["demo", "--dtype", "float8"], "dtype.*float8.*bfloat16"),
     "quantisation that is not there": (["demo", "--quantization", "int4"], "int4"),
     "a template that is not there": (["demo", "--chat-template", "none.jinja"], r"none\.jinja"),
+    "a template that does not compile": (
+        ["demo", "--chat-template", "broken.jinja"],
+        r"broken\.jinja: .*does not compile",
+    ),
+    "an empty key": (["demo", "--api-key", ""], r"api_key.*--api-key.*visible ASCII"),
     "a length over the model's": (["demo", "--max-model-len", "99999999"], "99999999.*2048"),
     "a cache of a byte": (["demo", "--kv-cache-memory", "1"], "kv-cache-memory"),
     "no gpu": (["demo", "--device", "cuda"], "cuda|CUDA|GPU"),
@@ -146,6 +156,7 @@ def test_a_bad_setting(tmp_path: Path, name: str) -> None:
         pytest.skip("this machine has a GPU")
     arguments, said = SETTINGS[name]
     (tmp_path / "file").touch()
+    (tmp_path / "broken.jinja").write_text("{% for message in messages %}")
     if "--port" not in arguments:
         arguments = [*arguments, "--port", "0"]
     assert re.search(said, complaint(serve(*arguments, cwd=tmp_path)))

@@ -1,5 +1,6 @@
 //! The served models, their replicas, and the choice between them.
 
+use std::fmt::Display;
 use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
 use std::time::{SystemTime, UNIX_EPOCH};
@@ -20,8 +21,6 @@ pub struct Model {
     pub aliases: Vec<String>,
     pub created_unix_s: u64,
     pub text: Arc<TextModel>,
-    /// Replaces the folder's chat template.
-    pub template: Option<String>,
     pub replicas: Vec<Arc<Replica>>,
     pub metrics: Arc<ModelMetrics>,
     max_model_len: Option<u32>,
@@ -40,7 +39,6 @@ impl Model {
     fn start(
         config: &ModelConfig,
         text: TextModel,
-        template: Option<String>,
         metrics: Arc<ModelMetrics>,
         link: &ReplicaConfig,
     ) -> Result<Model, GatewayError> {
@@ -54,7 +52,6 @@ impl Model {
             aliases: config.aliases.clone(),
             created_unix_s,
             text: Arc::new(text),
-            template,
             policy: Mutex::new(LeastLoad::new(addresses.len())),
             replicas: addresses
                 .into_iter()
@@ -200,24 +197,27 @@ impl Fleet {
                 name: model.name.clone(),
                 reason,
             };
-            let text = TextModel::load(&model.path).map_err(|e| bad(e.to_string()))?;
-            let template = match &model.chat_template {
-                None => None,
-                Some(path) => Some(
-                    std::fs::read_to_string(path)
-                        .map_err(|e| bad(format!("chat_template {}: {e}", path.display())))?,
-                ),
-            };
-            loaded.push((model, text, template));
+            let mut text = TextModel::load(&model.path).map_err(|e| bad(e.to_string()))?;
+            match &model.chat_template {
+                None => text
+                    .check_templates()
+                    .map_err(|e| bad(format!("{}: {e}", model.path.display())))?,
+                Some(path) => {
+                    let in_file = |what: &dyn Display| {
+                        bad(format!("chat_template {}: {what}", path.display()))
+                    };
+                    let source = std::fs::read_to_string(path).map_err(|e| in_file(&e))?;
+                    text.replace_templates(source).map_err(|e| in_file(&e))?;
+                }
+            }
+            loaded.push((model, text));
         }
         let link = config.replica();
         let models: Result<_, GatewayError> = loaded
             .into_iter()
-            .map(|(model, text, template)| {
+            .map(|(model, text)| {
                 let counts = metrics.model(&model.name);
-                Ok(Arc::new(Model::start(
-                    model, text, template, counts, &link,
-                )?))
+                Ok(Arc::new(Model::start(model, text, counts, &link)?))
             })
             .collect();
         Ok(Fleet { models: models? })
@@ -231,10 +231,7 @@ impl Fleet {
         self.models
             .iter()
             .find(|model| &*model.name == name || model.aliases.iter().any(|a| a == name))
-            .ok_or_else(|| {
-                let known: Vec<&str> = self.models.iter().map(|model| &*model.name).collect();
-                ApiError::unknown_model(name, &known)
-            })
+            .ok_or_else(|| ApiError::unknown_model(name, &self.names()))
     }
 
     /// The model of a request that need not name one.
@@ -245,11 +242,15 @@ impl Fleet {
         match (name, self.models.as_slice()) {
             (Some(name), _) => self.find(name),
             (None, [only]) => Ok(only),
-            (None, _) => Err(ApiError::field(
-                "model",
-                "model: missing, and this server has more than one",
-            )),
+            (None, _) => {
+                let message = format!("model: missing, allowed is one of {:?}", self.names());
+                Err(ApiError::field("model", message))
+            }
         }
+    }
+
+    fn names(&self) -> Vec<&str> {
+        self.models.iter().map(|model| &*model.name).collect()
     }
 
     /// Lets go of all replicas at the same time: one that does not answer must not hold up the others.

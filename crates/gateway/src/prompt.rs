@@ -17,7 +17,8 @@ use crate::text::{TextError, TextModel};
 /// Ids of a conversation.
 ///
 /// # Errors
-/// 400 for messages that the template or the tokenizer refuses; 503 when the threads' queue is full.
+/// 400 for messages that the template or the tokenizer refuses; 500 when the template itself fails; 503 when the
+/// threads' queue is full.
 pub async fn of_conversation(
     app: &App,
     record: &RequestRecord,
@@ -25,19 +26,22 @@ pub async fn of_conversation(
     conversation: Conversation,
 ) -> ApiResult<Vec<u32>> {
     let text_model = Arc::clone(&model.text);
-    let model_template = model.template.clone();
     let job = move || {
-        let mut options = conversation.options;
-        options.template = options.template.or(model_template);
         let start = Instant::now();
-        let rendered = text_model.render_chat(&conversation.messages, &options);
+        let rendered = text_model.render_chat(&conversation.messages, &conversation.options);
         let template_took = start.elapsed();
         let ids =
             rendered.and_then(|text| text_model.encode(&text, conversation.add_special_tokens));
         (ids, template_took)
     };
     let (ids, _) = on_text_threads(app, record, job).await?;
-    ids.map_err(|error| refused("messages", &error))
+    ids.map_err(|error| match error {
+        // Only a template's own refusal is about the messages.
+        TextError::Template(_) | TextError::TemplateSyntax { .. } => {
+            ApiError::internal(format!("model {:?}: {error}", &*model.name))
+        }
+        _ => refused("messages", &error),
+    })
 }
 
 /// Ids of a chat request's prompt.

@@ -10,6 +10,7 @@
 //! ├── Encode           the tokenizer refused the text
 //! ├── NoTemplate       the model has no chat template
 //! ├── Messages         messages or template arguments of the wrong shape
+//! ├── TemplateSyntax   a chat template does not compile
 //! ├── TemplateRaised   the chat template refused the conversation (raise_exception)
 //! └── Template         the chat template failed, or ran past its limits
 //! ```
@@ -72,6 +73,14 @@ pub enum TextError {
     /// Messages or template arguments of the wrong shape.
     #[error("{0}")]
     Messages(String),
+    /// A chat template does not compile.
+    #[error("the chat template {name:?} does not compile: {reason}")]
+    TemplateSyntax {
+        /// The template's name; a model's only one is `default`.
+        name: String,
+        /// What is wrong, and in which line.
+        reason: String,
+    },
     /// The chat template refused the conversation, with this reason.
     #[error("the chat template refused the messages: {0}")]
     TemplateRaised(String),

@@ -32,7 +32,8 @@ pub struct TextModel {
 impl TextModel {
     /// Read `folder`'s `tokenizer.json` and what belongs to it: special tokens, ends of sequence, chat templates.
     ///
-    /// A chat template that does not compile is reported when it is used, not here: the model can still complete.
+    /// A chat template that does not compile is reported by [`TextModel::check_templates`] or when it is used, not
+    /// here: the model can still complete, or be given another template.
     pub fn load(folder: &Path) -> Result<Self, TextError> {
         let folder = Folder::open(folder)?;
         let (mut tokenizer, digest) = folder.tokenizer()?;
@@ -112,6 +113,19 @@ impl TextModel {
         options: &ChatOptions,
     ) -> Result<String, TextError> {
         self.templates.render(messages, options)
+    }
+
+    /// Errors: [`TextError::TemplateSyntax`] for the first of the model's templates that does not compile.
+    pub fn check_templates(&self) -> Result<(), TextError> {
+        self.templates.check()
+    }
+
+    /// Put `source` in the place of the model's own chat templates.
+    ///
+    /// Errors: [`TextError::TemplateSyntax`] if it does not compile.
+    pub fn replace_templates(&mut self, source: String) -> Result<(), TextError> {
+        self.templates = self.templates.replaced(source)?;
+        Ok(())
     }
 
     /// Whether the model brought a chat template.

@@ -51,7 +51,7 @@ pub(super) struct ChatTemplates {
 }
 
 impl ChatTemplates {
-    /// Compile `templates`, (name, source); one that fails is reported when it is used.
+    /// Compile `templates`, (name, source); one that fails is reported by [`Self::check`], and when it is used.
     pub(super) fn new(
         templates: Vec<(String, String)>,
         special_tokens: Map<String, Value>,
@@ -69,6 +69,26 @@ impl ChatTemplates {
             templates,
             special_tokens,
         }
+    }
+
+    /// Errors: [`TextError::TemplateSyntax`] for the first template that does not compile.
+    pub(super) fn check(&self) -> Result<(), TextError> {
+        let broken = |(name, _, error): &(String, String, Option<String>)| {
+            error.as_ref().map(|reason| TextError::TemplateSyntax {
+                name: name.clone(),
+                reason: reason.clone(),
+            })
+        };
+        self.templates.iter().find_map(broken).map_or(Ok(()), Err)
+    }
+
+    /// These templates' special tokens with `source` as the only template.
+    pub(super) fn replaced(&self, source: String) -> Result<Self, TextError> {
+        let only = Self::new(
+            vec![("default".to_owned(), source)],
+            self.special_tokens.clone(),
+        );
+        only.check().map(|()| only)
     }
 
     pub(super) fn is_empty(&self) -> bool {

@@ -86,13 +86,22 @@ fn a_model_without_a_template_says_so() {
 
 #[test]
 fn a_broken_template_loads_and_fails_when_it_is_used() {
-    let model = model(&[("chat_template.jinja", "line\n{% if %}")]);
+    let mut model = model(&[("chat_template.jinja", "line\n{% if %}")]);
     assert!(model.has_chat_template());
+    let messages = json!([{"role": "user"}]);
     let error = model
-        .render_chat(&json!([{"role": "user"}]), &ChatOptions::default())
+        .render_chat(&messages, &ChatOptions::default())
         .unwrap_err();
     assert!(matches!(error, TextError::Template(_)));
     assert!(error.to_string().contains("default:2"), "{error}");
+    let error = model.check_templates().unwrap_err();
+    assert!(matches!(error, TextError::TemplateSyntax { .. }));
+    assert!(error.to_string().contains("default:2"), "{error}");
+    assert!(model.replace_templates("{{".to_owned()).is_err());
+    model.replace_templates("x".to_owned()).unwrap();
+    model.check_templates().unwrap();
+    let text = model.render_chat(&messages, &ChatOptions::default());
+    assert_eq!(text.unwrap(), "x");
 }
 
 #[test]
