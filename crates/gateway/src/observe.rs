@@ -131,7 +131,7 @@ impl RequestEnd {
     }
 }
 
-/// Asked every few seconds by whoever watches the gateway; logged only when they fail.
+/// Asked every few seconds by whoever watches the gateway, who sees the answer: logged at debug level.
 const PROBES: [&str; 3] = ["/health", "/ready", "/metrics"];
 
 impl Drop for RequestEnd {
@@ -170,28 +170,35 @@ impl Drop for RequestEnd {
                     .observe_us(decode_us / (progress.longest_choice_tokens - 1));
             }
         });
-        let quiet = outcome == "ok" && PROBES.contains(&record.path.as_ref());
+        let is_probe = PROBES.contains(&record.path.as_ref());
         record.update(|progress| {
-            if quiet {
-                return;
+            // The level of an event has to be a constant.
+            macro_rules! log {
+                ($level:ident) => {
+                    tracing::$level!(
+                        target: "access",
+                        request_id = record.id,
+                        method = record.method,
+                        path = record.path,
+                        status,
+                        outcome,
+                        model = progress.model.as_ref().map(|model| &*model.name),
+                        replica = progress.replica,
+                        prompt_tokens = progress.prompt_tokens,
+                        cached_tokens = progress.cached_tokens,
+                        output_tokens = progress.output_tokens,
+                        finish = progress.finish,
+                        code = note.as_ref().and_then(|note| note.code),
+                        error = note.as_ref().map(|note| note.message.as_str()),
+                        stages = progress.times.server_timing(),
+                    )
+                };
             }
-            tracing::info!(
-                target: "access",
-                request_id = record.id,
-                method = record.method,
-                path = record.path,
-                status,
-                outcome,
-                model = progress.model.as_ref().map(|model| &*model.name),
-                replica = progress.replica,
-                prompt_tokens = progress.prompt_tokens,
-                cached_tokens = progress.cached_tokens,
-                output_tokens = progress.output_tokens,
-                finish = progress.finish,
-                code = note.as_ref().and_then(|note| note.code),
-                error = note.as_ref().map(|note| note.message.as_str()),
-                stages = progress.times.server_timing(),
-            );
+            if is_probe {
+                log!(debug);
+            } else {
+                log!(info);
+            }
         });
         if let Some(connection) = &self.connection {
             connection.request_ended();

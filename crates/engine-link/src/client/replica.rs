@@ -19,21 +19,21 @@ use crate::proto;
 /// ```text
 ///              Welcome                        step age > hung_after
 /// Connecting ----------> Ready <------------------------------------> Hung
-///     |                  |   ^ load.draining                           |
-///     | refused          |   +-----------------> Draining              |
-///     v                  v no session left                             v
-///   Lost <-------------------------------------------------------------+   (and back, by reconnecting)
+///                        |   ^ load.draining                           |
+///                        |   +-----------------> Draining              |
+///                        v no session left                             v
+///                      Lost <------------------------------------------+   (and back, by reconnecting)
 /// ```
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum ReplicaState {
-    /// No attempt has ended yet, or every session is reattaching.
+    /// No engine has been reached yet, or every session is reattaching.
     Connecting,
     Ready,
     /// The listener answers, the loop behind it does not come round.
     Hung,
     /// Finishes what it has and takes nothing new.
     Draining,
-    /// Nobody answers; reconnecting goes on.
+    /// The engine that was there does not answer; reconnecting goes on.
     Lost,
 }
 

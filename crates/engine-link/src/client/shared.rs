@@ -36,6 +36,8 @@ struct Seen {
     info: Option<Arc<proto::DescribeResponse>>,
     load: proto::Load,
     hung: bool,
+    /// Nobody will connect any more.
+    ended: bool,
 }
 
 impl Shared {
@@ -54,6 +56,7 @@ impl Shared {
                 info: None,
                 load: proto::Load::default(),
                 hung: false,
+                ended: false,
             }),
             config,
         })
@@ -69,10 +72,13 @@ impl Shared {
             } else {
                 ReplicaState::Ready
             }
-        } else if seen
-            .slots
-            .iter()
-            .any(|s| matches!(s, SlotState::Connecting | SlotState::Reattaching))
+        } else if seen.ended {
+            ReplicaState::Lost
+        } else if seen.info.is_none()
+            || seen
+                .slots
+                .iter()
+                .any(|s| matches!(s, SlotState::Connecting | SlotState::Reattaching))
         {
             ReplicaState::Connecting
         } else {
@@ -156,7 +162,11 @@ impl Shared {
         for table in &self.tables {
             table.lose_all(reason);
         }
-        self.seen.lock().slots.fill(SlotState::Down);
+        {
+            let mut seen = self.seen.lock();
+            seen.slots.fill(SlotState::Down);
+            seen.ended = true;
+        }
         self.tick();
     }
 }
