@@ -37,7 +37,7 @@ SHARED: dict[str, list[Any]] = {
     "include_stop_str_in_output": NOT_A_BOOLEAN,
     "return_token_ids": NOT_A_BOOLEAN,
     "prompt_logprobs": [*NOT_A_NUMBER, -1, 21],
-    "prompt_token_ids": [1, "1", [-1], [1.5], [[1]], [True]],
+    "prompt_token_ids": [1, "1", [-1], [1.5], [[1]], [True], [1280]],
     "priority": [*NOT_A_NUMBER, 2**31],
     "deadline_ms": [*NOT_A_NUMBER, 0, -1, 86_400_001],
     "cache_salt": [*NOT_A_STRING, "x" * 65],
@@ -54,7 +54,6 @@ OF_CHAT: dict[str, list[Any]] = {
     "messages": [1, "hello", {}, [], [1], ["hello"], [{}], [None]],
     "logprobs": NOT_A_BOOLEAN,
     "top_logprobs": [*NOT_A_NUMBER, -1, 21, 3],  # 3: not without `logprobs`
-    "prompt_token_ids": [[1280]],
     "chat_template_kwargs": [1, "x", []],
     "add_generation_prompt": NOT_A_BOOLEAN,
 }

@@ -17,6 +17,8 @@ const DEFAULT_MAX_TOKENS: u32 = 16;
 pub struct CompletionRequest {
     pub model: Option<String>,
     pub prompts: Vec<Prompt>,
+    /// The field that the prompts came in.
+    pub prompt_field: &'static str,
     pub add_special_tokens: bool,
     pub echo: bool,
     pub params: Params,
@@ -51,16 +53,16 @@ impl CompletionRequest {
             );
             return Err(ApiError::field("min_tokens", message));
         }
-        let prompts = match fields.ids("prompt_token_ids", usize::MAX)? {
+        let (prompt_field, prompts) = match fields.ids("prompt_token_ids", usize::MAX)? {
             Some(ids) => {
                 fields.take("prompt");
-                vec![Prompt::Ids(ids)]
+                ("prompt_token_ids", vec![Prompt::Ids(ids)])
             }
-            None => prompts(
-                fields
-                    .take("prompt")
-                    .ok_or_else(|| missing("prompt", ALLOWED))?,
-            )?,
+            None => {
+                let given = fields.take("prompt");
+                let given = given.ok_or_else(|| missing("prompt", ALLOWED))?;
+                ("prompt", prompts(given)?)
+            }
         };
         let choices = prompts.len() * params.n as usize;
         if choices > MAX_CHOICES {
@@ -74,6 +76,7 @@ impl CompletionRequest {
         Ok(CompletionRequest {
             model,
             prompts,
+            prompt_field,
             add_special_tokens,
             echo,
             params,

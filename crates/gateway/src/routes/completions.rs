@@ -34,6 +34,7 @@ async fn answer(
     let CompletionRequest {
         model: model_name,
         prompts,
+        prompt_field,
         add_special_tokens,
         echo,
         params,
@@ -58,7 +59,7 @@ async fn answer(
         .into_iter()
         .map(|ids| {
             Ok(PreparedPrompt {
-                max_tokens: prompt::check("prompt", &ids, &params, limits)?,
+                max_tokens: prompt::check(prompt_field, &ids, &params, limits)?,
                 ids,
             })
         })
