@@ -16,8 +16,11 @@ use crate::metrics::Metrics;
 
 /// Before closing, this much of what the client still sends is read and thrown away: closing with unread bytes
 /// would reset the connection under an answer that came before the body's end.
-const LINGER_BYTES: usize = 4 << 20;
-const LINGER: Duration = Duration::from_secs(2);
+///
+/// Many clients send all of a body before they look for an answer, so this is far more than the largest body that
+/// is usually taken; throwing bytes away costs little.
+const LINGER_BYTES: usize = 128 << 20;
+const LINGER: Duration = Duration::from_secs(5);
 
 /// Shared by a connection's socket and its requests.
 #[derive(Debug)]

@@ -70,7 +70,7 @@ async fn a_body_over_the_limit_is_refused_unread() {
     );
     drop(socket);
     // Sent whole, without waiting for an answer: it still arrives.
-    let big = Bytes::from(vec![b' '; 3 << 20]);
+    let big = Bytes::from(vec![b' '; 64 << 20]);
     let error = send(
         stack.address(),
         request("POST", "/v1/completions", &[], big),
