@@ -66,6 +66,14 @@ fn finite(logprob: f32) -> f32 {
     }
 }
 
+/// A JSON number with the f32's own digits: `json!` would widen it and print digits that it does not have.
+fn number(logprob: f32) -> Value {
+    logprob
+        .to_string()
+        .parse::<f64>()
+        .map_or(Value::Null, Value::from)
+}
+
 fn tops(token: &TokenLogprobs) -> impl Iterator<Item = (u32, f32)> + '_ {
     token
         .top_ids
@@ -166,7 +174,7 @@ fn top_map(token: &TokenLogprobs, names: TokenNames<'_>) -> Map<String, Value> {
     let mut map = Map::new();
     for (id, logprob) in tops(token).chain([(token.token_id, finite(token.logprob))]) {
         map.entry(names.name(id).0)
-            .or_insert_with(|| json!(logprob));
+            .or_insert_with(|| number(logprob));
     }
     map
 }
@@ -180,7 +188,7 @@ pub fn prompt_logprobs(ids: &[u32], logprobs: &[TokenLogprobs], names: TokenName
     {
         None => Value::Null,
         Some(token) => {
-            let entry = |id: u32, logprob: f32, rank: usize| json!({"logprob": finite(logprob), "rank": rank, "decoded_token": names.name(id).0});
+            let entry = |id: u32, logprob: f32, rank: usize| json!({"logprob": number(finite(logprob)), "rank": rank, "decoded_token": names.name(id).0});
             let mut map: Map<String, Value> = Map::new();
             map.insert(
                 id.to_string(),
@@ -194,4 +202,18 @@ pub fn prompt_logprobs(ids: &[u32], logprobs: &[TokenLogprobs], names: TokenName
         }
     };
     ids.iter().enumerate().map(position).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn numbers_read_the_same_typed_and_untyped() {
+        for logprob in [-1.839_466_1_f32, -1.933_216_1, 0.0, -1e-7, IMPOSSIBLE, -0.1] {
+            let typed: f64 = serde_json::to_string(&logprob).unwrap().parse().unwrap();
+            assert_eq!(number(logprob), json!(typed), "{logprob}");
+        }
+        assert_eq!(number(-1.839_466_1).to_string(), "-1.8394661");
+    }
 }
