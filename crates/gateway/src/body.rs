@@ -24,6 +24,9 @@ pub struct BodyMemory {
 /// Memory is handed out in blocks of this, so that an ordinary body takes one.
 const BLOCK_BYTES: usize = 64 << 10;
 
+/// A larger body is parsed on the threads for text: its milliseconds would hold up the requests that share its thread.
+const PARSED_IN_PLACE_BYTES: usize = 64 << 10;
+
 impl BodyMemory {
     #[must_use]
     pub fn new(bytes: usize) -> BodyMemory {
@@ -64,13 +67,16 @@ impl BodyMemory {
 /// Reads a request's body and makes of it what the endpoint takes.
 ///
 /// # Errors
-/// As [`read`], then as `parse`.
+/// As [`read`], then as `parse`; 503 when the threads' queue is full.
 pub async fn parsed<T>(
     app: &App,
     record: &RequestRecord,
     request: Request,
-    parse: impl FnOnce(&[u8]) -> ApiResult<T>,
-) -> ApiResult<T> {
+    parse: impl FnOnce(&[u8]) -> ApiResult<T> + Send + 'static,
+) -> ApiResult<T>
+where
+    T: Send + 'static,
+{
     let (parts, payload) = request.into_parts();
     let mut held = None;
     let reading = read(
@@ -88,7 +94,18 @@ pub async fn parsed<T>(
                 app.metrics.rejected("body_memory");
             }
         })?;
-    record.timed(Stage::Parse, || parse(&bytes))
+    if bytes.len() <= PARSED_IN_PLACE_BYTES {
+        return record.timed(Stage::Parse, || parse(&bytes));
+    }
+    let parsing = app.text_pool.run(move || parse(&bytes));
+    record
+        .timed_async(Stage::Parse, parsing)
+        .await
+        .inspect_err(|error| {
+            if error.status == StatusCode::SERVICE_UNAVAILABLE {
+                app.metrics.rejected("text_queue");
+            }
+        })?
 }
 
 /// Reads the body. A declared length above the limit is refused before a byte is read.
