@@ -42,7 +42,7 @@ pub struct Config {
     pub text_threads: usize,
     /// Prompts that wait for one of those threads; further ones get 503.
     pub text_queue: usize,
-    pub log_level: String,
+    pub log_level: LogLevel,
     pub log_format: LogFormat,
     pub models: Vec<ModelConfig>,
 }
@@ -52,6 +52,17 @@ pub struct Config {
 pub enum LogFormat {
     Text,
     Json,
+}
+
+/// The least severity that is logged.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum LogLevel {
+    Error,
+    Warning,
+    Info,
+    Debug,
+    Trace,
 }
 
 /// One served model and the replicas that run it.
@@ -92,7 +103,7 @@ impl Default for Config {
             replica_silence_s: 2.0,
             text_threads: 0,
             text_queue: 256,
-            log_level: "info".to_owned(),
+            log_level: LogLevel::Info,
             log_format: LogFormat::Text,
             models: Vec::new(),
         }
@@ -248,6 +259,10 @@ mod tests {
             (format!("prot = 1\n{MODEL}"), "prot"),
             (format!("port = 'x'\n{MODEL}"), "port"),
             (format!("max_in_flight = 0\n{MODEL}"), "max_in_flight"),
+            (
+                format!("log_level = 'verbose'\n{MODEL}"),
+                "unknown variant `verbose`, expected one of `error`, `warning`, `info`, `debug`, `trace`",
+            ),
             (
                 format!("drain_timeout_s = -1.0\n{MODEL}"),
                 "drain_timeout_s",

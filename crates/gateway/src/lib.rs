@@ -41,6 +41,6 @@ mod submit;
 pub mod text;
 mod text_pool;
 
-pub use config::{Config, LogFormat, ModelConfig};
+pub use config::{Config, LogFormat, LogLevel, ModelConfig};
 pub use error::GatewayError;
 pub use serve::{Gateway, serve};

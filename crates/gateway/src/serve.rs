@@ -5,10 +5,10 @@ use std::sync::Arc;
 
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::task::JoinHandle;
-use tracing_subscriber::EnvFilter;
+use tracing_subscriber::filter::LevelFilter;
 
 use crate::app::{App, Phase};
-use crate::config::{Config, LogFormat};
+use crate::config::{Config, LogFormat, LogLevel};
 use crate::error::GatewayError;
 use crate::{routes, server};
 
@@ -83,7 +83,7 @@ impl Drop for Gateway {
 /// As [`Gateway::start`].
 pub fn serve(config: Config) -> Result<(), GatewayError> {
     config.validate()?;
-    start_log(&config)?;
+    start_log(&config);
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .enable_all()
         .thread_name("gateway")
@@ -114,16 +114,20 @@ pub fn serve(config: Config) -> Result<(), GatewayError> {
 }
 
 /// Sends the process's log to standard error.
-fn start_log(config: &Config) -> Result<(), GatewayError> {
-    let filter = EnvFilter::try_new(&config.log_level)
-        .map_err(|e| GatewayError::Config(format!("log_level: got {:?}: {e}", config.log_level)))?;
+fn start_log(config: &Config) {
+    let level = match config.log_level {
+        LogLevel::Error => LevelFilter::ERROR,
+        LogLevel::Warning => LevelFilter::WARN,
+        LogLevel::Info => LevelFilter::INFO,
+        LogLevel::Debug => LevelFilter::DEBUG,
+        LogLevel::Trace => LevelFilter::TRACE,
+    };
     let builder = tracing_subscriber::fmt()
-        .with_env_filter(filter)
+        .with_max_level(level)
         .with_writer(std::io::stderr);
     // Where the process has a log already, that one is kept.
     let _ = match config.log_format {
         LogFormat::Text => builder.try_init(),
         LogFormat::Json => builder.json().flatten_event(true).try_init(),
     };
-    Ok(())
 }
