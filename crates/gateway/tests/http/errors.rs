@@ -1,6 +1,9 @@
 //! Bad input: every field named, with what it got and what is allowed.
 
+use std::path::PathBuf;
+
 use bytes::Bytes;
+use scalellm_gateway::{Config, Gateway, ModelConfig};
 use serde_json::{Value, json};
 
 use crate::support::{Folder, Stack, engine, request, send, user};
@@ -123,6 +126,11 @@ async fn fields_of_one_endpoint_are_named() {
             "/v1/completions",
             json!({"model": "bytes", "prompt": [9999]}),
             "prompt",
+        ),
+        (
+            "/v1/completions",
+            json!({"model": "bytes", "prompt_token_ids": [9999]}),
+            "prompt_token_ids",
         ),
         (
             "/v1/completions",
@@ -298,26 +306,114 @@ async fn values_that_mean_the_default_are_accepted() {
 }
 
 #[tokio::test]
-async fn a_template_that_fails_or_never_ends_is_the_clients_error() {
+async fn only_a_templates_refusal_is_the_clients_error() {
     let loops = "{% for m in messages if m.content == 'loop' %}{% for i in range(100000) %}\
                  {% for j in range(100000) %}x{% endfor %}{% endfor %}{% endfor %}";
-    let fails = "{% if messages[0].content == 'fail' %}{{ raise_exception('roles must alternate') }}{% endif %}x";
+    let fails = "{% if messages[0].content == 'fail' %}{{ messages[0].nothing.at.all }}{% endif %}";
+    let refuses = "{% if messages[0].content == 'refuse' %}{{ raise_exception('roles must alternate') }}{% endif %}x";
     let folder = Folder::new();
     let file = folder.0.join("template.jinja");
-    std::fs::write(&file, format!("{loops}{fails}")).unwrap();
+    std::fs::write(&file, format!("{loops}{fails}{refuses}")).unwrap();
     let stack = Stack::start(vec![engine()], |config| {
         config.models[0].chat_template = Some(file);
     })
     .await;
-    for content in ["loop", "fail"] {
+    let error = stack
+        .chat(json!({"messages": user("refuse")}))
+        .await
+        .error(400);
+    assert_eq!(error["param"], "messages");
+    assert!(
+        error["message"]
+            .as_str()
+            .unwrap()
+            .contains("roles must alternate")
+    );
+    for (content, says) in [("loop", "did not end"), ("fail", "default:1")] {
         let error = stack
             .chat(json!({"messages": user(content)}))
             .await
-            .error(400);
-        assert_eq!(error["param"], "messages");
+            .error(500);
+        assert_eq!(
+            (&error["type"], &error["param"]),
+            (&json!("server_error"), &Value::Null)
+        );
+        let message = error["message"].as_str().unwrap();
+        assert!(
+            message.starts_with("model \"bytes\": the chat template failed: ")
+                && message.contains(says),
+            "{message}"
+        );
     }
     stack
         .chat(json!({"messages": user("x"), "max_tokens": 2}))
         .await
         .ok();
+}
+
+#[tokio::test]
+async fn a_template_that_does_not_compile_ends_the_start() {
+    let stack = Stack::one(engine()).await;
+    let config = |chat_template: Option<PathBuf>| Config {
+        port: 0,
+        models: vec![ModelConfig {
+            name: "bytes".to_owned(),
+            aliases: Vec::new(),
+            path: stack.folder.0.clone(),
+            replicas: vec![stack.socket(0)],
+            max_model_len: None,
+            chat_template,
+        }],
+        ..Config::default()
+    };
+    let folder = Folder::new();
+    let (good, bad) = (folder.0.join("good.jinja"), folder.0.join("bad.jinja"));
+    std::fs::write(&good, "x").unwrap();
+    std::fs::write(&bad, "x\n{% for m in messages %}").unwrap();
+    let error = Gateway::start(config(Some(bad.clone())))
+        .await
+        .err()
+        .unwrap()
+        .to_string();
+    assert!(
+        error.contains("bad.jinja") && error.contains("default:2"),
+        "{error}"
+    );
+    std::fs::copy(&bad, stack.folder.0.join("chat_template.jinja")).unwrap();
+    let error = Gateway::start(config(None))
+        .await
+        .err()
+        .unwrap()
+        .to_string();
+    assert!(
+        error.contains("does not compile") && !error.contains('\n'),
+        "{error}"
+    );
+    // The operator's template takes the place of the broken one.
+    Gateway::start(config(Some(good))).await.unwrap();
+}
+
+#[tokio::test]
+async fn large_bodies_are_read_as_small_ones_are() {
+    let stack = Stack::one(engine()).await;
+    let large = "x".repeat(200_000);
+    let reply = stack
+        .complete(json!({"prompt": "x", "max_tokens": 2, "padding": large}))
+        .await;
+    reply.ok();
+    assert!(reply.header("x-scalellm-warning").contains("padding"));
+    assert!(reply.header("server-timing").contains("parse;dur="));
+    let error = stack
+        .complete(json!({"prompt": "x", "temperature": 3, "padding": large}))
+        .await
+        .error(400);
+    assert_eq!(error["param"], "temperature");
+    let cut = Bytes::from(format!("{{\"padding\": \"{large}"));
+    let error = send(
+        stack.address(),
+        request("POST", "/v1/completions", &[], cut),
+    )
+    .await
+    .error(400);
+    assert_eq!(error["code"], "invalid_body");
 }
