@@ -34,6 +34,8 @@ STOPPED_WITHIN_S = 60.0
 # One request at a time says little; it is asked this often.
 SINGLE_REQUESTS = 4
 WARMUP_REQUESTS = 2
+# Slow systems are to be measured too, not only called slow.
+REQUEST_TIMEOUT_S = 300.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +95,8 @@ def section(result: Result, server: Server, command: str) -> str:
     flags = " ".join(machine["cpu_flags"])
     return (
         f"Qwen3-0.6B shape, random weights; {workload['input_tokens']} tokens in, "
-        f"{workload['output_tokens']} out, greedy, end of sequence ignored, all at once. "
+        f"{workload['output_tokens']} out, greedy, end of sequence ignored, all at once; "
+        f"a request may take {REQUEST_TIMEOUT_S:.0f} s. "
         f"Ready after {server.ready_after_s:.1f} s. Measured {result.started} on "
         f"{machine['cores_usable']} cores of {machine['cpu']} ({flags}), {machine['system']}, "
         f"{machine['memory_bytes'] / 2**30:.0f} GiB, with\n\n"
@@ -135,7 +138,8 @@ def main(arguments: list[str] | None = None) -> int:
         make_shape.write("qwen3-0.6b", folder)
         with serving(folder, flags, Path(temporary) / "serve.log") as server:
             console.print(f"ready after {server.ready_after_s:.1f} s")
-            bench = Options(server.url, levels, Workload(), json_path=options.json)
+            workload = Workload(timeout_s=REQUEST_TIMEOUT_S)
+            bench = Options(server.url, levels, workload, json_path=options.json)
             result = run_bench(bench, console)
     print_result(result, Console(width=120))
     if result.interrupted:

@@ -31,7 +31,7 @@ from scalellm.engine.worker import Computed, Done, Executor, Worker, compute
 from scalellm.errors import EngineError
 
 SIGN_OF_LIFE_S = 0.2
-CPU_STEP_BUDGET_MS = 200.0
+CPU_STEP_BUDGET_MS = 800.0
 GPU_STEP_BUDGET_MS = 50.0
 _LOOK_EVERY_S = 0.02  # while a step runs
 _EMIT_EVERY_S = SIGN_OF_LIFE_S / 2

@@ -240,11 +240,11 @@ class Scheduler:
         """What the step may take in all, given what its running streams need.
 
         Prompts may double the streams' own time, so that a gap is at most about twice the
-        steady TBT; beside fast streams they get a quarter of the budget, without streams all."""
+        steady TBT; beside fast streams they get an eighth of the budget, without streams all."""
         budget_ms = self.limits.step_budget_ms
         if streams.spans == 0:
             return budget_ms
-        return max(budget_ms / 4, 2 * self.step_time.predict_ms(streams))
+        return max(budget_ms / 8, 2 * self.step_time.predict_ms(streams))
 
     def _append_chunk(self, request: Request, plan: Plan, now_us: int) -> bool:
         """Add a part of a prompt; False if tokens or time are used up."""

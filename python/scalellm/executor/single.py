@@ -1,6 +1,7 @@
 """Runs batches on one device."""
 
 import time
+from concurrent.futures import ThreadPoolExecutor
 from typing import Self
 
 import torch
@@ -40,7 +41,16 @@ class SingleExecutor:
         """Load `config.model_path` and take memory for its KV cache.
 
         `progress(phase, seconds)` is called as each phase ends. Raises ModelError, ConfigError.
+
+        Loading has a thread of its own, whose OpenMP threads end with it. Left alive beside those
+        of the thread that computes steps, they would be more than the cores, and libgomp then
+        puts threads to sleep between any two operations: steps took 1.6 times as long.
         """
+        with ThreadPoolExecutor(1, "scalellm-load") as thread:
+            return thread.submit(cls._load, config, progress).result()
+
+    @classmethod
+    def _load(cls, config: EngineConfig, progress: Progress | None) -> Self:
         report = progress or (lambda _phase, _seconds: None)
         if config.cpu_threads is not None:
             torch.set_num_threads(config.cpu_threads)

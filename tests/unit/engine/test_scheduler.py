@@ -214,7 +214,7 @@ def test_a_prompt_beside_streams_at_most_doubles_their_step() -> None:
     for tokens, context in [(1, 0), (64, 0), (64, 4000), (500, 100), (900, 8000), (1, 900)] * 6:
         shape = StepShape().with_span(context, tokens)
         times.observe(shape, 50.0 + 0.1 * shape.tokens)
-    for budget_ms, allowed_ms in [(40.0, 2 * 50.1), (800.0, 200.0)]:
+    for budget_ms, allowed_ms in [(40.0, 2 * 50.1), (1600.0, 200.0)]:
         limits = Limits(4, 4096, 20_000, step_budget_ms=budget_ms)
         scheduler = Scheduler(limits, KVCache(2000, 16), times)
         scheduler.add(Request(key=1, prompt_ids=[3], max_tokens=9), 0)
