@@ -399,7 +399,14 @@ async fn garbage_breaks_nothing_but_its_requests() {
         ..Settings::default()
     });
     let replica = Replica::start(engine.address().clone(), ReplicaConfig::default());
-    reach(&replica, ReplicaState::Lost).await;
+    let mut changed = replica.changed();
+    let ready = async {
+        while replica.state() != ReplicaState::Ready {
+            changed.changed().await.expect("the replica lives");
+        }
+    };
+    let waited = tokio::time::timeout(Duration::from_millis(500), ready).await;
+    assert!(waited.is_err(), "garbage passed for an engine");
 }
 
 #[tokio::test]

@@ -261,11 +261,11 @@ async fn many_requests_share_two_sessions() {
 async fn a_replica_that_is_not_there_takes_nothing_until_it_is() {
     let address = unix();
     let replica = scalellm_engine_link::Replica::start(address.clone(), config());
-    reach(&replica, ReplicaState::Lost).await;
     assert_eq!(
         replica.submit(submit(vec![1], 1)).map(|_| ()),
         Err(SubmitError::NotReady)
     );
+    assert_eq!(replica.state(), ReplicaState::Connecting);
     let engine = Engine::start(&address);
     reach(&replica, ReplicaState::Ready).await;
     let _stream = replica.submit(submit(vec![1], 1)).expect("taken");
