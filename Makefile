@@ -48,7 +48,7 @@ clean:
 
 $(VENV)/.python:
 	@test -n "$(PYTHON)" || { echo "make: needs Python 3.11 or newer; PYTHON=/path/to/python chooses one" >&2; exit 1; }
-	@command -v cargo >/dev/null || { echo "make: needs a Rust toolchain (cargo), 1.88 or newer: https://rustup.rs" >&2; exit 1; }
+	@command -v cargo >/dev/null || { echo "make: needs a Rust toolchain (cargo), 1.89 or newer: https://rustup.rs" >&2; exit 1; }
 	@command -v cc >/dev/null || { echo "make: needs a C compiler (cc), e.g. the package gcc" >&2; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@touch $@
