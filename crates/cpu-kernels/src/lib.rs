@@ -6,16 +6,33 @@
 //! team      the one set of threads that everything runs on; tiles are taken from a counter
 //! rows      checked two-dimensional views of activations
 //! scratch   memory that operations need for their own intermediate results
+//! linear    products with packed weights: bf16, int8, int4
+//! attention over the paged cache, and what stores keys and values there
+//! plan      a model's step as a recorded list of all these
+//! norm, rotary, activation, embedding, moe      what lies between linears
+//! vectorise one body, compiled for each level; bfloat, exp, share: what such bodies are made of
 //! ```
 //!
 //! Activations are bf16, rows of a batch's tokens; sums are kept in f32 or i32. Every operation
 //! gives the same bits for a row whatever other rows are computed with it, however many threads
 //! take part, and however a prompt was cut into steps.
 
+pub mod activation;
+pub mod attention;
+mod bfloat;
 pub mod cpu;
+pub mod embedding;
+mod exp;
 pub mod level;
+pub mod linear;
+pub mod moe;
+pub mod norm;
+pub mod plan;
+pub mod rotary;
 pub mod rows;
 pub mod scratch;
+mod share;
 pub mod team;
+mod vectorise;
 
 pub use half::bf16;

@@ -1,0 +1,435 @@
+//! Which task computes what, and in which order its parts are put together.
+//!
+//! ```text
+//! span of a few rows      a unit for each split of 512 keys; states are added in a second job
+//! span of many rows       a unit for each 64 rows; its splits one after the other
+//! task                    a unit and a kv head
+//! ```
+
+use std::ops::Range;
+
+use half::bf16;
+
+use super::batch::{Batch, Span};
+use super::layout::{Cache, KvType};
+use super::tile::{
+    HEADER, LANES, Seen, State, TILE, Tile, add_split, add_tile, finish, widen_pair,
+};
+use crate::cpu::Cpu;
+use crate::level::Level;
+use crate::rows::{Rows, RowsMut};
+use crate::vectorise::vectorised;
+
+/// Keys of one split, beginning at a multiple of it in the sequence.
+const SPLIT: usize = 512;
+/// Rows (a token's query heads of one kv head are as many) of one unit, unless one token has more.
+const UNIT_ROWS: usize = 64;
+
+/// What a query's products with keys become before the softmax.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Scoring {
+    /// The products are multiplied with it.
+    pub scale: f32,
+    /// A query sees itself and the window - 1 positions before it.
+    pub window: Option<usize>,
+    /// Scores become softcap * tanh(score / softcap).
+    pub softcap: Option<f32>,
+}
+
+impl Scoring {
+    /// The first position that a query at `position` sees.
+    fn first(&self, position: usize) -> usize {
+        self.window
+            .map_or(0, |window| (position + 1).saturating_sub(window))
+    }
+}
+
+/// Some tokens of a span and the splits that one task adds up for them.
+#[derive(Clone)]
+struct Unit<'a> {
+    span: &'a Span,
+    /// Positions.
+    tokens: Range<usize>,
+    splits: Range<usize>,
+    /// Where the states go if splits are units of their own: the place of the first one's.
+    states: Option<usize>,
+}
+
+/// What every task of a call reads.
+struct Job<'a> {
+    query: Rows<'a, bf16>,
+    cache: &'a Cache<'a>,
+    batch: &'a Batch<'a>,
+    scoring: Scoring,
+    /// Query heads of one kv head.
+    group: usize,
+}
+
+/// Causal attention of every span over its own sequence, whose keys `store` has stored.
+///
+/// `query` [T, heads * head_dim] (a view of `store`'s rows); `out` [T, heads * head_dim]. Rows of
+/// no span are left alone.
+///
+/// # Panics
+/// If shapes do not fit, or the window is empty.
+pub fn attend(
+    cpu: &mut Cpu,
+    query: Rows<bf16>,
+    cache: &Cache,
+    batch: &Batch,
+    scoring: Scoring,
+    out: RowsMut<bf16>,
+) {
+    let (dim, kv_heads) = (cache.layout().head_dim(), cache.layout().kv_heads());
+    let group = query.cols() / dim / kv_heads;
+    assert!(
+        group > 0 && query.cols() == group * kv_heads * dim,
+        "{} columns",
+        query.cols()
+    );
+    assert!(out.cols() == query.cols(), "out's columns");
+    assert!(
+        batch.rows() <= query.rows() && batch.rows() <= out.rows(),
+        "rows"
+    );
+    assert!(scoring.window != Some(0), "an empty window");
+    batch.check(cache);
+    let job = Job {
+        query,
+        cache,
+        batch,
+        scoring,
+        group,
+    };
+    let (units, divided, states) = plan(&job, kv_heads);
+
+    let stride = HEADER + dim;
+    let unit_rows = (UNIT_ROWS / group).max(1) * group;
+    let own = 2 * unit_rows * stride + TILE * dim + 2 * TILE;
+    let threads = cpu.team.threads();
+    let (team, level) = (&cpu.team, cpu.level);
+    let [own_bytes, state_bytes] = cpu.scratch.parts([4 * own * threads, 4 * stride * states]);
+    let own = numbers(own_bytes, own);
+    let states = numbers(state_bytes, stride);
+    team.run(units.len() * kv_heads, |task, thread| {
+        let (unit, head) = (&units[task / kv_heads], task % kv_heads);
+        // SAFETY: one task at a time has this thread's numbers.
+        let own = unsafe { own.part(thread, 0, own.cols()) };
+        job.run(level, unit, head, own, &states, &out);
+    });
+    team.run(divided.len() * kv_heads, |task, _| {
+        job.add_up(
+            level,
+            &divided[task / kv_heads],
+            task % kv_heads,
+            &states,
+            &out,
+        );
+    });
+}
+
+/// Rows of f32 in scratch, which is aligned to 64 bytes.
+fn numbers(bytes: &mut [u8], cols: usize) -> RowsMut<'_, f32> {
+    // SAFETY: any bytes are numbers, and the slice is borrowed as long as the rows live.
+    unsafe {
+        RowsMut::from_raw(
+            bytes.as_mut_ptr().cast(),
+            bytes.len() / 4 / cols,
+            cols,
+            cols,
+        )
+    }
+}
+
+/// Units, the longest first; the whole of each span whose splits are units of their own; how many
+/// states these need.
+fn plan<'a>(job: &Job<'a>, kv_heads: usize) -> (Vec<Unit<'a>>, Vec<Unit<'a>>, usize) {
+    let together = (UNIT_ROWS / job.group).max(1);
+    let mut units = Vec::with_capacity(job.batch.spans().len());
+    let mut divided = Vec::new();
+    let mut states = 0;
+    for span in job.batch.spans() {
+        for first in (span.start..span.end()).step_by(together) {
+            let tokens = first..span.end().min(first + together);
+            let splits = job.scoring.first(first) / SPLIT..(tokens.end - 1) / SPLIT + 1;
+            let unit = Unit {
+                span,
+                tokens,
+                splits,
+                states: None,
+            };
+            if span.count > together || unit.splits.len() == 1 {
+                units.push(unit);
+                continue;
+            }
+            divided.push(Unit {
+                states: Some(states),
+                ..unit.clone()
+            });
+            for split in unit.splits.clone() {
+                let splits = split..split + 1;
+                units.push(Unit {
+                    states: Some(states),
+                    splits,
+                    ..unit.clone()
+                });
+                states += span.count * job.group * kv_heads;
+            }
+        }
+    }
+    units.sort_by_key(|unit| std::cmp::Reverse(unit.tokens.len() * unit.splits.len()));
+    (units, divided, states)
+}
+
+impl Job<'_> {
+    /// Numbers of a row's state.
+    fn stride(&self) -> usize {
+        HEADER + self.cache.layout().head_dim()
+    }
+
+    fn run(
+        &self,
+        level: Level,
+        unit: &Unit,
+        head: usize,
+        own: &mut [f32],
+        states: &RowsMut<f32>,
+        out: &RowsMut<bf16>,
+    ) {
+        let rows = unit.tokens.len() * self.group;
+        let numbers = rows * self.stride();
+        let (sums, own) = own.split_at_mut(numbers);
+        let (later, tile) = own.split_at_mut(numbers);
+        for split in unit.splits.clone() {
+            if split == unit.splits.start {
+                self.add_keys(level, unit, head, split, tile, sums);
+                continue;
+            }
+            self.add_keys(level, unit, head, split, tile, later);
+            add_states(level, sums, later, self.stride());
+        }
+        for (row, sum) in sums.chunks_exact_mut(self.stride()).enumerate() {
+            if let Some(first) = unit.states {
+                // SAFETY: each unit has its own places, in them each head, in them each row.
+                let state = unsafe { states.part(first + head * rows + row, 0, sum.len()) };
+                state.copy_from_slice(sum);
+            } else {
+                self.finish(level, unit, head, row, sum, out);
+            }
+        }
+    }
+
+    /// Add the states of a unit whose splits were units of their own, in their order.
+    fn add_up(
+        &self,
+        level: Level,
+        unit: &Unit,
+        head: usize,
+        states: &RowsMut<f32>,
+        out: &RowsMut<bf16>,
+    ) {
+        let rows = unit.tokens.len() * self.group;
+        let kv_heads = self.cache.layout().kv_heads();
+        let first = unit.states.unwrap_or_default();
+        for row in 0..rows {
+            let state = |split: usize| {
+                let place = first + (split * kv_heads + head) * rows + row;
+                // SAFETY: all tasks that wrote states have ended, this one alone has this row's.
+                unsafe { states.part(place, 0, self.stride()) }
+            };
+            let sum = state(0);
+            for split in 1..unit.splits.len() {
+                add_states(level, sum, state(split), self.stride());
+            }
+            self.finish(level, unit, head, row, sum, out);
+        }
+    }
+
+    /// Position and query head of a unit's row.
+    fn row(&self, unit: &Unit, head: usize, row: usize) -> (usize, usize) {
+        (
+            unit.tokens.start + row / self.group,
+            head * self.group + row % self.group,
+        )
+    }
+
+    /// A row's query.
+    fn query(&self, unit: &Unit, head: usize, row: usize) -> &[bf16] {
+        let dim = self.cache.layout().head_dim();
+        let (position, head) = self.row(unit, head, row);
+        let numbers = self
+            .query
+            .row(unit.span.first_row + position - unit.span.start);
+        &numbers[head * dim..][..dim]
+    }
+
+    fn finish(
+        &self,
+        level: Level,
+        unit: &Unit,
+        head: usize,
+        row: usize,
+        sum: &mut [f32],
+        out: &RowsMut<bf16>,
+    ) {
+        let dim = self.cache.layout().head_dim();
+        let (position, head) = self.row(unit, head, row);
+        let row = unit.span.first_row + position - unit.span.start;
+        // SAFETY: each row of each head is finished once.
+        let out = unsafe { out.part(row, head * dim, dim) };
+        write_mean(level, sum, out);
+    }
+
+    /// The states of a unit's rows after one split.
+    fn add_keys(
+        &self,
+        level: Level,
+        unit: &Unit,
+        head: usize,
+        split: usize,
+        tile_numbers: &mut [f32],
+        states: &mut [f32],
+    ) {
+        for state in states.chunks_exact_mut(self.stride()) {
+            State::of(state).clear();
+        }
+        let first = self.scoring.first(unit.tokens.start).max(split * SPLIT);
+        let end = unit.tokens.end.min((split + 1) * SPLIT);
+        for base in (first / TILE * TILE..end).step_by(TILE) {
+            let seen = first.max(base) - base..end.min(base + TILE) - base;
+            let tile = self.tile(level, unit.span, head, base, seen, tile_numbers);
+            for (row, state) in states.chunks_exact_mut(self.stride()).enumerate() {
+                let position = self.row(unit, head, row).0;
+                let first = self.scoring.first(position).max(base) - base;
+                let end = (position + 1).clamp(base, base + TILE) - base;
+                if first < end {
+                    let query = self.query(unit, head, row);
+                    add_to_row(
+                        level,
+                        query,
+                        &tile,
+                        Seen { first, end },
+                        &self.scoring,
+                        state,
+                    );
+                }
+            }
+        }
+    }
+
+    /// The tile at position `base`; vectors outside of `seen` are left out.
+    fn tile<'a>(
+        &'a self,
+        level: Level,
+        span: &Span,
+        head: usize,
+        base: usize,
+        seen: Range<usize>,
+        numbers: &'a mut [f32],
+    ) -> Tile<'a> {
+        let layout = self.cache.layout();
+        let (block_tokens, dim) = (layout.block_tokens(), layout.head_dim());
+        let pairs = layout.numbers() / 2;
+        // Where a vector's first key lies: a head's part of a block, and the place in it.
+        let place = |vector: usize| {
+            let position = base + vector * LANES;
+            let part = self.cache.head(self.batch.block(span, position), head);
+            (part, position % block_tokens)
+        };
+        let vectors = seen.start / LANES..seen.end.div_ceil(LANES);
+        let mut tile = Tile::default();
+        match layout.dtype() {
+            KvType::Bf16 => {
+                tile.key_stride = block_tokens;
+                for vector in vectors {
+                    let (part, slot) = place(vector);
+                    // SAFETY: a head's part of a block is `pairs` pairs of keys, then as many of
+                    // values, which nobody writes while `attend` runs.
+                    let part = unsafe { std::slice::from_raw_parts(part.cast(), 2 * pairs) };
+                    tile.keys[vector] = &part[slot..pairs];
+                    tile.values[vector] = &part[pairs + slot / 2 * dim..][..LANES / 2 * dim];
+                }
+            }
+            KvType::Int8 => {
+                tile.key_stride = LANES;
+                let (keys, numbers) = numbers.split_at_mut(TILE / 2 * dim);
+                let (values, scales) = numbers.split_at_mut(TILE / 2 * dim);
+                let (keys, values) = (as_pairs(keys), as_pairs(values));
+                let [key_scales, value_scales, ..] = scales.as_chunks_mut::<TILE>().0 else {
+                    unreachable!("two scales for each key of a tile");
+                };
+                for vector in vectors.clone() {
+                    let (part, slot) = place(vector);
+                    // SAFETY: a head's part of a block is 2 * `pairs` keys, as many values, and
+                    // the scales of both, which nobody writes while `attend` runs.
+                    let (pairs_of_both, scales) = unsafe {
+                        let scales = part.add(4 * pairs).cast::<f32>();
+                        (
+                            std::slice::from_raw_parts(part.cast::<[i8; 2]>(), 2 * pairs),
+                            std::slice::from_raw_parts(scales, 2 * block_tokens),
+                        )
+                    };
+                    let (old_keys, old_values) = pairs_of_both.split_at(pairs);
+                    let into = vector * LANES / 2 * dim..(vector + 1) * LANES / 2 * dim;
+                    widen_keys(
+                        level,
+                        &old_keys[slot..],
+                        block_tokens,
+                        &mut keys[into.clone()],
+                    );
+                    widen_pairs(level, &old_values[slot / 2 * dim..], &mut values[into]);
+                    let into = vector * LANES..(vector + 1) * LANES;
+                    key_scales[into.clone()].copy_from_slice(&scales[slot..][..LANES]);
+                    value_scales[into].copy_from_slice(&scales[block_tokens + slot..][..LANES]);
+                }
+                for vector in vectors {
+                    let into = vector * LANES / 2 * dim..(vector + 1) * LANES / 2 * dim;
+                    tile.keys[vector] = &keys[into.clone()];
+                    tile.values[vector] = &values[into];
+                }
+                tile.scales = Some((key_scales, value_scales));
+            }
+        }
+        tile
+    }
+}
+
+/// The same memory as pairs of bf16.
+fn as_pairs(numbers: &mut [f32]) -> &mut [u32] {
+    // SAFETY: both are plain numbers of 4 bytes.
+    unsafe { std::slice::from_raw_parts_mut(numbers.as_mut_ptr().cast(), numbers.len()) }
+}
+
+vectorised! {
+    fn widen_keys(old: &[[i8; 2]], stride: usize, new: &mut [u32]) {
+        for (old, new) in old.chunks(stride).zip(new.as_chunks_mut::<LANES>().0) {
+            new.iter_mut().zip(old).for_each(|(new, &pair)| *new = widen_pair(pair));
+        }
+    }
+}
+
+vectorised! {
+    fn widen_pairs(old: &[[i8; 2]], new: &mut [u32]) {
+        new.iter_mut().zip(old).for_each(|(new, &pair)| *new = widen_pair(pair));
+    }
+}
+
+vectorised! {
+    fn add_to_row(query: &[bf16], tile: &Tile, seen: Seen, scoring: &Scoring, state: &mut [f32]) {
+        add_tile(query, tile, seen, scoring, &mut State::of(state));
+    }
+}
+
+vectorised! {
+    fn add_states(sums: &mut [f32], later: &mut [f32], stride: usize) {
+        for (sum, later) in sums.chunks_exact_mut(stride).zip(later.chunks_exact_mut(stride)) {
+            add_split(&mut State::of(sum), &State::of(later));
+        }
+    }
+}
+
+vectorised! {
+    fn write_mean(state: &mut [f32], out: &mut [bf16]) {
+        finish(&State::of(state), out);
+    }
+}

@@ -1,0 +1,26 @@
+//! Attention over a paged cache of keys and values.
+//!
+//! ```text
+//! layout   how a layer's cache lies in memory
+//! batch    which rows of a step belong to which sequence, and where its blocks are
+//! store    norm, rotary, and the step's keys and values into the cache
+//! attend   every row over its own sequence: what is computed where, and in which order
+//! tile     one tile of keys for some rows, at any level
+//! ```
+//!
+//! A row's result depends on its query and on the keys before it, and on nothing else of the step:
+//! keys are taken in tiles of 64 and in splits of 512 that begin at multiples of these positions in
+//! the sequence, a split's sums are made one tile after the other, splits are added in their order,
+//! and a key that a row may not see adds exactly nothing. Whether a row is alone or among many, and
+//! which threads take which splits, changes who computes, but not what.
+
+mod attend;
+mod batch;
+mod layout;
+mod store;
+mod tile;
+
+pub use attend::{Scoring, attend};
+pub use batch::{Batch, BatchError, Span};
+pub use layout::{Cache, KvLayout, KvType, LayoutError};
+pub use store::{HeadNorms, store};
