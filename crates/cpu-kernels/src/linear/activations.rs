@@ -1,0 +1,273 @@
+//! A batch's activations as the kernels read them: in tiles of rows, interleaved.
+//!
+//! ```text
+//! tile      rows of the batch that a kernel keeps sums for in registers; sizes differ by at most 1
+//! values    per tile: [groups][steps][rows of the tile] units of 4 bytes
+//!           a unit is 4 int8 or 2 bf16 neighbours along k
+//! scales    per tile: [groups][rows of the tile] f32, the int8 value times this is the activation
+//! offsets   per tile: [groups][offsets][rows of the tile] i32, -128 or -8 times the sum of the
+//!           int8 values: what unsigned weights add too much
+//! ```
+//!
+//! A group of a row with something infinite or NaN in it has NaN as its scale. Groups whose largest
+//! magnitude is below 2^-100 count as zeros.
+
+use half::bf16;
+
+use super::layout::{Format, Layout};
+use super::levels::compiled_for;
+use crate::level::Level;
+use crate::rows::{Rows, RowsMut};
+use crate::scratch::Scratch;
+use crate::team::Team;
+
+/// Inputs that are quantised at a time.
+const CHUNK: usize = 32;
+/// What a unit of interleaved activations takes.
+const UNIT_BYTES: usize = 4;
+/// Below this the reciprocal of a scale would come near overflow.
+const TINY: f32 = 1.0 / (1_u128 << 100) as f32;
+/// 1.5 * 2^23: a float added to this is rounded to an integer, ties to even, in its low bits.
+const ROUND: f32 = 12_582_912.0;
+
+/// How the rows of a batch are divided.
+#[derive(Clone, Copy)]
+pub(super) struct Tiles {
+    rows: usize,
+    count: usize,
+}
+
+impl Tiles {
+    pub(super) fn new(rows: usize, most: usize) -> Self {
+        Self {
+            rows,
+            count: rows.div_ceil(most),
+        }
+    }
+
+    pub(super) fn count(self) -> usize {
+        self.count
+    }
+
+    /// First row and number of rows of a tile.
+    pub(super) fn tile(self, index: usize) -> (usize, usize) {
+        let (size, larger) = (self.rows / self.count, self.rows % self.count);
+        let first = index * size + index.min(larger);
+        (first, size + usize::from(index < larger))
+    }
+}
+
+/// All tiles of a batch.
+pub(super) struct Activations<'a> {
+    pub(super) tiles: Tiles,
+    layout: Layout,
+    values: &'a [u8],
+    scales: &'a [f32],
+    offsets: &'a [i32],
+}
+
+/// One tile.
+pub(super) struct Tile<'a> {
+    pub(super) rows: usize,
+    /// `[groups][steps][rows][4]`
+    pub(super) values: &'a [u8],
+    /// `[groups][rows]`
+    pub(super) scales: &'a [f32],
+    /// `[groups][offsets][rows]`
+    pub(super) offsets: &'a [i32],
+}
+
+/// Elements for each row: (bytes of values, scales, offsets).
+fn row_sizes(layout: &Layout) -> (usize, usize, usize) {
+    let groups = layout.k_groups();
+    let width = groups * layout.block_k();
+    match layout.format() {
+        Format::Bf16 => (width * 2, 0, 0),
+        Format::Int8 | Format::Int4 { .. } => (width, groups, groups * layout.offsets()),
+    }
+}
+
+impl<'a> Activations<'a> {
+    /// Quantise (for integer weights) and interleave `x`, tiles in parallel.
+    pub(super) fn prepare(
+        team: &Team,
+        level: Level,
+        scratch: &'a mut Scratch,
+        layout: &Layout,
+        x: Rows<bf16>,
+        most_rows: usize,
+    ) -> Self {
+        let rows = x.rows();
+        let tiles = Tiles::new(rows, most_rows);
+        let (value_bytes, row_scales, row_offsets) = row_sizes(layout);
+        let [values, scales, offsets] = scratch.parts([
+            rows * value_bytes,
+            rows * row_scales * 4,
+            rows * row_offsets * 4,
+        ]);
+        // SAFETY: the parts are aligned to 64 and any bytes are valid numbers.
+        let (scales, offsets) =
+            unsafe { (scales.align_to_mut::<f32>().1, offsets.align_to_mut().1) };
+        {
+            let values = flat(values);
+            let scales = flat(scales);
+            let offsets = flat(offsets);
+            team.run(tiles.count(), |index, _| {
+                let (first, count) = tiles.tile(index);
+                // SAFETY: tiles own disjoint ranges, and each is prepared by one task.
+                let tile = unsafe {
+                    TileMut {
+                        first,
+                        rows: count,
+                        values: values.part(0, first * value_bytes, count * value_bytes),
+                        scales: scales.part(0, first * row_scales, count * row_scales),
+                        offsets: offsets.part(0, first * row_offsets, count * row_offsets),
+                    }
+                };
+                compiled_for!(level, fill(layout: &Layout, x: Rows<bf16>, tile: TileMut));
+            });
+        }
+        Self {
+            tiles,
+            layout: *layout,
+            values,
+            scales,
+            offsets,
+        }
+    }
+
+    pub(super) fn tile(&self, index: usize) -> Tile<'a> {
+        let (first, rows) = self.tiles.tile(index);
+        let (value_bytes, scales, offsets) = row_sizes(&self.layout);
+        Tile {
+            rows,
+            values: &self.values[first * value_bytes..][..rows * value_bytes],
+            scales: &self.scales[first * scales..][..rows * scales],
+            offsets: &self.offsets[first * offsets..][..rows * offsets],
+        }
+    }
+}
+
+/// A view of one row, for parts in parallel.
+fn flat<T: Copy>(data: &mut [T]) -> RowsMut<'_, T> {
+    let len = data.len();
+    // SAFETY: one row that is exactly `data`.
+    unsafe { RowsMut::from_raw(data.as_mut_ptr(), 1, len, len) }
+}
+
+struct TileMut<'a> {
+    first: usize,
+    rows: usize,
+    values: &'a mut [u8],
+    scales: &'a mut [f32],
+    offsets: &'a mut [i32],
+}
+
+#[inline(always)]
+fn fill(layout: &Layout, x: Rows<bf16>, tile: TileMut) {
+    match layout.format() {
+        Format::Bf16 => interleave(layout, x, tile),
+        Format::Int8 => quantise(layout, x, tile, layout.block_k(), 128),
+        Format::Int4 { group } => quantise(layout, x, tile, group, 8),
+    }
+}
+
+/// `span` inputs share an offset, which is minus `excess` times the sum of their int8 values.
+#[inline(always)]
+fn quantise(layout: &Layout, x: Rows<bf16>, tile: TileMut, span: usize, excess: i32) {
+    let (groups, group_k, rows) = (layout.k_groups(), layout.group_k(), tile.rows);
+    let group_bytes = rows * layout.block_k();
+    tile.offsets.fill(0);
+    for row in 0..rows {
+        let all = x.row(tile.first + row);
+        for group in 0..groups {
+            let x = &all[group * group_k..][..group_k];
+            let (scale, inverse) = scale_of(x);
+            tile.scales[group * rows + row] = scale;
+            let values = &mut tile.values[group * group_bytes..][..group_bytes];
+            let offsets = &mut tile.offsets[group * layout.offsets() * rows..];
+            let mut units = values.as_chunks_mut::<UNIT_BYTES>().0[row..].iter_mut();
+            for (index, chunk) in x.chunks(CHUNK).enumerate() {
+                let (quantised, sum) = match chunk.try_into() {
+                    Ok(whole) => round(whole, inverse),
+                    Err(_) => round(&padded(chunk), inverse),
+                };
+                offsets[index * CHUNK / span * rows + row] -= excess * sum;
+                for unit in quantised.as_chunks::<UNIT_BYTES>().0 {
+                    let Some(to) = units.next() else { break };
+                    *to = unit.map(|q| q as u8);
+                    if rows > 1 {
+                        units.nth(rows - 2);
+                    }
+                }
+            }
+            // Scale groups that are padding from their first input on.
+            for to in units.step_by(rows) {
+                *to = [0; UNIT_BYTES];
+            }
+        }
+    }
+}
+
+fn padded(chunk: &[bf16]) -> [bf16; CHUNK] {
+    let mut whole = [bf16::ZERO; CHUNK];
+    whole[..chunk.len()].copy_from_slice(chunk);
+    whole
+}
+
+/// The scale of int8 values, and what to multiply with to get them.
+#[inline(always)]
+fn scale_of(x: &[bf16]) -> (f32, f32) {
+    // Magnitudes of floats are ordered as their bits are, and NaN is above infinity.
+    let largest = x.iter().fold(0, |max, x| max.max(x.to_bits() & 0x7fff));
+    scales_for(bf16::from_bits(largest).to_f32())
+}
+
+/// The scale of int8 values of at most `largest`, and its reciprocal.
+pub(super) fn scales_for(largest: f32) -> (f32, f32) {
+    if !largest.is_finite() {
+        (f32::NAN, 0.0)
+    } else if largest < TINY {
+        (0.0, 0.0)
+    } else {
+        (largest / 127.0, 127.0 / largest)
+    }
+}
+
+/// `x * inverse` as the nearest integer, ties to even; 0 for NaN.
+#[inline(always)]
+pub(super) fn nearest(x: f32, inverse: f32) -> i8 {
+    (x * inverse + ROUND).to_bits() as i8
+}
+
+#[inline(always)]
+fn round(x: &[bf16; CHUNK], inverse: f32) -> ([i8; CHUNK], i32) {
+    let mut quantised = [0; CHUNK];
+    for (to, x) in quantised.iter_mut().zip(x) {
+        let wide = f32::from_bits(u32::from(x.to_bits()) << 16);
+        *to = nearest(wide, inverse);
+    }
+    let sum = quantised.iter().map(|&q| i32::from(q)).sum();
+    (quantised, sum)
+}
+
+#[inline(always)]
+fn interleave(layout: &Layout, x: Rows<bf16>, tile: TileMut) {
+    let (group_k, rows) = (layout.group_k(), tile.rows);
+    let group_bytes = rows * layout.block_k() * 2;
+    for row in 0..rows {
+        let all = x.row(tile.first + row);
+        for (x, values) in all.chunks(group_k).zip(tile.values.chunks_mut(group_bytes)) {
+            let units = values.as_chunks_mut::<UNIT_BYTES>().0;
+            let (pairs, rest) = x.as_chunks::<2>();
+            for (to, [a, b]) in units[row..].iter_mut().step_by(rows).zip(pairs) {
+                let ([a0, a1], [b0, b1]) = (a.to_ne_bytes(), b.to_ne_bytes());
+                *to = [a0, a1, b0, b1];
+            }
+            if let [a] = rest {
+                let [a0, a1] = a.to_ne_bytes();
+                units[pairs.len() * rows + row] = [a0, a1, 0, 0];
+            }
+        }
+    }
+}

@@ -1,0 +1,101 @@
+//! Linear layers: y = x W^T (+ bias) (+ residual), on packed bf16, int8 or int4 weights.
+//!
+//! ```text
+//! layout       how a packed weight lies in memory; slices of it
+//! pack         quantises and packs
+//! activations  quantises and interleaves a batch's rows
+//! tile         what a kernel computes: sums of one panel (32 channels) and one tile of rows
+//! portable     the kernels in plain Rust
+//! epilogue     from sums to outputs
+//! levels       one source compiled for every level
+//! ```
+//!
+//! A product is one job for the team: a task is a run of panels with all rows (of a large batch, a
+//! chunk of them), so that a weight is read from memory once.
+//!
+//! The bits of an output depend on its row, its channel and the layout, and on nothing else: sums
+//! of int8 products are exact within a group (int4: a scale group), and groups are added in the
+//! order of `tile::Tree`; bf16 products are added one after another along k. Integer formats give
+//! the same bits at every level; bf16 at one level.
+
+mod activations;
+mod epilogue;
+mod layout;
+mod levels;
+mod pack;
+mod portable;
+mod tile;
+
+#[cfg(test)]
+mod tests;
+
+pub use epilogue::{Epilogue, Output, Residual};
+pub use layout::{Format, Layout, LinearError, Packed, VERSION};
+pub use pack::{pack, pack_f32};
+
+use half::bf16;
+
+use self::activations::Activations;
+use self::epilogue::Finish;
+use self::levels::compiled_for;
+use self::tile::{Sums, Tree, Work};
+use crate::cpu::Cpu;
+use crate::level::Level;
+use crate::rows::Rows;
+
+/// `x` is `[rows, k]`; `out` is `[rows, n]`, or `[rows, n / 2]` for gated weights. A row with
+/// something infinite or NaN in it gives NaN (in integer formats) or what arithmetic gives (bf16),
+/// and leaves other rows alone.
+///
+/// # Panics
+/// If a size does not fit, or the combination of weight, epilogue and output has no meaning.
+pub fn linear(cpu: &mut Cpu, x: Rows<bf16>, weight: &Packed, epilogue: Epilogue, out: Output) {
+    let level = cpu.level;
+    let finish = &Finish::new(weight, x.rows(), epilogue, out);
+    product(cpu, x, weight, |panel, first, rows, sums| {
+        compiled_for!(level, store(finish: &Finish, panel: usize, first: usize, rows: usize, sums: &Sums));
+    });
+}
+
+#[inline(always)]
+fn store(finish: &Finish, panel: usize, first: usize, rows: usize, sums: &Sums) {
+    // SAFETY: `product` hands every panel and tile of rows out once.
+    unsafe { finish.store(panel, first, rows, sums) }
+}
+
+/// Call `done(panel, first row, rows, sums)` for every panel and tile of rows.
+fn product(
+    cpu: &mut Cpu,
+    x: Rows<bf16>,
+    weight: &Packed,
+    done: impl Fn(usize, usize, usize, &Sums) + Sync,
+) {
+    let layout = weight.layout();
+    assert_eq!(x.cols(), layout.k(), "inputs of the weight");
+    if x.rows() == 0 {
+        return;
+    }
+    let Cpu {
+        team,
+        level,
+        scratch,
+    } = cpu;
+    let most_rows = portable::ROWS;
+    let x = Activations::prepare(team, *level, scratch, layout, x, most_rows);
+    team.run(layout.panels(), |panel, _| {
+        let mut tree = Tree::new();
+        for index in 0..x.tiles.count() {
+            let work = Work {
+                weight: *weight,
+                panel,
+                tile: x.tile(index),
+                next: panel,
+                part: index,
+                parts: x.tiles.count(),
+            };
+            portable::product(&work, &mut tree);
+            let (first, rows) = x.tiles.tile(index);
+            done(panel, first, rows, tree.sums(layout.k_groups()));
+        }
+    });
+}

@@ -1,0 +1,85 @@
+//! The kernels in plain Rust: what the others are tested against, and right on any processor.
+
+use half::bf16;
+
+use super::layout::{BF16_SCALES, CHANNELS, F32_SCALES, Format};
+use super::tile::{Tree, Work};
+
+/// Rows of a tile.
+pub(super) const ROWS: usize = 4;
+
+pub(super) fn product(work: &Work, tree: &mut Tree) {
+    let layout = work.weight.layout();
+    for group in 0..layout.k_groups() {
+        for row in 0..work.tile.rows {
+            let sums = match layout.format() {
+                Format::Bf16 => bf16_row(work, group, row),
+                Format::Int8 => int8_row(work, group, row),
+                Format::Int4 { group: span } => int4_row(work, group, row, span),
+            };
+            tree.add(group, row, sums);
+        }
+    }
+}
+
+/// A row's units of four bytes in a group.
+fn units<'a>(work: &Work<'a>, group: usize, row: usize) -> impl Iterator<Item = &'a [u8; 4]> {
+    let units = work.values(group).as_chunks::<4>().0;
+    units[row..].iter().step_by(work.tile.rows)
+}
+
+fn bf16_row(work: &Work, group: usize, row: usize) -> [f32; CHANNELS] {
+    let mut sums = [0.0; CHANNELS];
+    let wide = |a, b| bf16::from_ne_bytes([a, b]).to_f32();
+    let steps = work.block(group).as_chunks::<{ CHANNELS * 4 }>().0;
+    for (step, x) in steps.iter().zip(units(work, group, row)) {
+        let (x0, x1) = (wide(x[0], x[1]), wide(x[2], x[3]));
+        for (sum, w) in sums.iter_mut().zip(step.as_chunks::<4>().0) {
+            *sum = x0.mul_add(wide(w[0], w[1]), *sum);
+            *sum = x1.mul_add(wide(w[2], w[3]), *sum);
+        }
+    }
+    sums
+}
+
+/// The products of four unsigned weights of each channel with four activations.
+fn dot(sums: &mut [i32; CHANNELS], step: &[u8; CHANNELS * 4], x: [u8; 4]) {
+    for (sum, w) in sums.iter_mut().zip(step.as_chunks::<4>().0) {
+        for (&w, x) in w.iter().zip(x) {
+            *sum = sum.wrapping_add(i32::from(w) * i32::from(x as i8));
+        }
+    }
+}
+
+fn int8_row(work: &Work, group: usize, row: usize) -> [f32; CHANNELS] {
+    let mut sums = [work.offsets(group)[row]; CHANNELS];
+    let steps = work.block(group)[F32_SCALES..]
+        .as_chunks::<{ CHANNELS * 4 }>()
+        .0;
+    for (step, x) in steps.iter().zip(units(work, group, row)) {
+        dot(&mut sums, step, *x);
+    }
+    sums.map(|sum| sum as f32 * work.scales(group)[row])
+}
+
+fn int4_row(work: &Work, group: usize, row: usize, span: usize) -> [f32; CHANNELS] {
+    let mut total = [0.0_f32; CHANNELS];
+    let mut x = units(work, group, row);
+    let offsets = work.offsets(group)[row..].iter().step_by(work.tile.rows);
+    let parts = work.block(group).chunks(BF16_SCALES + span * CHANNELS / 2);
+    for (part, &offset) in parts.zip(offsets) {
+        let mut sums = [offset; CHANNELS];
+        let (scales, values) = part.split_at(BF16_SCALES);
+        for pair in values.as_chunks::<{ CHANNELS * 4 }>().0 {
+            for half in [pair.map(|w| w & 0x0f), pair.map(|w| w >> 4)] {
+                if let Some(x) = x.next() {
+                    dot(&mut sums, &half, *x);
+                }
+            }
+        }
+        for ((total, sum), scale) in total.iter_mut().zip(sums).zip(scales.as_chunks().0) {
+            *total = (sum as f32).mul_add(bf16::from_ne_bytes(*scale).to_f32(), *total);
+        }
+    }
+    total.map(|total| total * work.scales(group)[row])
+}

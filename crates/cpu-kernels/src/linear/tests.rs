@@ -1,0 +1,493 @@
+//! Products at every level against float64, and the numerics rule bit by bit.
+
+use proptest::prelude::*;
+use rand::rngs::StdRng;
+use rand::{RngExt, SeedableRng};
+
+use super::*;
+use crate::rows::RowsMut;
+
+/// 64-byte aligned bytes.
+struct Aligned(crate::scratch::Scratch, usize);
+
+impl Aligned {
+    fn new(size: usize) -> Self {
+        Self(crate::scratch::Scratch::default(), size)
+    }
+
+    fn bytes(&mut self) -> &mut [u8] {
+        let [bytes] = self.0.parts([self.1]);
+        bytes
+    }
+}
+
+#[derive(Clone, Copy, Debug)]
+struct Case {
+    format: Format,
+    rows: usize,
+    n: usize,
+    k: usize,
+    k_groups: usize,
+    gated: bool,
+    bias: bool,
+    residual: bool,
+    seed: u64,
+}
+
+impl Case {
+    fn layout(&self) -> Layout {
+        Layout::new(self.format, self.n, self.k, self.k_groups, self.gated).unwrap()
+    }
+}
+
+/// Operands of a case; on a grid that quantisation keeps exactly, or normally distributed.
+struct Operands {
+    x: Vec<bf16>,
+    w: Vec<bf16>,
+    bias: Vec<bf16>,
+    residual: Vec<bf16>,
+}
+
+fn normal(rng: &mut StdRng) -> f32 {
+    (0..12).map(|_| rng.random::<f32>()).sum::<f32>() - 6.0
+}
+
+impl Operands {
+    fn normal(case: &Case) -> Self {
+        let mut rng = StdRng::seed_from_u64(case.seed);
+        let mut many = |count: usize| -> Vec<bf16> {
+            (0..count)
+                .map(|_| bf16::from_f32(normal(&mut rng)))
+                .collect()
+        };
+        Self {
+            x: many(case.rows * case.k),
+            w: many(case.n * case.k),
+            bias: many(case.n),
+            residual: many(case.rows * case.layout().columns()),
+        }
+    }
+
+    /// Integers whose largest magnitude in every scale's range is what the format maps to itself.
+    fn exact(case: &Case) -> Self {
+        let mut this = Self::normal(case);
+        let mut rng = StdRng::seed_from_u64(case.seed ^ 1);
+        let group_k = case.k / case.k_groups;
+        let mut grid = |values: &mut [bf16], span: usize, low: i32, high: i32, extreme: i32| {
+            for (index, value) in values.iter_mut().enumerate() {
+                let integer = if index.is_multiple_of(span) {
+                    extreme
+                } else {
+                    rng.random_range(low..=high)
+                };
+                *value = bf16::from_f32(integer as f32);
+            }
+        };
+        for row in this.x.chunks_mut(group_k) {
+            grid(row, group_k, -127, 127, 127);
+        }
+        for row in this.w.chunks_mut(group_k) {
+            match case.format {
+                Format::Bf16 | Format::Int8 => grid(row, group_k, -127, 127, -127),
+                Format::Int4 { group } => grid(row, group, -8, 7, -8),
+            }
+        }
+        this
+    }
+
+    fn packed(&self, case: &Case, cpu: &Cpu) -> Aligned {
+        let layout = case.layout();
+        let mut bytes = Aligned::new(layout.bytes());
+        pack(cpu, &layout, Rows::of(&self.w, case.k), bytes.bytes());
+        bytes
+    }
+
+    /// The output as f32 (bf16 widened), computed by `cpu`.
+    fn run(&self, case: &Case, cpu: &mut Cpu, f32_out: bool) -> Vec<f32> {
+        let mut bytes = self.packed(case, cpu);
+        let layout = case.layout();
+        let packed = Packed::new(layout, bytes.bytes()).unwrap();
+        let x = Rows::of(&self.x, case.k);
+        run(case, cpu, &packed, x, &self.bias, &self.residual, f32_out)
+    }
+
+    /// The output in f64, and the sum of magnitudes that its error is judged by.
+    fn reference(&self, case: &Case) -> Vec<(f64, f64)> {
+        let columns = case.layout().columns();
+        let mut out = Vec::new();
+        for row in 0..case.rows {
+            let x = &self.x[row * case.k..][..case.k];
+            let product = |channel: usize| {
+                let w = &self.w[channel * case.k..][..case.k];
+                let terms = x.iter().zip(w).map(|(x, w)| x.to_f64() * w.to_f64());
+                let (sum, size) = terms.fold((0.0, 0.0), |(sum, size), term| {
+                    (sum + term, size + term.abs())
+                });
+                let bias = if case.bias {
+                    self.bias[channel].to_f64()
+                } else {
+                    0.0
+                };
+                (sum + bias, size + bias.abs())
+            };
+            for column in 0..columns {
+                out.push(if case.gated {
+                    let ((gate, g), (up, u)) = (product(column), product(column + columns));
+                    let silu = gate / (1.0 + (-gate).exp());
+                    (silu * up, (g + 1.0) * u + silu.abs() * u)
+                } else {
+                    let (sum, size) = product(column);
+                    let residual = if case.residual {
+                        self.residual[row * columns + column].to_f64()
+                    } else {
+                        0.0
+                    };
+                    (sum + residual, size + residual.abs())
+                });
+            }
+        }
+        out
+    }
+}
+
+fn run(
+    case: &Case,
+    cpu: &mut Cpu,
+    packed: &Packed,
+    x: Rows<bf16>,
+    bias: &[bf16],
+    residual: &[bf16],
+    f32_out: bool,
+) -> Vec<f32> {
+    let columns = packed.layout().columns();
+    let residual = &residual[..x.rows() * columns];
+    let mut epilogue = Epilogue {
+        bias: case.bias.then_some(bias),
+        residual: Residual::None,
+    };
+    if case.residual && !case.gated {
+        epilogue.residual = Residual::Rows(Rows::of(residual, columns));
+    }
+    if f32_out && !case.gated {
+        let mut out = vec![f32::NAN; x.rows() * columns];
+        let view = RowsMut::of(&mut out, columns);
+        linear(cpu, x, packed, epilogue, Output::F32(view));
+        return out;
+    }
+    let mut out = vec![bf16::NAN; x.rows() * columns];
+    let view = RowsMut::of(&mut out, columns);
+    let out_kind = if case.gated {
+        Output::SiluMul(view)
+    } else {
+        Output::Bf16(view)
+    };
+    linear(cpu, x, packed, epilogue, out_kind);
+    out.iter().map(|x| x.to_f32()).collect()
+}
+
+fn format() -> impl Strategy<Value = Format> {
+    prop_oneof![
+        Just(Format::Bf16),
+        Just(Format::Int8),
+        Just(Format::Int4 { group: 32 }),
+        Just(Format::Int4 { group: 64 }),
+        Just(Format::Int4 { group: 128 }),
+    ]
+}
+
+fn case() -> impl Strategy<Value = Case> {
+    let sizes = (0..45_usize, 1..100_usize, 1..300_usize, 0..4_u32);
+    let flags = (any::<bool>(), any::<bool>(), any::<bool>(), any::<u64>());
+    (format(), sizes, flags).prop_map(|(format, sizes, flags)| {
+        let (rows, n, k, groups) = sizes;
+        let (gated, bias, residual, seed) = flags;
+        let k_groups = 1 << groups;
+        Case {
+            format,
+            rows,
+            n: if gated { n * 2 } else { n },
+            k: k.next_multiple_of(k_groups),
+            k_groups,
+            gated,
+            bias,
+            residual,
+            seed,
+        }
+    })
+}
+
+fn cpus() -> Vec<Cpu> {
+    let levels = Level::available().into_iter();
+    levels
+        .map(|level| Cpu::at_level(level, 2, 0).unwrap())
+        .collect()
+}
+
+fn bits(values: &[f32]) -> Vec<u32> {
+    values.iter().map(|x| x.to_bits()).collect()
+}
+
+fn few() -> ProptestConfig {
+    ProptestConfig::with_cases(if cfg!(debug_assertions) { 24 } else { 200 })
+}
+
+proptest! {
+    #![proptest_config(few())]
+
+    #[test]
+    fn what_quantisation_keeps_exactly_is_exact(case in case()) {
+        let operands = Operands::exact(&case);
+        for mut cpu in cpus() {
+            let found = operands.run(&case, &mut cpu, true);
+            for (found, (exact, size)) in found.iter().zip(operands.reference(&case)) {
+                // f32 sums and scales; a bf16 output rounds at 2^-9.
+                let bound = size * 3e-6 + if case.gated { exact.abs() * 0.004 } else { 0.0 } + 1e-30;
+                let error = (f64::from(*found) - exact).abs();
+                prop_assert!(error <= bound, "{} {exact} {found} {bound}", cpu.level);
+            }
+        }
+    }
+
+    #[test]
+    fn normal_operands_are_within_the_error_of_their_scales(case in case()) {
+        let operands = Operands::normal(&case);
+        let steps = match case.format {
+            Format::Bf16 => 0.004,
+            Format::Int8 => 0.04,
+            Format::Int4 { .. } => 0.35,
+        };
+        for mut cpu in cpus() {
+            let found = operands.run(&case, &mut cpu, false);
+            for (found, (exact, size)) in found.iter().zip(operands.reference(&case)) {
+                let error = (f64::from(*found) - exact).abs();
+                prop_assert!(error <= steps * size + 1e-6, "{} {exact} {found}", cpu.level);
+            }
+        }
+    }
+
+    #[test]
+    fn integer_formats_give_the_same_bits_at_every_level(case in case()) {
+        let operands = Operands::normal(&case);
+        prop_assume!(case.format != Format::Bf16);
+        let mut outputs = cpus().into_iter().map(|mut cpu| {
+            bits(&operands.run(&case, &mut cpu, false))
+        });
+        let portable = outputs.next().unwrap();
+        for output in outputs {
+            prop_assert_eq!(&portable, &output);
+        }
+    }
+
+    #[test]
+    fn a_row_has_the_same_bits_alone_batched_and_on_any_number_of_threads(case in case()) {
+        let operands = Operands::normal(&case);
+        for level in Level::available() {
+            let mut cpu = Cpu::at_level(level, 3, 0).unwrap();
+            let together = operands.run(&case, &mut cpu, true);
+            let mut cpu = Cpu::at_level(level, 1, 0).unwrap();
+            let mut bytes = operands.packed(&case, &cpu);
+            let packed = Packed::new(case.layout(), bytes.bytes()).unwrap();
+            let columns = case.layout().columns();
+            for row in 0..case.rows {
+                let x = Rows::of(&operands.x[row * case.k..][..case.k], case.k);
+                let residual = &operands.residual[row * columns..][..columns];
+                let alone = run(&case, &mut cpu, &packed, x, &operands.bias, residual, true);
+                let batched = &together[row * columns..][..columns];
+                prop_assert_eq!(bits(&alone), bits(batched), "{} row {}", level, row);
+            }
+        }
+    }
+}
+
+fn plain(format: Format, rows: usize, n: usize, k: usize, k_groups: usize) -> Case {
+    Case {
+        format,
+        rows,
+        n,
+        k,
+        k_groups,
+        gated: false,
+        bias: false,
+        residual: false,
+        seed: 7,
+    }
+}
+
+const FORMATS: [Format; 3] = [Format::Bf16, Format::Int8, Format::Int4 { group: 32 }];
+
+#[test]
+fn slices_along_k_add_up_in_the_tree_to_the_whole() {
+    for mut cpu in cpus() {
+        let case = plain(Format::Int8, 5, 70, 256, 8);
+        let operands = Operands::exact(&case);
+        let mut bytes = operands.packed(&case, &cpu);
+        let packed = Packed::new(case.layout(), bytes.bytes()).unwrap();
+        let x = Rows::of(&operands.x, 256);
+        let whole = run(&case, &mut cpu, &packed, x, &[], &[bf16::ZERO; 350], true);
+        let mut halves = [0, 4].map(|first| {
+            let slice = packed.groups(first, first + 4).unwrap();
+            // SAFETY: columns `first * 32 ..` of rows of 256.
+            let x = unsafe { Rows::from_raw(operands.x[first * 32..].as_ptr(), 5, 128, 256) };
+            run(&case, &mut cpu, &slice, x, &[], &[bf16::ZERO; 350], true).into_iter()
+        });
+        for whole in whole {
+            let sum: f32 = halves.iter_mut().map(|half| half.next().unwrap()).sum();
+            assert_eq!(sum, whole);
+        }
+        assert!(packed.groups(0, 3).is_err() && packed.groups(4, 9).is_err());
+    }
+}
+
+#[test]
+fn slices_along_n_are_columns_of_the_whole() {
+    for (mut cpu, format) in cpus().into_iter().zip(FORMATS.into_iter().cycle()) {
+        let case = plain(format, 3, 100, 96, 1);
+        let operands = Operands::normal(&case);
+        let mut bytes = operands.packed(&case, &cpu);
+        let packed = Packed::new(case.layout(), bytes.bytes()).unwrap();
+        let x = Rows::of(&operands.x, 96);
+        let whole = run(&case, &mut cpu, &packed, x, &[], &[bf16::ZERO; 300], true);
+        let slice = packed.columns(32, 100).unwrap();
+        let part = run(&case, &mut cpu, &slice, x, &[], &[bf16::ZERO; 300], true);
+        for (part, whole) in part.chunks(68).zip(whole.chunks(100)) {
+            assert_eq!(part, &whole[32..]);
+        }
+        assert!(packed.columns(16, 100).is_err() && packed.columns(0, 48).is_err());
+    }
+}
+
+#[test]
+fn what_is_not_finite_stays_in_its_row() {
+    for format in FORMATS {
+        for bad in [bf16::NAN, bf16::INFINITY, bf16::NEG_INFINITY] {
+            for mut cpu in cpus() {
+                let case = plain(format, 20, 40, 128, 8);
+                let mut operands = Operands::normal(&case);
+                let clean = operands.run(&case, &mut cpu, true);
+                operands.x[7 * 128 + 100] = bad;
+                let found = operands.run(&case, &mut cpu, true);
+                for row in 0..20 {
+                    let (found, clean) = (&found[row * 40..][..40], &clean[row * 40..][..40]);
+                    if row == 7 {
+                        assert!(found.iter().all(|x| !x.is_finite()));
+                    } else {
+                        assert_eq!(found, clean);
+                    }
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn zeros_tiny_and_huge_values_do_no_harm() {
+    for format in FORMATS {
+        let tiny = [
+            bf16::ZERO,
+            bf16::NEG_ZERO,
+            bf16::from_bits(1),
+            bf16::MIN_POSITIVE,
+        ];
+        for value in tiny {
+            for mut cpu in cpus() {
+                let case = plain(format, 3, 33, 64, 1);
+                let mut operands = Operands::normal(&case);
+                operands.x.fill(value);
+                let found = operands.run(&case, &mut cpu, true);
+                assert!(found.iter().all(|x| x.abs() < 1e-30), "{format:?} {value}");
+                operands = Operands::normal(&case);
+                operands.w.fill(value);
+                let found = operands.run(&case, &mut cpu, true);
+                assert!(found.iter().all(|x| x.abs() < 1e-30), "{format:?} {value}");
+            }
+        }
+        for mut cpu in cpus() {
+            let case = plain(format, 3, 33, 64, 1);
+            let mut operands = Operands::normal(&case);
+            operands.x.fill(bf16::from_f32(1e30));
+            operands.w.fill(bf16::ONE);
+            for found in operands.run(&case, &mut cpu, true) {
+                assert!((found / 64e30 - 1.0).abs() < 0.01, "{format:?} {found}");
+            }
+        }
+    }
+}
+
+#[test]
+fn the_longest_sums_fit() {
+    for mut cpu in cpus() {
+        let case = plain(Format::Int8, 1, 1, 1 << 17, 1);
+        for sign in [bf16::ONE, bf16::NEG_ONE] {
+            let mut operands = Operands::normal(&case);
+            operands.x.fill(sign);
+            operands.w.fill(bf16::ONE);
+            let expected = sign.to_f32() * 131_072.0;
+            let found = operands.run(&case, &mut cpu, true)[0];
+            assert!((found / expected - 1.0).abs() < 1e-6);
+        }
+    }
+}
+
+#[test]
+fn adding_in_place_equals_adding_rows() {
+    for mut cpu in cpus() {
+        let case = Case {
+            residual: true,
+            ..plain(Format::Int8, 30, 100, 64, 8)
+        };
+        let operands = Operands::normal(&case);
+        let expected = operands.run(&case, &mut cpu, false);
+        let mut bytes = operands.packed(&case, &cpu);
+        let packed = Packed::new(case.layout(), bytes.bytes()).unwrap();
+        let mut out = operands.residual.clone();
+        let epilogue = Epilogue {
+            bias: None,
+            residual: Residual::InPlace,
+        };
+        let x = Rows::of(&operands.x, 64);
+        let view = Output::Bf16(RowsMut::of(&mut out, 100));
+        linear(&mut cpu, x, &packed, epilogue, view);
+        let found: Vec<_> = out.iter().map(|x| x.to_f32()).collect();
+        assert_eq!(found, expected);
+    }
+}
+
+#[test]
+fn packing_f32_that_bf16_holds_gives_the_same_bytes() {
+    for format in FORMATS {
+        let case = plain(format, 1, 50, 72, 8);
+        let operands = Operands::normal(&case);
+        let cpu = Cpu::new(2, 0).unwrap();
+        let mut from_bf16 = operands.packed(&case, &cpu);
+        let wide: Vec<_> = operands.w.iter().map(|w| w.to_f32()).collect();
+        let mut from_f32 = Aligned::new(case.layout().bytes());
+        pack_f32(&cpu, &case.layout(), Rows::of(&wide, 72), from_f32.bytes());
+        assert_eq!(from_bf16.bytes(), from_f32.bytes());
+    }
+}
+
+#[test]
+fn sizes_that_cannot_be_are_refused() {
+    let new = |n, k, groups, gated| Layout::new(Format::Int8, n, k, groups, gated);
+    assert_eq!(new(0, 4, 1, false), Err(LinearError::Size { n: 0, k: 4 }));
+    assert!(new(4, (1 << 17) + 1, 1, false).is_err());
+    assert_eq!(
+        new(4, 12, 8, false),
+        Err(LinearError::Groups { groups: 8, k: 12 })
+    );
+    assert!(new(4, 12, 3, false).is_err());
+    assert_eq!(new(5, 12, 1, true), Err(LinearError::Gated(5)));
+    let int4 = Layout::new(Format::Int4 { group: 16 }, 4, 64, 1, false);
+    assert_eq!(int4, Err(LinearError::ScaleGroup(16)));
+    let layout = new(32, 64, 1, false).unwrap();
+    let mut bytes = Aligned::new(layout.bytes() + 64);
+    let bytes = bytes.bytes();
+    let expected = layout.bytes();
+    let found = expected + 64;
+    assert_eq!(
+        Packed::new(layout, bytes).err(),
+        Some(LinearError::Bytes { expected, found })
+    );
+    let shifted = Packed::new(layout, &bytes[1..=expected]).err();
+    assert_eq!(shifted, Some(LinearError::Alignment));
+}
