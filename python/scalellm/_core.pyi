@@ -62,7 +62,8 @@ class EngineListener:
         finish_reason is "eos" | "stop_token" | "length" | "cancelled" | "deadline" | "error",
         a logprob entry is (token_id, logprob, rank, top_ids, top_logprobs), a prompt logprob entry
         the same or None,
-        times is (queued_us, first_scheduled_us, first_token_us, finished_us, preemptions, steps).
+        times is (queued_us, first_scheduled_us, first_token_us, finished_us, preemptions, steps,
+        prefill, decode), the last two as `note_step` has its phases.
         `load` is (running, waiting, backlog_tokens, kv_blocks_used, kv_blocks_total, step_ms,
         overhead_ms, steps, preemptions, prefix_hit_tokens, prefix_query_tokens). Also call it (with
         no outputs) when idle, at least every 200 ms: it is the sign of life of the loop."""
@@ -70,6 +71,16 @@ class EngineListener:
         self, stored: Sequence[tuple[bytes, bytes]], removed: Sequence[bytes], snapshot: bool
     ) -> None:
         """Changes of the prefix cache, as (parent, hash) and hash."""
+    def note_step(
+        self,
+        number: int,
+        started_us: int,
+        requests: int,
+        tokens: int,
+        phases: Sequence[tuple[str, int]],
+    ) -> None:
+        """Where a step's time went: (phase, microseconds), one after the other. The last steps are
+        kept for profiles."""
     def answer_calibrate(self, ticket: int, step_ms: Sequence[float]) -> None: ...
     def drain(self) -> None:
         """Refuse new requests from now on; the next poll says ("drain", None)."""

@@ -54,6 +54,7 @@ class TableExecutor:
         self.block_size = block_size
         self.memory = [[-1] * block_size for _ in range(num_blocks)]
         self.before: Callable[[Batch], None] = lambda _batch: None
+        self.last_forward_ms: dict[str, float] = {}
         self.steps = 0
 
     def forward(self, batch: Batch) -> torch.Tensor:
@@ -83,6 +84,7 @@ class RecordingListener(LocalListener):
         self.stored: list[tuple[bytes, bytes]] = []
         self.removed: list[bytes] = []
         self.snapshots: list[list[tuple[bytes, bytes]]] = []
+        self.steps: list[tuple[Any, ...]] = []
         self.calibrated: queue.SimpleQueue[tuple[int, list[float]]] = queue.SimpleQueue()
         self.drained = threading.Event()
 
@@ -98,6 +100,9 @@ class RecordingListener(LocalListener):
         else:
             self.stored += stored
             self.removed += removed
+
+    def note_step(self, *step: Any) -> None:
+        self.steps.append(step)
 
     def answer_calibrate(self, ticket: int, step_ms: Sequence[float]) -> None:
         self.calibrated.put((ticket, list(step_ms)))
@@ -308,10 +313,39 @@ def test_stop_ids_and_the_stage_times_are_reported() -> None:
         engine.finish(key)
         *_, last = engine.outputs[key]
         assert engine.reason(key) == "stop_token" and last[7] == stop
-        queued, scheduled, first_token, finished, preemptions, steps = last[6]
+        queued, scheduled, first_token, finished, preemptions, steps, _, _ = last[6]
         assert 0 < queued <= scheduled <= first_token <= finished
         assert (preemptions, steps) == (0, len(engine.ids(key)))
         assert engine.outputs[key][0][6] is not None
+
+
+def test_phases_add_up_to_the_times_of_the_request() -> None:
+    class Slow(TableExecutor):
+        def forward(self, batch: Batch) -> torch.Tensor:
+            logits = super().forward(batch)
+            time.sleep(0.004)
+            self.last_forward_ms = {"prepare": 1.0, "attention": 2.0}
+            return logits
+
+    with running(Slow()) as engine:
+        key = engine.submit([7, 8], 20, ignore_eos=True)
+        engine.finish(key)
+        first, last = engine.outputs[key][0][6], engine.outputs[key][-1][6]
+        _, scheduled, first_token, finished, _, steps, prefill, decode = last
+        assert first[6] == prefill and first[7] == []
+        for phases, took_us in (
+            (prefill, first_token - scheduled),
+            (decode, finished - first_token),
+        ):
+            # Two clocks, each cut to microseconds.
+            assert abs(sum(us for _, us in phases) - took_us) <= 50 + took_us // 50
+        decoded = dict(decode)
+        assert decoded["forward/attention"] == 2000 * (steps - 1)
+        assert decoded["prepare"] == 1000 * (steps - 1)
+        assert {"schedule", "forward", "sample", "hand over", "update"} <= decoded.keys()
+        number, started, requests, tokens, phases = engine.listener.steps[-1]
+        assert (number, requests, tokens) == (steps, 1, 1) and started >= first_token
+        assert dict(phases)["forward/attention"] == 2000
 
 
 def test_logprobs_of_output_and_prompt_have_one_entry_a_token() -> None:

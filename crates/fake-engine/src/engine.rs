@@ -12,7 +12,7 @@ use scalellm_engine_link::{
 };
 
 use crate::babbler;
-use crate::sequence::Sequence;
+use crate::sequence::{Sequence, computing};
 use crate::settings::{Garbage, Refuse, Settings};
 
 /// A fake engine on a thread of its own. Dropping it breaks its connections, as a kill would.
@@ -144,6 +144,8 @@ struct Loop {
     waiting: VecDeque<Submission>,
     steps: u64,
     outputs: u64,
+    /// When the last step ended, or when it first had something to do after that.
+    step_began_us: u64,
 }
 
 impl Loop {
@@ -156,6 +158,7 @@ impl Loop {
             waiting: VecDeque::new(),
             steps: 0,
             outputs: 0,
+            step_began_us: 0,
         }
     }
 
@@ -206,8 +209,11 @@ impl Loop {
                 break;
             };
             let key = submission.key;
-            let sequence =
-                Sequence::new(submission, Instant::now() + self.settings.ttft(), unix_us());
+            let now_us = unix_us();
+            if self.running.is_empty() {
+                self.step_began_us = now_us;
+            }
+            let sequence = Sequence::new(submission, Instant::now() + self.settings.ttft(), now_us);
             self.due.insert((sequence.due, key));
             self.running.insert(key, sequence);
         }
@@ -255,10 +261,23 @@ impl Loop {
         if any {
             self.steps += 1;
             self.outputs += outputs.len() as u64;
+            self.note_step(outputs.len(), now_us);
         }
         let load = self.load();
         self.handle.emit(outputs, load);
         any
+    }
+
+    fn note_step(&mut self, requests: usize, now_us: u64) {
+        let requests = u32::try_from(requests).unwrap_or(u32::MAX);
+        self.handle.note_step(proto::StepTimes {
+            number: self.steps,
+            started_us: self.step_began_us,
+            requests,
+            tokens: requests.saturating_mul(self.settings.tokens_per_step),
+            phases: computing(self.step_began_us, now_us),
+        });
+        self.step_began_us = now_us;
     }
 
     /// The faults' hang: neither poll nor emit.

@@ -73,10 +73,11 @@ impl Sequence {
         self.times.steps += 1;
         if self.outputs == 1 {
             self.times.first_token_us = now_us;
+            self.times.prefill = computing(self.times.first_scheduled_us, now_us);
             output.cached_tokens = settings
                 .cached_tokens
                 .min(submit.prompt_tokens.saturating_sub(1));
-            output.times = Some(self.times);
+            output.times = Some(self.times.clone());
             if let Some(count) = submit.prompt_logprobs {
                 output.prompt_logprobs =
                     prompt_logprobs(&submit.prompt_ids, count, settings.vocab_size);
@@ -84,7 +85,8 @@ impl Sequence {
         }
         if output.finish_reason != proto::FinishReason::Unspecified as i32 {
             self.times.finished_us = now_us;
-            output.times = Some(self.times);
+            self.times.decode = computing(self.times.first_token_us, now_us);
+            output.times = Some(self.times.clone());
         }
         output
     }
@@ -130,6 +132,14 @@ impl Sequence {
             Some(Garbage::Bytes) | None => {}
         }
     }
+}
+
+/// All that a fake engine does in a time, as an engine would say it.
+pub(crate) fn computing(from_us: u64, to_us: u64) -> Vec<proto::PhaseTime> {
+    vec![proto::PhaseTime {
+        name: "forward".to_owned(),
+        us: to_us.saturating_sub(from_us),
+    }]
 }
 
 fn next_id(submit: &proto::Submit, settings: &Settings, at: u32) -> u32 {

@@ -10,6 +10,7 @@ use crate::config::Config;
 use crate::error::GatewayError;
 use crate::fleet::Fleet;
 use crate::metrics::Metrics;
+use crate::recent::RecentRequests;
 use crate::stages::Clock;
 use crate::text_pool::TextPool;
 
@@ -31,6 +32,7 @@ pub struct App {
     pub text_pool: TextPool,
     pub admission: Admission,
     pub body_memory: BodyMemory,
+    pub recent: RecentRequests,
     phase: watch::Sender<Phase>,
     /// HTTP requests whose response has not ended.
     in_flight: watch::Sender<usize>,
@@ -51,6 +53,7 @@ impl App {
             text_pool: TextPool::start(config.text_threads(), config.text_queue)?,
             admission: Admission::new(config.max_in_flight),
             body_memory: BodyMemory::new(config.max_body_memory_bytes),
+            recent: RecentRequests::new(),
             phase: watch::Sender::new(Phase::Serving),
             in_flight: watch::Sender::new(0),
             metrics,

@@ -59,7 +59,10 @@ pub struct Choice {
     pub cached_tokens: u32,
     /// Output tokens, up to and with the one that completes a stop string.
     pub output_tokens: u32,
+    /// The engine's, up to its first token.
     pub first_times: Option<proto::StageTimes>,
+    /// The engine's, of the whole; absent when it was not the engine that ended the choice.
+    pub last_times: Option<proto::StageTimes>,
     /// The replica that ran it last.
     pub replica: usize,
     /// `None` once finished: the engine has forgotten it, or was told to.
@@ -96,6 +99,7 @@ impl Choice {
             cached_tokens: 0,
             output_tokens: 0,
             first_times: None,
+            last_times: None,
             replica: attempt.replica(),
             attempt: Some(attempt),
             text,
@@ -131,8 +135,11 @@ impl Choice {
     /// gave up comes with the error.
     pub fn take(&mut self, output: proto::Output) -> (ChoiceEvent, Option<Box<ApiError>>) {
         let reason = output.finish_reason();
-        if self.first_times.is_none() {
-            self.first_times = output.times;
+        if let Some(times) = output.times {
+            if reason != FinishReason::Unspecified {
+                self.last_times = Some(times.clone());
+            }
+            self.first_times.get_or_insert(times);
         }
         self.cached_tokens = self.cached_tokens.max(output.cached_tokens);
         let mut event = ChoiceEvent {

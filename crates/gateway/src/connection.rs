@@ -29,6 +29,8 @@ pub struct ConnectionState {
     pub requests: AtomicU64,
     /// Microseconds from `opened` to the first byte read since the last request ended, plus 1; 0 is none.
     first_byte_us: AtomicU64,
+    /// Microseconds from `opened` to the last write that the socket took.
+    wrote_us: AtomicU64,
 }
 
 impl ConnectionState {
@@ -38,6 +40,7 @@ impl ConnectionState {
             opened: Instant::now(),
             requests: AtomicU64::new(0),
             first_byte_us: AtomicU64::new(0),
+            wrote_us: AtomicU64::new(0),
         })
     }
 
@@ -53,6 +56,16 @@ impl ConnectionState {
         self.requests.fetch_add(1, Relaxed);
         let us = self.first_byte_us.load(Relaxed);
         (us > 0).then(|| self.opened + Duration::from_micros(us - 1))
+    }
+
+    pub fn wrote(&self) {
+        self.wrote_us
+            .store(crate::stages::micros(self.opened.elapsed()), Relaxed);
+    }
+
+    /// When the socket last took bytes.
+    pub fn last_write(&self) -> Instant {
+        self.opened + Duration::from_micros(self.wrote_us.load(Relaxed))
     }
 
     pub fn request_ended(&self) {
@@ -98,6 +111,7 @@ impl ClientSocket {
         wrote: Poll<io::Result<usize>>,
     ) -> Poll<io::Result<usize>> {
         if wrote.is_ready() {
+            self.state.wrote();
             self.stalled = None;
             return wrote;
         }

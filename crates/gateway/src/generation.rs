@@ -249,17 +249,25 @@ impl Generation {
             .iter()
             .find_map(|event| event.finish.as_ref())
             .map(|finish| finish.reason);
+        let ended = events.iter().filter(|event| event.finish.is_some());
+        let engine_last = ended
+            .filter_map(|event| self.choices[event.choice].last_times.take())
+            .max_by_key(|times| times.finished_us);
         self.record.update(|progress| {
             progress.cached_tokens = usage.cached_tokens;
             progress.output_tokens = usage.completion_tokens;
             progress.longest_choice_tokens = longest.into();
             progress.tokens_came(now);
             progress.finish = finish.or(progress.finish);
+            if engine_last.is_some() {
+                progress.engine_last = engine_last;
+            }
         });
         if !self.seen_first {
             self.seen_first = true;
+            let times = self.choices[events[0].choice].first_times.take();
             let choice = &self.choices[events[0].choice];
-            self.note_first(now, choice.first_times.unwrap_or_default(), choice);
+            self.note_first(now, times.unwrap_or_default(), choice);
         }
     }
 
@@ -272,24 +280,36 @@ impl Generation {
                 to.saturating_sub(from)
             })
         };
-        let in_engine = between(times.received_us, times.first_token_us);
         let prefill = between(times.first_scheduled_us, times.first_token_us);
+        // An engine that does not tell when it emitted did so at once.
+        let emitted_us = times.emitted_us.max(times.first_token_us);
+        let in_engine = between(times.received_us, emitted_us);
         self.record.update(|progress| {
+            // Only the sum of both ways does not depend on the two hosts' clocks; its parts do.
+            let link = now
+                .duration_since(self.submitted)
+                .saturating_sub(in_engine + progress.times.own_output_work());
+            let submitted_us = self.app.clock.unix_us(self.submitted);
+            let link_out = between(submitted_us, times.received_us).min(link);
             progress.replica = replica_name(&self.model, choice);
-            progress.times.set(
-                Stage::Queue,
-                between(times.received_us, times.first_scheduled_us),
-            );
-            progress.times.set(Stage::Prefill, prefill);
-            progress.times.set(
-                Stage::Link,
-                now.duration_since(self.submitted)
-                    .saturating_sub(in_engine + progress.times.own_output_work()),
-            );
-            progress.times.set(
-                Stage::First,
-                now.saturating_duration_since(self.record.started),
-            );
+            for (stage, took) in [
+                (Stage::LinkOut, link_out),
+                (
+                    Stage::Queue,
+                    between(times.received_us, times.first_scheduled_us),
+                ),
+                (Stage::Prefill, prefill),
+                (Stage::Emit, between(times.first_token_us, emitted_us)),
+                (Stage::LinkBack, link - link_out),
+                (
+                    Stage::First,
+                    now.saturating_duration_since(self.record.started),
+                ),
+            ] {
+                progress.times.set(stage, took);
+            }
+            progress.first_detokenise_us = progress.times.get_us(Stage::Detokenise);
+            progress.engine_first = Some(times);
         });
         let computed =
             self.prompt_tokens[choice.prompt].saturating_sub(choice.cached_tokens as usize);

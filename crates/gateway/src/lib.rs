@@ -2,15 +2,16 @@
 //!
 //! ```text
 //! server, connection   a socket's requests                  accept
-//! observe              id, stage times, metrics, log        (around all that follows)
+//! observe, recent,     id, stage times, metrics, log        (around all that follows)   write
+//! written
 //! auth                 API key                              auth
 //! body                 whole body, within its limit         body
 //! request/             JSON to checked fields               parse
 //! admission            a place among the running requests   admission
-//! prompt, text_pool    template and ids, on own threads     template, tokenise
+//! prompt, text_pool    template and ids, on own threads     text_queue, template, tokenise
 //! fleet, submit,       model name to replica; one retry     route
 //! attempt
-//! choice, generation   engine outputs to text               queue, prefill, link, decode, detokenise
+//! choice, generation   engine outputs to text               link_out to decode, detokenise
 //! respond/             JSON bodies and SSE frames           serialise
 //! ```
 //!
@@ -30,6 +31,7 @@ mod generation;
 mod metrics;
 mod observe;
 mod prompt;
+mod recent;
 mod record;
 mod request;
 mod respond;
@@ -40,6 +42,7 @@ mod stages;
 mod submit;
 pub mod text;
 mod text_pool;
+mod written;
 
 pub use config::{Config, LogFormat, LogLevel, ModelConfig};
 pub use error::GatewayError;

@@ -16,8 +16,10 @@ use hyper::body::{Body as HttpBody, Frame, SizeHint};
 use crate::app::{App, Phase};
 use crate::connection::ConnectionState;
 use crate::error::{ApiError, ApiResult, ErrorNote};
+use crate::recent::{EndedRequest, serialised_us};
 use crate::record::{REQUEST_ID_HEADER, RequestRecord, request_id};
 use crate::stages::{Stage, micros};
+use crate::written::Written;
 use crate::{auth, routes};
 
 const SERVER_TIMING: HeaderName = HeaderName::from_static("server-timing");
@@ -107,6 +109,9 @@ struct RequestEnd {
     app: Arc<App>,
     record: Arc<RequestRecord>,
     connection: Option<Arc<ConnectionState>>,
+    written: Written,
+    /// Spent on serialising before the first frame was handed over.
+    first_serialise_us: u64,
     status: u16,
     note: Option<ErrorNote>,
     /// The whole response was handed to the connection.
@@ -123,6 +128,8 @@ impl RequestEnd {
         RequestEnd {
             app,
             record,
+            written: Written::new(connection.clone()),
+            first_serialise_us: 0,
             connection,
             status: 0,
             note: None,
@@ -136,10 +143,14 @@ const PROBES: [&str; 3] = ["/health", "/ready", "/metrics"];
 
 impl Drop for RequestEnd {
     fn drop(&mut self) {
+        self.written.look();
         let record = &self.record;
         let total = record.started.elapsed();
         let (status, note, outcome) = record.update(|progress| {
             progress.times.set(Stage::Total, total);
+            if !self.written.took.is_zero() {
+                progress.times.set(Stage::Write, self.written.took);
+            }
             progress.close_decode();
             match progress.failed.take() {
                 Some((status, note)) => (status, Some(note), "error"),
@@ -170,6 +181,14 @@ impl Drop for RequestEnd {
                     .observe_us(decode_us / (progress.longest_choice_tokens - 1));
             }
         });
+        let ended = record.update(|progress| {
+            let serialise_us = self.first_serialise_us;
+            let clock = &self.app.clock;
+            EndedRequest::new(record, progress, status, &self.written, serialise_us, clock)
+        });
+        if let Some(ended) = ended {
+            self.app.recent.push(ended);
+        }
         let is_probe = PROBES.contains(&record.path.as_ref());
         record.update(|progress| {
             // The level of an event has to be a constant.
@@ -221,7 +240,14 @@ impl HttpBody for ObservedBody {
         mut self: Pin<&mut Self>,
         cx: &mut Context<'_>,
     ) -> Poll<Option<Result<Frame<Bytes>, axum::Error>>> {
+        self.end.written.look();
         let frame = ready!(Pin::new(&mut self.body).poll_frame(cx));
+        if matches!(&frame, Some(Ok(frame)) if frame.is_data()) {
+            if self.end.written.first.is_none() {
+                self.end.first_serialise_us = serialised_us(&self.end.record);
+            }
+            self.end.written.gave();
+        }
         if frame.is_none() || self.body.is_end_stream() {
             self.end.complete = true;
         }

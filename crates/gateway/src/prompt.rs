@@ -142,20 +142,29 @@ fn ids_of(text_model: &TextModel, prompt: Prompt, add_special_tokens: bool) -> A
     }
 }
 
-/// Runs a job that tells how long its template took; the rest of the time, waiting included, is tokenising.
+/// Runs a job that tells how long its template took; the rest of its time is tokenising.
 async fn on_text_threads<T: Send + 'static>(
     app: &App,
     record: &RequestRecord,
     job: impl FnOnce() -> (T, Duration) + Send + 'static,
 ) -> ApiResult<(T, Duration)> {
     let start = Instant::now();
-    let done = app.text_pool.run(job).await.inspect_err(|error| {
+    let timed = move || {
+        let start = Instant::now();
+        (job(), start.elapsed())
+    };
+    let (done, worked) = app.text_pool.run(timed).await.inspect_err(|error| {
         if error.status == StatusCode::SERVICE_UNAVAILABLE {
             app.metrics.rejected("text_queue");
         }
     })?;
-    record.add(Stage::Template, done.1);
-    record.add(Stage::Tokenise, start.elapsed().saturating_sub(done.1));
+    let template = done.1;
+    record.update(|progress| {
+        let times = &mut progress.times;
+        times.add(Stage::TextQueue, start.elapsed().saturating_sub(worked));
+        times.add(Stage::Template, template);
+        times.add(Stage::Tokenise, worked.saturating_sub(template));
+    });
     Ok(done)
 }
 

@@ -5,6 +5,7 @@ use std::time::{Duration, Instant};
 
 use axum::http::{HeaderMap, HeaderValue};
 use parking_lot::Mutex;
+use scalellm_engine_link::proto;
 
 use crate::error::ErrorNote;
 use crate::fleet::Model;
@@ -36,6 +37,11 @@ pub struct Progress {
     pub longest_choice_tokens: u64,
     pub first_tokens: Option<TokensCame>,
     pub last_tokens: Option<TokensCame>,
+    /// What the engine said with its first output, and with its last.
+    pub engine_first: Option<proto::StageTimes>,
+    pub engine_last: Option<proto::StageTimes>,
+    /// Of `Detokenise`, what came before the first token was out.
+    pub first_detokenise_us: Option<u64>,
     /// Known by whoever ended the response early; its status replaces the response's in log and metrics.
     pub failed: Option<(u16, ErrorNote)>,
     pub finish: Option<&'static str>,

@@ -41,7 +41,7 @@ pub fn micros(duration: Duration) -> u64 {
 }
 
 /// A part of a request's life. Those of the engine are measured there. No time is in two of them, apart from `First`
-/// and `Total`, which are sums.
+/// and `Total`, which are sums, and `Write`, which passes beside what comes after it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Stage {
     /// First byte of the head read until the request is ours.
@@ -50,41 +50,53 @@ pub enum Stage {
     Body,
     Parse,
     Admission,
+    /// Waiting for one of the threads for text, and for its answer.
+    TextQueue,
     Template,
     Tokenise,
     Route,
+    /// Submitted until received by the engine's listener; a failed first attempt is in here.
+    LinkOut,
     /// Engine: received until first scheduled.
     Queue,
     /// Engine: first scheduled until first token.
     Prefill,
-    /// Both ways between gateway and engine, for the first token; a failed first attempt is in here.
-    Link,
+    /// Engine: first token until it is handed to the listener.
+    Emit,
+    /// Handed to the listener until the request's task has it.
+    LinkBack,
     /// The whole wait for the first token, from the request's first byte.
     First,
     /// First token until the last, less what the gateway did meanwhile (`Detokenise`, `Serialise`).
     Decode,
     Detokenise,
     Serialise,
+    /// Frames handed to the connection until the socket took them; the last one's is not known.
+    Write,
     Total,
 }
 
 impl Stage {
-    pub const ALL: [Stage; 16] = [
+    pub const ALL: [Stage; 20] = [
         Stage::Accept,
         Stage::Auth,
         Stage::Body,
         Stage::Parse,
         Stage::Admission,
+        Stage::TextQueue,
         Stage::Template,
         Stage::Tokenise,
         Stage::Route,
+        Stage::LinkOut,
         Stage::Queue,
         Stage::Prefill,
-        Stage::Link,
+        Stage::Emit,
+        Stage::LinkBack,
         Stage::First,
         Stage::Decode,
         Stage::Detokenise,
         Stage::Serialise,
+        Stage::Write,
         Stage::Total,
     ];
 
@@ -96,16 +108,20 @@ impl Stage {
             Stage::Body => "body",
             Stage::Parse => "parse",
             Stage::Admission => "admission",
+            Stage::TextQueue => "text_queue",
             Stage::Template => "template",
             Stage::Tokenise => "tokenise",
             Stage::Route => "route",
+            Stage::LinkOut => "link_out",
             Stage::Queue => "queue",
             Stage::Prefill => "prefill",
-            Stage::Link => "link",
+            Stage::Emit => "emit",
+            Stage::LinkBack => "link_back",
             Stage::First => "first",
             Stage::Decode => "decode",
             Stage::Detokenise => "detokenise",
             Stage::Serialise => "serialise",
+            Stage::Write => "write",
             Stage::Total => "total",
         }
     }

@@ -166,6 +166,23 @@ impl EngineListener {
         self.handle.emit_kv(stored, removed, snapshot);
     }
 
+    fn note_step(
+        &self,
+        number: u64,
+        started_us: u64,
+        requests: u32,
+        tokens: u32,
+        phases: Vec<(String, u64)>,
+    ) {
+        self.handle.note_step(proto::StepTimes {
+            number,
+            started_us,
+            requests,
+            tokens,
+            phases: to_phases(phases),
+        });
+    }
+
     fn answer_calibrate(&self, ticket: u64, step_ms: Vec<f32>) {
         self.handle.answer_calibrate(ticket, step_ms);
     }
@@ -258,6 +275,13 @@ fn to_logprobs(
     }
 }
 
+fn to_phases(phases: Vec<(String, u64)>) -> Vec<proto::PhaseTime> {
+    phases
+        .into_iter()
+        .map(|(name, us)| proto::PhaseTime { name, us })
+        .collect()
+}
+
 /// Item by item: most items of most outputs are None, which costs a pointer comparison.
 fn step_output(output: &Bound<'_, PyAny>) -> PyResult<StepOutput> {
     let tuple = output.cast::<PyTuple>()?;
@@ -292,16 +316,26 @@ fn step_output(output: &Bound<'_, PyAny>) -> PyResult<StepOutput> {
             .collect();
     }
     if let Some(times) = given(6)? {
-        let (queued_us, first_scheduled_us, first_token_us, finished_us, preemptions, steps) =
-            times.extract()?;
-        output.times = Some(proto::StageTimes {
-            received_us: 0,
+        let (
             queued_us,
             first_scheduled_us,
             first_token_us,
             finished_us,
             preemptions,
             steps,
+            prefill,
+            decode,
+        ) = times.extract()?;
+        output.times = Some(proto::StageTimes {
+            queued_us,
+            first_scheduled_us,
+            first_token_us,
+            finished_us,
+            preemptions,
+            steps,
+            prefill: to_phases(prefill),
+            decode: to_phases(decode),
+            ..proto::StageTimes::default()
         });
     }
     if let Some(id) = given(7)? {

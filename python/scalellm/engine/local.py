@@ -120,6 +120,16 @@ class LocalListener:
     ) -> None:
         """Nobody routes by prefix inside a process."""
 
+    def note_step(
+        self,
+        number: int,
+        started_us: int,
+        requests: int,
+        tokens: int,
+        phases: Sequence[tuple[str, int]],
+    ) -> None:
+        """Nobody profiles inside a process."""
+
     def answer_calibrate(self, ticket: int, step_ms: Sequence[float]) -> None:
         """Nobody calibrates inside a process."""
 

@@ -23,6 +23,7 @@ from scalellm.config import EngineConfig
 from scalellm.engine.calibration import REPEATS, Shape, build_batch
 from scalellm.engine.kv_cache import KVCache
 from scalellm.engine.logprobs import TokenLogprobs
+from scalellm.engine.phases import PhaseClock, PhaseTotals, phases_between
 from scalellm.engine.request import Request
 from scalellm.engine.sampler import Sampler
 from scalellm.engine.scheduler import Scheduler
@@ -55,6 +56,14 @@ class Listener(Protocol):
     def emit(self, outputs: Sequence[tuple[Any, ...]], load: tuple[Any, ...]) -> None: ...
     def emit_kv(
         self, stored: Sequence[tuple[bytes, bytes]], removed: Sequence[bytes], snapshot: bool
+    ) -> None: ...
+    def note_step(
+        self,
+        number: int,
+        started_us: int,
+        requests: int,
+        tokens: int,
+        phases: Sequence[tuple[str, int]],
     ) -> None: ...
     def answer_calibrate(self, ticket: int, step_ms: Sequence[float]) -> None: ...
     def drain(self) -> None: ...
@@ -105,6 +114,8 @@ class EngineLoop:
         self._stop_wanted = False
         self._draining_since: float | None = None
         self._emitted_at = -math.inf
+        self._clock = PhaseClock()
+        self._phases: PhaseTotals = {}  # when the last step was computed
         self._steps = 0
         self._step_ms = 0.0
         self._overhead_ms = 0.0
@@ -138,16 +149,29 @@ class EngineLoop:
         began = time.perf_counter()
         if self._control():
             return False
-        step = scheduler.schedule(_now_us())
+        self._clock.mark("between steps")
+        before, now_us = self._clock.totals(), _now_us()
+        step = scheduler.schedule(now_us)
         if not step.keys:
             return self._idle()
         requests = [scheduler.requests[key] for key in step.keys]
+        for key in step.admitted:
+            request = scheduler.requests[key]
+            request.phases_before = request.phases_before or before
+        self._clock.mark("schedule")
         done = self._compute(
             lambda: compute(self._executor, self._sampler, step, requests), step.predicted_ms
         )
-        self._finish_step(step, done)
+        self._clock.mark_parts(done.result.phases_ms if done.result else {}, "hand over")
+        self._phases, computed_us = self._clock.totals(), _now_us()
+        self._finish_step(step, done, computed_us)
+        self._clock.mark("update")
         self._step_ms = (time.perf_counter() - began) * 1e3
         self._overhead_ms = max(0.0, self._step_ms - done.elapsed_ms)
+        phases = phases_between(before, self._clock.totals())
+        self._listener.note_step(
+            self._steps, now_us, len(step.keys), sum(len(s.token_ids) for s in step.spans), phases
+        )
         self._take_in(self._listener.poll(0.0))
         return True
 
@@ -216,11 +240,11 @@ class EngineLoop:
                 if time.monotonic() - self._emitted_at > _EMIT_EVERY_S:
                     self._emit()
 
-    def _finish_step(self, step: Step, done: Done[Computed]) -> None:
+    def _finish_step(self, step: Step, done: Done[Computed], now_us: int) -> None:
         scheduler = self.scheduler
         self._steps += 1
         if done.result is None:
-            self._fail_step(step, done.error)
+            self._fail_step(step, done.error, now_us)
             return
         self._failed_in_a_row = 0
         scheduler.step_time.observe(step.shape, done.elapsed_ms)
@@ -228,16 +252,16 @@ class EngineLoop:
         self._logprobs = computed.logprobs
         for key, entries in computed.prompt_logprobs.items():
             self._prompt_logprobs.setdefault(key, []).extend(entries)
-        scheduler.update(step, computed.token_ids, _now_us(), computed.errors)
+        scheduler.update(step, computed.token_ids, now_us, computed.errors)
         if self._after_step is not None:
             self._after_step(scheduler)
 
-    def _fail_step(self, step: Step, error: BaseException | None) -> None:
+    def _fail_step(self, step: Step, error: BaseException | None, now_us: int) -> None:
         self._failed_in_a_row += 1
         logger.error("step %d failed", self._steps, exc_info=error)
         self._sampler = Sampler(self._executor.vocab_size)
         reason = f"the engine could not compute a step: {type(error).__name__}: {error}"
-        self.scheduler.fail(step, reason, _now_us())
+        self.scheduler.fail(step, reason, now_us)
         if self._failed_in_a_row >= _MAX_FAILED_STEPS:
             raise EngineError(f"{_MAX_FAILED_STEPS} steps in a row failed; the last: {error}")
 
@@ -342,7 +366,9 @@ class EngineLoop:
             prompt_logprobs = [None, *self._prompt_logprobs.get(key, ())]
         if first or finished:
             self._prompt_logprobs.pop(key, None)
-        times: tuple[int, ...] | None = None
+        times: tuple[Any, ...] | None = None
+        if first:
+            request.phases_at_first = self._phases
         if first or finished:
             times = (
                 request.queued_us,
@@ -351,6 +377,8 @@ class EngineLoop:
                 request.finished_us,
                 request.preemptions,
                 request.steps,
+                phases_between(request.phases_before, request.phases_at_first or self._phases),
+                phases_between(request.phases_at_first, self._phases) if finished else [],
             )
         if finished:
             self._sampler.forget(key)

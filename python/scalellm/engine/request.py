@@ -14,6 +14,8 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Literal, Protocol
 
+from scalellm.engine.phases import PhaseTotals
+
 FinishReason = Literal["eos", "stop_token", "length", "cancelled", "deadline", "error"]
 
 
@@ -113,6 +115,8 @@ class Request:
     finished_us: int = field(default=0, init=False)
     preemptions: int = field(default=0, init=False)
     steps: int = field(default=0, init=False)
+    phases_before: PhaseTotals | None = field(default=None, init=False)  # at first_scheduled_us
+    phases_at_first: PhaseTotals | None = field(default=None, init=False)  # at first_token_us
 
     def __post_init__(self) -> None:
         self.token_ids = [*self.prompt_ids, *self.resume_ids]

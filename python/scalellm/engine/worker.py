@@ -11,7 +11,7 @@ import queue
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Generic, Protocol, Self, TypeVar
@@ -48,6 +48,11 @@ class Executor(Protocol):
     def num_blocks(self) -> int: ...
     @property
     def vocab_size(self) -> int: ...
+    @property
+    def last_forward_ms(self) -> Mapping[str, float]:
+        """Of the last forward pass, by kind of operation, as far as it is known; `prepare` is the
+        making of its inputs. Read once the pass has ended, on a GPU too."""
+
     def forward(self, batch: Batch) -> torch.Tensor: ...
 
 
@@ -59,6 +64,7 @@ class Computed:
     errors: dict[int, str] = field(default_factory=dict)
     logprobs: dict[int, TokenLogprobs] = field(default_factory=dict)
     prompt_logprobs: dict[int, list[TokenLogprobs]] = field(default_factory=dict)
+    phases_ms: dict[str, float] = field(default_factory=dict)  # one after the other
 
 
 def compute(
@@ -66,7 +72,9 @@ def compute(
 ) -> Computed:
     """Run one step; `requests[i]` is what `step.spans[i]` belongs to."""
     with torch.inference_mode():
+        began = time.perf_counter()
         logits = executor.forward(Batch(step.spans))
+        forward_ms = (time.perf_counter() - began) * 1e3
         sampling: list[int] = []  # spans that reach the end of their sequence
         rows: list[int] = []  # their rows of `logits`
         prompt_rows: dict[int, range] = {}  # span -> rows for prompt logprobs
@@ -96,7 +104,23 @@ def compute(
             found.prompt_logprobs[step.keys[i]] = _prompt_logprobs(
                 logits, span_rows, step.spans[i].start + len(step.spans[i].token_ids), requests[i]
             )
+        all_ms = (time.perf_counter() - began) * 1e3
+        found.phases_ms.update(_phases_ms(executor.last_forward_ms, forward_ms, all_ms))
         return found
+
+
+def _phases_ms(by_kind: Mapping[str, float], forward_ms: float, all_ms: float) -> dict[str, float]:
+    """The phases of a step's computation.
+
+    On a GPU `forward` returns before its work is done; then the kinds' sum tells how long it was.
+    """
+    phases = {"prepare": by_kind.get("prepare", 0.0)}
+    phases |= {f"forward/{kind}": ms for kind, ms in by_kind.items() if kind != "prepare"}
+    known_ms = sum(phases.values())
+    forward_ms = min(max(forward_ms, known_ms), all_ms)
+    phases["forward"] = max(0.0, forward_ms - known_ms)
+    phases["sample"] = all_ms - forward_ms
+    return phases
 
 
 def _prompt_logprobs(

@@ -1,6 +1,7 @@
 """Runs batches on one device."""
 
 import time
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Self
 
@@ -32,6 +33,7 @@ class SingleExecutor:
         self.dtype = loaded.dtype
         self.weight_bytes = loaded.weight_bytes
         self.max_model_len = max_model_len
+        self.last_forward_ms: Mapping[str, float] = {}
         self._model = loaded.model
         self._geometry = loaded.geometry
         self._cache = cache
@@ -85,9 +87,11 @@ class SingleExecutor:
         ascending. Raises ValueError for a batch that contradicts itself.
         """
         with torch.inference_mode():
+            began = time.perf_counter()
             token_ids, step = build_step(
                 batch, self._cache, self._geometry, self.dtype, self.device
             )
+            self.last_forward_ms = {"prepare": (time.perf_counter() - began) * 1e3}
             return self._model.forward(token_ids, step)
 
     def close(self) -> None:

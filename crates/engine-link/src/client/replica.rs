@@ -9,12 +9,14 @@ use tokio::sync::watch;
 use tokio::task::JoinHandle;
 
 use super::config::ReplicaConfig;
+use super::connect::{full_message, open};
 use super::session::SessionTask;
 use super::shared::Shared;
 use super::stream::RequestStream;
 use super::table::SubmitError;
 use crate::address::Address;
 use crate::proto;
+use crate::proto::engine_client::EngineClient;
 
 /// ```text
 ///              Welcome                        step age > hung_after
@@ -115,6 +117,26 @@ impl Replica {
             return Err(SubmitError::NotReady);
         }
         Ok(stream)
+    }
+
+    /// Where the time of the engine's last steps went, of those that began after a Unix time. On a connection of its
+    /// own: it never waits behind, or holds up, a request.
+    ///
+    /// # Errors
+    /// Why the engine could not be asked, in words.
+    pub async fn steps(&self, after_us: u64) -> Result<Vec<proto::StepTimes>, String> {
+        let config = &self.shared.config;
+        let (channel, _link) = open(&self.shared.address, config)
+            .await
+            .map_err(|error| error.reason().to_owned())?;
+        let mut client =
+            EngineClient::new(channel).max_decoding_message_size(config.max_frame_bytes);
+        let asked = client.steps(proto::StepsRequest { after_us });
+        match tokio::time::timeout(config.connect_timeout, asked).await {
+            Ok(Ok(answer)) => Ok(answer.into_inner().steps),
+            Ok(Err(status)) => Err(full_message(&status)),
+            Err(_) => Err(format!("no answer within {:?}", config.connect_timeout)),
+        }
     }
 
     /// Ticks whenever [`Replica::state`] or [`Replica::info`] may have changed.

@@ -25,6 +25,8 @@ pub struct ListenerConfig {
     pub calibrate_timeout: Duration,
     /// How long `close` goes on sending what was emitted.
     pub flush_timeout: Duration,
+    /// Steps whose times are kept for profiles.
+    pub kept_steps: usize,
     /// Waits this long before each Welcome: a fault for tests of gateways.
     pub welcome_delay: Duration,
     /// Refuses every Submit with this code: a fault for tests of gateways.
@@ -44,6 +46,7 @@ impl Default for ListenerConfig {
             max_message_bytes: 16 << 20,
             calibrate_timeout: Duration::from_secs(120),
             flush_timeout: Duration::from_secs(1),
+            kept_steps: 4_096,
             welcome_delay: Duration::ZERO,
             refuse: None,
         }

@@ -23,6 +23,11 @@ impl EngineHandle {
         self.core.emit(outputs, load);
     }
 
+    /// Where a step's time went, kept for whoever asks for the last steps.
+    pub fn note_step(&self, step: proto::StepTimes) {
+        self.core.note_step(step);
+    }
+
     /// Changes of the prefix cache; with `snapshot`, all that it holds.
     pub fn emit_kv(&self, stored: Vec<proto::KvStored>, removed: Vec<Vec<u8>>, snapshot: bool) {
         self.core.emit_kv(stored, removed, snapshot);

@@ -56,7 +56,8 @@ pub struct Submission {
     pub deadline_us: Option<u64>,
 }
 
-/// What one step did for one request. The listener fills `output.request` and `times.received_us`.
+/// What one step did for one request. The listener fills `output.request`, `times.received_us` and
+/// `times.emitted_us`.
 #[derive(Debug, Clone, PartialEq)]
 pub struct StepOutput {
     pub key: u64,

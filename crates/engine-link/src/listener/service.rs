@@ -113,6 +113,14 @@ impl Engine for Service {
         };
         Ok(Response::new(response))
     }
+
+    async fn steps(
+        &self,
+        request: Request<proto::StepsRequest>,
+    ) -> Result<Response<proto::StepsResponse>, Status> {
+        let steps = self.core.steps_after(request.into_inner().after_us);
+        Ok(Response::new(proto::StepsResponse { steps }))
+    }
 }
 
 /// Takes a stream's messages. Prompts that come in chunks are put together here, so that they vanish with the

@@ -4,13 +4,13 @@ use scalellm_engine_link::proto::{
     self, Calibrate, CalibrationShape, ControlRequest, ControlResponse, Drain, FinishReason,
     RefusalCode, Stop, to_engine::Message,
 };
-use scalellm_engine_link::{Command, ReplicaState};
+use scalellm_engine_link::{Command, ListenerConfig, ReplicaState};
 use tonic_health::pb::HealthCheckRequest;
 use tonic_health::pb::health_check_response::ServingStatus;
 use tonic_health::pb::health_client::HealthClient;
 
 use crate::raw::{Raw, channel, good};
-use crate::support::{Engine, config, reach, ready, soon, submit, tcp};
+use crate::support::{Engine, config, info, reach, ready, soon, submit, tcp, unix};
 
 async fn control(engine: &Engine, action: Action) -> ControlResponse {
     let mut client = EngineClient::new(channel(&engine.address()).await);
@@ -176,4 +176,33 @@ async fn control_without_an_action_is_an_error() {
         .expect("described")
         .into_inner();
     assert_eq!(described, crate::support::info());
+}
+
+#[tokio::test]
+async fn the_last_steps_are_told_to_whoever_asks() {
+    let kept = ListenerConfig {
+        kept_steps: 3,
+        ..ListenerConfig::default()
+    };
+    let engine = Engine::start_with(&unix(), info(), kept);
+    let replica = ready(&engine.address(), config()).await;
+    let noted = |number: u64| proto::StepTimes {
+        number,
+        started_us: number * 10,
+        requests: 2,
+        tokens: 3,
+        phases: vec![proto::PhaseTime {
+            name: "forward".to_owned(),
+            us: 9,
+        }],
+    };
+    for number in 1..=5 {
+        engine.handle.note_step(noted(number));
+    }
+    let steps = soon("steps", replica.steps(0)).await.expect("told");
+    assert_eq!(steps, [noted(3), noted(4), noted(5)]);
+    let steps = soon("steps", replica.steps(40)).await.expect("told");
+    assert_eq!(steps, [noted(5)]);
+    engine.kill();
+    assert!(soon("steps", replica.steps(0)).await.is_err());
 }

@@ -18,10 +18,11 @@ mod health;
 mod index;
 mod metrics;
 mod models;
+mod profile;
 mod text;
 
 /// Every route's pattern, as metrics and the log name it.
-const ROUTES: [&str; 11] = [
+const ROUTES: [&str; 12] = [
     "/",
     "/health",
     "/ready",
@@ -33,6 +34,7 @@ const ROUTES: [&str; 11] = [
     "/v1/completions",
     "/tokenize",
     "/detokenize",
+    "/admin/v1/profile",
 ];
 
 /// Open to everybody, and answered while draining.
@@ -65,6 +67,7 @@ pub fn router(app: Arc<App>) -> Router {
         .route("/v1/completions", post(completions::create))
         .route("/tokenize", post(text::tokenize))
         .route("/detokenize", post(text::detokenize))
+        .route("/admin/v1/profile", get(profile::profile))
         .method_not_allowed_fallback(method_not_allowed)
         .fallback(unknown_route)
         .layer(middleware::from_fn_with_state(Arc::clone(&app), observe))

@@ -7,6 +7,7 @@ mod faults;
 // Marked so that the lints for tests hold for its helper functions too.
 #[cfg(test)]
 mod lifecycle;
+mod profile;
 mod streams;
 // Marked so that the lints for tests hold for its helper functions too.
 #[cfg(test)]

@@ -10,7 +10,7 @@ mod requests;
 mod steps;
 mod streams;
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64};
 use std::time::{Instant, SystemTime, UNIX_EPOCH};
@@ -35,6 +35,8 @@ pub(super) struct Core {
     last_step_us: AtomicU64,
     /// The loop waits for work: it is alive, however long that takes.
     loop_waits: AtomicBool,
+    /// The last ones, oldest first; at most `kept_steps`.
+    steps: Mutex<VecDeque<proto::StepTimes>>,
 }
 
 #[derive(Default)]
@@ -103,6 +105,7 @@ impl Core {
             start: Instant::now(),
             last_step_us: AtomicU64::new(0),
             loop_waits: AtomicBool::new(false),
+            steps: Mutex::default(),
         })
     }
 

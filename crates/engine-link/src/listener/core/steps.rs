@@ -3,7 +3,7 @@
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
-use super::Core;
+use super::{Core, unix_us};
 use crate::listener::{Command, StepOutput};
 use crate::proto::{self, FinishReason, FromEngine, RequestRef};
 
@@ -47,6 +47,7 @@ impl Core {
 
     pub(in crate::listener) fn emit(&self, outputs: Vec<StepOutput>, load: proto::Load) {
         self.came_round();
+        let emitted_us = unix_us();
         let mut state = self.state.lock();
         state.load = load;
         // Few sessions: a list is found through faster than a map is built.
@@ -59,6 +60,7 @@ impl Core {
             output.request = Some(owner.request);
             if let Some(times) = &mut output.times {
                 times.received_us = owner.received_us;
+                times.emitted_us = emitted_us;
             }
             let index = match frames.iter().position(|(id, _, _)| *id == owner.session_id) {
                 Some(index) => index,
@@ -81,6 +83,22 @@ impl Core {
         for (session_id, frame, ends) in frames {
             self.push_frame(&mut state, &session_id, frame, ends);
         }
+    }
+
+    pub(in crate::listener) fn note_step(&self, step: proto::StepTimes) {
+        let mut steps = self.steps.lock();
+        if steps.len() >= self.config.kept_steps {
+            steps.pop_front();
+        }
+        if self.config.kept_steps > 0 {
+            steps.push_back(step);
+        }
+    }
+
+    pub(in crate::listener) fn steps_after(&self, after_us: u64) -> Vec<proto::StepTimes> {
+        let steps = self.steps.lock();
+        let first = steps.partition_point(|step| step.started_us <= after_us);
+        steps.range(first..).cloned().collect()
     }
 
     pub(in crate::listener) fn emit_kv(
