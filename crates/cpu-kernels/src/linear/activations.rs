@@ -136,6 +136,14 @@ impl<'a> Activations<'a> {
         }
     }
 
+    pub(super) fn rows(&self) -> usize {
+        self.tiles.rows
+    }
+
+    pub(super) fn row_bytes(&self) -> usize {
+        row_sizes(&self.layout).0
+    }
+
     pub(super) fn tile(&self, index: usize) -> Tile<'a> {
         let (first, rows) = self.tiles.tile(index);
         let (value_bytes, scales, offsets) = row_sizes(&self.layout);

@@ -5,7 +5,8 @@
 //! pack         quantises and packs
 //! activations  quantises and interleaves a batch's rows
 //! tile         what a kernel computes: sums of one panel (32 channels) and one tile of rows
-//! portable     the kernels in plain Rust
+//! schedule     divides a product into tasks
+//! portable, avx512   the kernels of each level
 //! epilogue     from sums to outputs
 //! levels       one source compiled for every level
 //! ```
@@ -19,11 +20,14 @@
 //! the same bits at every level; bf16 at one level.
 
 mod activations;
+#[cfg(target_arch = "x86_64")]
+mod avx512;
 mod epilogue;
 mod layout;
 mod levels;
 mod pack;
 mod portable;
+mod schedule;
 mod tile;
 
 #[cfg(test)]
@@ -38,6 +42,7 @@ use half::bf16;
 use self::activations::Activations;
 use self::epilogue::Finish;
 use self::levels::compiled_for;
+use self::schedule::Schedule;
 use self::tile::{Sums, Tree, Work};
 use crate::cpu::Cpu;
 use crate::level::Level;
@@ -80,22 +85,49 @@ fn product(
         level,
         scratch,
     } = cpu;
-    let most_rows = portable::ROWS;
+    let (most_rows, kernel) = kernel(*level, layout.format());
     let x = Activations::prepare(team, *level, scratch, layout, x, most_rows);
-    team.run(layout.panels(), |panel, _| {
+    let (rows, tiles) = (x.rows(), x.tiles.count());
+    let schedule = Schedule::new(layout, rows, x.row_bytes(), tiles, team.threads());
+    team.run(schedule.tasks(), |index, _| {
+        let task = schedule.task(index);
         let mut tree = Tree::new();
-        for index in 0..x.tiles.count() {
-            let work = Work {
-                weight: *weight,
-                panel,
-                tile: x.tile(index),
-                next: panel,
-                part: index,
-                parts: x.tiles.count(),
+        for panel in task.panels.clone() {
+            let after = panel + 1;
+            let next = if after < task.panels.end {
+                after
+            } else {
+                task.next
             };
-            portable::product(&work, &mut tree);
-            let (first, rows) = x.tiles.tile(index);
-            done(panel, first, rows, tree.sums(layout.k_groups()));
+            for index in task.tiles.clone() {
+                let work = Work {
+                    weight: *weight,
+                    panel,
+                    tile: x.tile(index),
+                    next,
+                    part: index - task.tiles.start,
+                    parts: task.tiles.len(),
+                };
+                kernel(&work, &mut tree);
+                let (first, rows) = x.tiles.tile(index);
+                done(panel, first, rows, tree.sums(layout.k_groups()));
+            }
         }
     });
+}
+
+/// The most rows of a tile, and what computes one.
+fn kernel(level: Level, format: Format) -> (usize, fn(&Work, &mut Tree)) {
+    match level {
+        #[cfg(target_arch = "x86_64")]
+        Level::Avx512 => {
+            let rows = match format {
+                Format::Bf16 | Format::Int8 => avx512::ROWS,
+                Format::Int4 { .. } => avx512::INT4_ROWS,
+            };
+            // SAFETY: `Cpu` only has levels that `Level::detect` found.
+            (rows, |work, tree| unsafe { avx512::product(work, tree) })
+        }
+        _ => (portable::ROWS, portable::product),
+    }
 }
