@@ -39,6 +39,35 @@ pub(crate) fn exp(x: f32) -> f32 {
     if x.is_nan() { x } else { result }
 }
 
+/// Of the polynomial in r that is close to 2^r for r from -1/2 to 1/2, r^6 first.
+pub(crate) const fn exp2_coefficients() -> [f32; 7] {
+    [
+        1.535_336_2e-4,
+        1.339_887_5e-3,
+        9.618_438e-3,
+        5.550_332_5e-2,
+        0.240_226_48,
+        0.693_147_2,
+        1.0,
+    ]
+}
+
+/// 2^x for x at most 0; 0 where the result were denormal.
+#[inline(always)]
+pub(crate) fn exp2(x: f32) -> f32 {
+    let clamped = x.max(-126.0);
+    let shifted = clamped + WHOLE;
+    let rest = clamped - (shifted - WHOLE);
+    let mut sum = 0.0;
+    for coefficient in exp2_coefficients() {
+        sum = sum * rest + coefficient;
+    }
+    let power = (shifted.to_bits() as i32) - (WHOLE.to_bits() as i32);
+    let result = sum * f32::from_bits(((power + 127) as u32) << 23);
+    let result = if x < -126.0 { 0.0 } else { result };
+    if x.is_nan() { x } else { result }
+}
+
 /// tanh(x), within 3e-7.
 #[inline(always)]
 pub(crate) fn tanh(x: f32) -> f32 {
@@ -59,6 +88,22 @@ mod tests {
             worst = worst.max((f64::from(exp(x)) - right).abs() / unit);
         }
         assert!(worst <= 2.0, "{worst} units");
+    }
+
+    #[test]
+    fn exp2_is_within_two_units_in_the_last_place() {
+        let mut worst = 0.0_f64;
+        for step in -1_260_000..=0 {
+            let x = step as f32 * 1e-4;
+            let right = f64::from(x).exp2();
+            worst = worst.max((f64::from(exp2(x)) / right - 1.0).abs());
+        }
+        assert!(worst <= 2.0 * f64::from(f32::EPSILON), "{worst:e}");
+        assert_eq!(
+            (exp2(0.0), exp2(-1000.0), exp2(f32::NEG_INFINITY)),
+            (1.0, 0.0, 0.0)
+        );
+        assert!(exp2(f32::NAN).is_nan());
     }
 
     #[test]

@@ -6,14 +6,17 @@
 //! task                    a unit and a kv head
 //! ```
 
+use std::f32::consts::LOG2_E;
 use std::ops::Range;
 
 use half::bf16;
 
+#[cfg(target_arch = "x86_64")]
+use super::avx512;
 use super::batch::{Batch, Span};
 use super::layout::{Cache, KvType};
 use super::tile::{
-    HEADER, LANES, Seen, State, TILE, Tile, add_split, add_tile, finish, widen_pair,
+    self, Group, HEADER, LANES, ROWS, State, TILE, Tile, add_split, finish, widen_pair,
 };
 use crate::cpu::Cpu;
 use crate::level::Level;
@@ -37,6 +40,15 @@ pub struct Scoring {
 }
 
 impl Scoring {
+    /// What products are multiplied with: scores are in base 2, but for those that softcap takes.
+    pub(super) fn factor(&self) -> f32 {
+        if self.softcap.is_some() {
+            self.scale
+        } else {
+            self.scale * LOG2_E
+        }
+    }
+
     /// The first position that a query at `position` sees.
     fn first(&self, position: usize) -> usize {
         self.window
@@ -287,7 +299,7 @@ impl Job<'_> {
         unit: &Unit,
         head: usize,
         split: usize,
-        tile_numbers: &mut [f32],
+        numbers: &mut [f32],
         states: &mut [f32],
     ) {
         for state in states.chunks_exact_mut(self.stride()) {
@@ -296,30 +308,95 @@ impl Job<'_> {
         let first = self.scoring.first(unit.tokens.start).max(split * SPLIT);
         let end = unit.tokens.end.min((split + 1) * SPLIT);
         for base in (first / TILE * TILE..end).step_by(TILE) {
-            let seen = first.max(base) - base..end.min(base + TILE) - base;
-            let tile = self.tile(level, unit.span, head, base, seen, tile_numbers);
-            for (row, state) in states.chunks_exact_mut(self.stride()).enumerate() {
-                let position = self.row(unit, head, row).0;
-                let first = self.scoring.first(position).max(base) - base;
-                let end = (position + 1).clamp(base, base + TILE) - base;
-                if first < end {
-                    let query = self.query(unit, head, row);
-                    add_to_row(
-                        level,
-                        query,
-                        &tile,
-                        Seen { first, end },
-                        &self.scoring,
-                        state,
-                    );
+            let seen = |base: usize| first.max(base) - base..end.min(base + TILE) - base;
+            let (tile, next) = match self.cache.layout().dtype() {
+                KvType::Bf16 => {
+                    let last = base + TILE >= end;
+                    let next = if last { base } else { base + TILE };
+                    let in_place = |base| self.in_place(unit.span, head, base, seen(base));
+                    (in_place(base), in_place(next))
                 }
+                KvType::Int8 => {
+                    let seen = seen(base);
+                    let tile = self.converted(level, unit.span, head, base, seen, numbers);
+                    (tile, tile)
+                }
+            };
+            for (place, states) in states.chunks_mut(ROWS * self.stride()).enumerate() {
+                let mut group = self.group(unit, head, place * ROWS, base, states);
+                self.add_tile(level, &mut group, &tile, &next);
             }
         }
     }
 
-    /// The tile at position `base`; vectors outside of `seen` are left out.
-    fn tile<'a>(
+    /// The rows from `first` on whose states are given, and what they see of the tile at `base`.
+    fn group<'a>(
         &'a self,
+        unit: &Unit,
+        head: usize,
+        first: usize,
+        base: usize,
+        states: &'a mut [f32],
+    ) -> Group<'a> {
+        let mut queries: [&[bf16]; ROWS] = [&[]; ROWS];
+        let mut seen = [const { 0..0 }; ROWS];
+        for row in 0..states.len() / self.stride() {
+            let position = self.row(unit, head, first + row).0;
+            let begin = self.scoring.first(position).max(base) - base;
+            let end = (position + 1).clamp(base, base + TILE) - base;
+            queries[row] = self.query(unit, head, first + row);
+            seen[row] = begin..end.max(begin);
+        }
+        Group {
+            queries,
+            seen,
+            states,
+        }
+    }
+
+    fn add_tile(&self, level: Level, group: &mut Group, tile: &Tile, next: &Tile) {
+        if group.seen.iter().all(Range::is_empty) {
+            return;
+        }
+        #[cfg(target_arch = "x86_64")]
+        if level == Level::Avx512 && avx512::fits(self.cache.layout().head_dim()) {
+            // SAFETY: a level above portable is only made where the processor has it.
+            unsafe { avx512::add_tile(group, tile, next, &self.scoring) };
+            return;
+        }
+        let _ = next;
+        add_tile(level, group, tile, &self.scoring);
+    }
+
+    /// Where a vector of keys at `position` lies: its head's part of a block, and its place there.
+    fn place(&self, span: &Span, head: usize, position: usize) -> (*mut u8, usize) {
+        let part = self.cache.head(self.batch.block(span, position), head);
+        (part, position % self.cache.layout().block_tokens())
+    }
+
+    /// The tile at position `base`, of bf16; vectors outside of `seen` are left out.
+    fn in_place(&self, span: &Span, head: usize, base: usize, seen: Range<usize>) -> Tile<'_> {
+        let layout = self.cache.layout();
+        let (dim, pairs) = (layout.head_dim(), layout.numbers() / 2);
+        let mut tile = Tile {
+            key_stride: layout.block_tokens(),
+            ..Tile::default()
+        };
+        for vector in seen.start / LANES..seen.end.div_ceil(LANES) {
+            let (part, slot) = self.place(span, head, base + vector * LANES);
+            // SAFETY: a head's part of a block is `pairs` pairs of keys, then as many of values,
+            // which nobody writes while `attend` runs.
+            let part = unsafe { std::slice::from_raw_parts(part.cast(), 2 * pairs) };
+            tile.keys[vector] = &part[slot..pairs];
+            tile.values[vector] = &part[pairs + slot / 2 * dim..][..LANES / 2 * dim];
+        }
+        tile
+    }
+
+    /// The tile at position `base`, of int8 made bf16 in `numbers`; vectors outside of `seen` are
+    /// left out.
+    fn converted<'a>(
+        &self,
         level: Level,
         span: &Span,
         head: usize,
@@ -330,66 +407,49 @@ impl Job<'_> {
         let layout = self.cache.layout();
         let (block_tokens, dim) = (layout.block_tokens(), layout.head_dim());
         let pairs = layout.numbers() / 2;
-        // Where a vector's first key lies: a head's part of a block, and the place in it.
-        let place = |vector: usize| {
-            let position = base + vector * LANES;
-            let part = self.cache.head(self.batch.block(span, position), head);
-            (part, position % block_tokens)
-        };
+        let (keys, numbers) = numbers.split_at_mut(TILE / 2 * dim);
+        let (values, scales) = numbers.split_at_mut(TILE / 2 * dim);
+        let (keys, values) = (as_pairs(keys), as_pairs(values));
+        let (key_scales, value_scales) = scales.as_chunks_mut::<TILE>().0.split_at_mut(1);
+        let (key_scales, value_scales) = (&mut key_scales[0], &mut value_scales[0]);
         let vectors = seen.start / LANES..seen.end.div_ceil(LANES);
-        let mut tile = Tile::default();
-        match layout.dtype() {
-            KvType::Bf16 => {
-                tile.key_stride = block_tokens;
-                for vector in vectors {
-                    let (part, slot) = place(vector);
-                    // SAFETY: a head's part of a block is `pairs` pairs of keys, then as many of
-                    // values, which nobody writes while `attend` runs.
-                    let part = unsafe { std::slice::from_raw_parts(part.cast(), 2 * pairs) };
-                    tile.keys[vector] = &part[slot..pairs];
-                    tile.values[vector] = &part[pairs + slot / 2 * dim..][..LANES / 2 * dim];
-                }
-            }
-            KvType::Int8 => {
-                tile.key_stride = LANES;
-                let (keys, numbers) = numbers.split_at_mut(TILE / 2 * dim);
-                let (values, scales) = numbers.split_at_mut(TILE / 2 * dim);
-                let (keys, values) = (as_pairs(keys), as_pairs(values));
-                let [key_scales, value_scales, ..] = scales.as_chunks_mut::<TILE>().0 else {
-                    unreachable!("two scales for each key of a tile");
-                };
-                for vector in vectors.clone() {
-                    let (part, slot) = place(vector);
-                    // SAFETY: a head's part of a block is 2 * `pairs` keys, as many values, and
-                    // the scales of both, which nobody writes while `attend` runs.
-                    let (pairs_of_both, scales) = unsafe {
-                        let scales = part.add(4 * pairs).cast::<f32>();
-                        (
-                            std::slice::from_raw_parts(part.cast::<[i8; 2]>(), 2 * pairs),
-                            std::slice::from_raw_parts(scales, 2 * block_tokens),
-                        )
-                    };
-                    let (old_keys, old_values) = pairs_of_both.split_at(pairs);
-                    let into = vector * LANES / 2 * dim..(vector + 1) * LANES / 2 * dim;
-                    widen_keys(
-                        level,
-                        &old_keys[slot..],
-                        block_tokens,
-                        &mut keys[into.clone()],
-                    );
-                    widen_pairs(level, &old_values[slot / 2 * dim..], &mut values[into]);
-                    let into = vector * LANES..(vector + 1) * LANES;
-                    key_scales[into.clone()].copy_from_slice(&scales[slot..][..LANES]);
-                    value_scales[into].copy_from_slice(&scales[block_tokens + slot..][..LANES]);
-                }
-                for vector in vectors {
-                    let into = vector * LANES / 2 * dim..(vector + 1) * LANES / 2 * dim;
-                    tile.keys[vector] = &keys[into.clone()];
-                    tile.values[vector] = &values[into];
-                }
-                tile.scales = Some((key_scales, value_scales));
-            }
+        let pairs_of = |vector: usize| vector * LANES / 2 * dim..(vector + 1) * LANES / 2 * dim;
+        for vector in vectors.clone() {
+            let (part, slot) = self.place(span, head, base + vector * LANES);
+            // SAFETY: a head's part of a block is `pairs` pairs of keys, as many of values, then
+            // the scales of both, which nobody writes while `attend` runs.
+            let (whole, scales) = unsafe {
+                let scales = part.add(4 * pairs).cast::<f32>();
+                (
+                    std::slice::from_raw_parts(part.cast::<[i8; 2]>(), 2 * pairs),
+                    std::slice::from_raw_parts(scales, 2 * block_tokens),
+                )
+            };
+            let (old_keys, old_values) = whole.split_at(pairs);
+            widen_keys(
+                level,
+                &old_keys[slot..],
+                block_tokens,
+                &mut keys[pairs_of(vector)],
+            );
+            widen_pairs(
+                level,
+                &old_values[slot / 2 * dim..],
+                &mut values[pairs_of(vector)],
+            );
+            let into = vector * LANES..(vector + 1) * LANES;
+            key_scales[into.clone()].copy_from_slice(&scales[slot..][..LANES]);
+            value_scales[into].copy_from_slice(&scales[block_tokens + slot..][..LANES]);
         }
+        let mut tile = Tile {
+            key_stride: LANES,
+            ..Tile::default()
+        };
+        for vector in vectors {
+            tile.keys[vector] = &keys[pairs_of(vector)];
+            tile.values[vector] = &values[pairs_of(vector)];
+        }
+        tile.scales = Some((key_scales, value_scales));
         tile
     }
 }
@@ -415,8 +475,8 @@ vectorised! {
 }
 
 vectorised! {
-    fn add_to_row(query: &[bf16], tile: &Tile, seen: Seen, scoring: &Scoring, state: &mut [f32]) {
-        add_tile(query, tile, seen, scoring, &mut State::of(state));
+    fn add_tile(group: &mut Group, tile: &Tile, scoring: &Scoring) {
+        tile::add_tile(group, tile, scoring);
     }
 }
 

@@ -5,7 +5,7 @@
 //! batch    which rows of a step belong to which sequence, and where its blocks are
 //! store    norm, rotary, and the step's keys and values into the cache
 //! attend   every row over its own sequence: what is computed where, and in which order
-//! tile     one tile of keys for some rows, at any level
+//! tile     one tile of keys for some rows, at any level; avx512: the same with its dot products
 //! ```
 //!
 //! A row's result depends on its query and on the keys before it, and on nothing else of the step:
@@ -15,9 +15,13 @@
 //! which threads take which splits, changes who computes, but not what.
 
 mod attend;
+#[cfg(target_arch = "x86_64")]
+mod avx512;
 mod batch;
 mod layout;
 mod store;
+#[cfg(test)]
+mod tests;
 mod tile;
 
 pub use attend::{Scoring, attend};

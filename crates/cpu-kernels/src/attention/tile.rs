@@ -1,10 +1,13 @@
 //! A tile of keys and values, and what it does to one row.
 
+use std::f32::consts::LOG2_E;
+use std::ops::Range;
+
 use half::bf16;
 
 use super::attend::Scoring;
 use crate::bfloat::{round, widen};
-use crate::exp::{exp, tanh};
+use crate::exp::{exp2, tanh};
 
 /// Keys that are taken together, beginning at a multiple of it in the sequence.
 pub(super) const TILE: usize = 64;
@@ -12,6 +15,8 @@ pub(super) const TILE: usize = 64;
 pub(super) const LANES: usize = 16;
 /// Vectors of a tile.
 pub(super) const VECTORS: usize = TILE / LANES;
+/// Rows that are computed together.
+pub(super) const ROWS: usize = 6;
 /// Numbers of a row's state before its weighted values.
 pub(super) const HEADER: usize = 2 * LANES;
 
@@ -29,17 +34,25 @@ pub(super) struct Tile<'a> {
     pub scales: Option<(&'a [f32; TILE], &'a [f32; TILE])>,
 }
 
-/// Which keys of a tile a row sees: at least one.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Seen {
-    pub first: usize,
-    pub end: usize,
+/// Up to `ROWS` rows, the keys of a tile that each sees, and their states side by side.
+pub(super) struct Group<'a> {
+    pub queries: [&'a [bf16]; ROWS],
+    /// Empty if a row sees none of the tile.
+    pub seen: [Range<usize>; ROWS],
+    pub states: &'a mut [f32],
+}
+
+impl Group<'_> {
+    #[inline(always)]
+    pub fn len(&self) -> usize {
+        self.states.len() / (HEADER + self.queries[0].len())
+    }
 }
 
 /// A row's softmax so far.
 ///
 /// ```text
-/// | largest score, 15 unused | sums of weights [16] | weighted values [head_dim] |
+/// | largest score, in base 2; 15 unused | sums of weights [16] | weighted values [head_dim] |
 /// ```
 pub(super) struct State<'a> {
     pub largest: &'a mut f32,
@@ -67,17 +80,34 @@ impl<'a> State<'a> {
     }
 }
 
-/// Add a tile's keys to a row's state.
+/// Add a tile's keys to a group's states.
 #[inline(always)]
-pub(super) fn add_tile(
+pub(super) fn add_tile(group: &mut Group, tile: &Tile, scoring: &Scoring) {
+    let stride = HEADER + group.queries[0].len();
+    for (row, state) in group.states.chunks_exact_mut(stride).enumerate() {
+        if !group.seen[row].is_empty() {
+            let seen = group.seen[row].clone();
+            add_to_row(
+                group.queries[row],
+                tile,
+                seen,
+                scoring,
+                &mut State::of(state),
+            );
+        }
+    }
+}
+
+#[inline(always)]
+fn add_to_row(
     query: &[bf16],
     tile: &Tile,
-    seen: Seen,
+    seen: Range<usize>,
     scoring: &Scoring,
     state: &mut State,
 ) {
     let mut weights = [f32::NEG_INFINITY; TILE];
-    let vectors = seen.first / LANES..seen.end.div_ceil(LANES);
+    let vectors = seen.start / LANES..seen.end.div_ceil(LANES);
     for vector in vectors.clone() {
         let scores = products(query, tile.keys[vector], tile.key_stride);
         weights[vector * LANES..][..LANES].copy_from_slice(&scores);
@@ -90,25 +120,25 @@ pub(super) fn add_tile(
     }
     weights
         .iter_mut()
-        .for_each(|weight| *weight *= scoring.scale);
+        .for_each(|weight| *weight *= scoring.factor());
     if let Some(cap) = scoring.softcap {
         weights
             .iter_mut()
-            .for_each(|weight| *weight = cap * tanh(*weight / cap));
+            .for_each(|weight| *weight = cap * LOG2_E * tanh(*weight / cap));
     }
     for (key, weight) in weights.iter_mut().enumerate() {
-        *weight = if seen.first <= key && key < seen.end {
+        *weight = if seen.contains(&key) {
             *weight
         } else {
             f32::NEG_INFINITY
         };
     }
     let largest = weights.iter().fold(*state.largest, |most, &x| most.max(x));
-    let shrink = exp(*state.largest - largest);
+    let shrink = exp2(*state.largest - largest);
     *state.largest = largest;
     weights
         .iter_mut()
-        .for_each(|weight| *weight = exp(*weight - largest));
+        .for_each(|weight| *weight = exp2(*weight - largest));
     state.sums.iter_mut().for_each(|sum| *sum *= shrink);
     for chunk in weights.as_chunks::<LANES>().0 {
         state
@@ -189,7 +219,7 @@ pub(super) fn add_split(sum: &mut State, later: &State) {
         return;
     }
     let largest = sum.largest.max(*later.largest);
-    let (before, after) = (exp(*sum.largest - largest), exp(*later.largest - largest));
+    let (before, after) = (exp2(*sum.largest - largest), exp2(*later.largest - largest));
     *sum.largest = largest;
     let add = |sum: &mut f32, later: &f32| *sum = *sum * before + later * after;
     sum.sums

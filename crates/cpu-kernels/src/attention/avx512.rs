@@ -1,0 +1,332 @@
+//! A tile of keys and up to six rows, with dot products of bf16 pairs.
+//!
+//! ```text
+//! scores    6 rows x 4 vectors of 16 keys in registers, a query's pair broadcast
+//! weights   2^(score - largest so far), rounded to bf16
+//! values    6 rows x 4 vectors of 16 dimensions in registers, a weight's pair broadcast
+//! ```
+//!
+//! A score's and a value's chain of additions is the same whatever rows are beside it: pairs of
+//! dimensions, or of keys, in ascending order. Keys that a row may not see have weight zero, and
+//! adding their products changes no number but the sign of a zero, which the end undoes.
+
+use std::arch::x86_64::*;
+use std::f32::consts::LOG2_E;
+use std::ops::Range;
+
+use half::bf16;
+
+use super::attend::Scoring;
+use super::tile::{Group, HEADER, LANES, ROWS, TILE, Tile, VECTORS};
+use crate::exp::exp2_coefficients;
+
+/// Vectors of dimensions that are summed together.
+const DIMS: usize = 4;
+
+type Weights = [[u32; TILE / 2]; ROWS];
+
+/// Heads that these kernels take.
+pub(super) fn fits(dim: usize) -> bool {
+    dim.is_multiple_of(LANES)
+}
+
+/// As `tile::add_tile`, for heads that fit.
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512bf16")]
+pub(super) fn add_tile(group: &mut Group, tile: &Tile, next: &Tile, scoring: &Scoring) {
+    match group.len() {
+        1 => add::<1>(group, tile, next, scoring),
+        2 => add::<2>(group, tile, next, scoring),
+        3 => add::<3>(group, tile, next, scoring),
+        4 => add::<4>(group, tile, next, scoring),
+        5 => add::<5>(group, tile, next, scoring),
+        _ => add::<ROWS>(group, tile, next, scoring),
+    }
+}
+
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512bf16")]
+fn add<const R: usize>(group: &mut Group, tile: &Tile, next: &Tile, scoring: &Scoring) {
+    let dim = group.queries[0].len();
+    assert!(
+        fits(dim) && group.states.len() == R * (HEADER + dim),
+        "states"
+    );
+    assert!(
+        group.queries[..R].iter().all(|query| query.len() == dim),
+        "queries"
+    );
+    let first = group.seen[..R]
+        .iter()
+        .map(|seen| seen.start)
+        .min()
+        .unwrap_or(0)
+        / LANES;
+    let end = group.seen[..R]
+        .iter()
+        .map(|seen| seen.end)
+        .max()
+        .unwrap_or(0)
+        .div_ceil(LANES);
+    for vector in first..end {
+        assert!(
+            tile.keys[vector].len() >= (dim / 2 - 1) * tile.key_stride + LANES,
+            "keys"
+        );
+        assert!(tile.values[vector].len() >= LANES / 2 * dim, "values");
+    }
+    // Vectors that no row sees are computed as if they were the first seen one, and not used.
+    let keys = std::array::from_fn(|vector| {
+        let used = if (first..end).contains(&vector) {
+            vector
+        } else {
+            first
+        };
+        tile.keys[used].as_ptr()
+    });
+    let queries = std::array::from_fn(|row| group.queries[row].as_ptr());
+    let mut weights: Weights = [[0; TILE / 2]; ROWS];
+    let mut shrink = [0.0; R];
+    // SAFETY: lengths were checked above.
+    unsafe {
+        let ahead = std::array::from_fn(|vector| next.keys[vector].as_ptr());
+        let scores = scores::<R>(&queries, &keys, tile.key_stride, dim, &ahead);
+        for (row, scores) in scores.iter().enumerate() {
+            let state = &mut group.states[row * (HEADER + dim)..];
+            let seen = group.seen[row].clone();
+            shrink[row] = soften(
+                scores,
+                seen.start,
+                seen.end,
+                tile,
+                scoring,
+                state,
+                &mut weights[row],
+            );
+        }
+        let values: [_; VECTORS] = std::array::from_fn(|vector| tile.values[vector].as_ptr());
+        let ahead: [_; VECTORS] = std::array::from_fn(|vector| next.values[vector].as_ptr());
+        let sums = group.states.as_mut_ptr();
+        let mut place = 0;
+        while place + DIMS * LANES <= dim {
+            weigh::<R, DIMS>(
+                &weights,
+                &shrink,
+                &values,
+                &ahead,
+                first..end,
+                dim,
+                place,
+                sums,
+            );
+            place += DIMS * LANES;
+        }
+        while place < dim {
+            weigh::<R, 1>(
+                &weights,
+                &shrink,
+                &values,
+                &ahead,
+                first..end,
+                dim,
+                place,
+                sums,
+            );
+            place += LANES;
+        }
+    }
+}
+
+/// Products of R queries with 64 keys.
+///
+/// # Safety
+/// `queries` are of `dim` numbers, `keys` of `dim / 2` rows of 16 pairs every `stride`.
+#[target_feature(enable = "avx512f,avx512bf16")]
+unsafe fn scores<const R: usize>(
+    queries: &[*const bf16; R],
+    keys: &[*const u32; VECTORS],
+    stride: usize,
+    dim: usize,
+    ahead: &[*const u32; VECTORS],
+) -> [[__m512; VECTORS]; R] {
+    let mut sums = [[_mm512_setzero_ps(); VECTORS]; R];
+    for pair in 0..dim / 2 {
+        // SAFETY: within what the caller promised; a prefetch may be of any address.
+        unsafe {
+            let mut loaded = [_mm512_setzero_si512(); VECTORS];
+            for vector in 0..VECTORS {
+                loaded[vector] = _mm512_loadu_si512(keys[vector].add(pair * stride).cast());
+                _mm_prefetch::<_MM_HINT_T1>(ahead[vector].wrapping_add(pair * stride).cast());
+            }
+            for row in 0..R {
+                let query = queries[row].add(2 * pair).cast::<i32>().read_unaligned();
+                let query = pairs(_mm512_set1_epi32(query));
+                for vector in 0..VECTORS {
+                    let sum = sums[row][vector];
+                    sums[row][vector] = _mm512_dpbf16_ps(sum, pairs(loaded[vector]), query);
+                }
+            }
+        }
+    }
+    sums
+}
+
+/// Weights of a row's keys, into its state's sums and as pairs of bf16; by how much what the state
+/// held before shrinks.
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512bf16")]
+fn soften(
+    products: &[__m512; VECTORS],
+    first: usize,
+    end: usize,
+    tile: &Tile,
+    scoring: &Scoring,
+    state: &mut [f32],
+    weights: &mut [u32; TILE / 2],
+) -> f32 {
+    let below = |key: usize| (1_u128 << key) - 1;
+    let seen = (below(end) & !below(first.min(end))) as u64;
+    let mask = |vector: usize| (seen >> (vector * LANES)) as __mmask16;
+    let mut scores = *products;
+    let mut most = _mm512_set1_ps(f32::NEG_INFINITY);
+    for vector in 0..VECTORS {
+        let mut score = scores[vector];
+        if let Some((scales, _)) = tile.scales {
+            score = _mm512_mul_ps(score, load(&scales[vector * LANES..]));
+        }
+        score = _mm512_mul_ps(score, _mm512_set1_ps(scoring.factor()));
+        if let Some(cap) = scoring.softcap {
+            score = capped(score, cap);
+        }
+        score = _mm512_mask_mov_ps(_mm512_set1_ps(f32::NEG_INFINITY), mask(vector), score);
+        most = _mm512_max_ps(most, score);
+        scores[vector] = score;
+    }
+    let before = state[0];
+    let largest = before.max(_mm512_reduce_max_ps(most));
+    state[0] = largest;
+    // A row that has seen no key at all subtracts nothing, so that its weights become zero.
+    let base = if largest == f32::NEG_INFINITY {
+        0.0
+    } else {
+        largest
+    };
+    let base = _mm512_set1_ps(base);
+    let shrink = exp2(_mm512_sub_ps(_mm512_set1_ps(before), base));
+    let mut sum = _mm512_mul_ps(load(&state[LANES..]), shrink);
+    for vector in 0..VECTORS {
+        let weight = exp2(_mm512_sub_ps(scores[vector], base));
+        let mut weight = _mm512_maskz_mov_ps(mask(vector), weight);
+        sum = _mm512_add_ps(sum, weight);
+        if let Some((_, scales)) = tile.scales {
+            let scales = load(&scales[vector * LANES..]);
+            weight = _mm512_maskz_mul_ps(mask(vector), weight, scales);
+        }
+        let rounded = _mm512_cvtneps_pbh(weight);
+        let into = &mut weights[vector * LANES / 2..][..LANES / 2];
+        // SAFETY: `into` has 32 bytes; both are 256 plain bits.
+        unsafe {
+            let bits = std::mem::transmute::<__m256bh, __m256i>(rounded);
+            _mm256_storeu_si256(into.as_mut_ptr().cast(), bits);
+        }
+    }
+    // SAFETY: the header has 16 sums.
+    unsafe { _mm512_storeu_ps(state[LANES..2 * LANES].as_mut_ptr(), sum) };
+    _mm512_cvtss_f32(shrink)
+}
+
+/// Add weighted values to N vectors of dimensions of R states.
+///
+/// # Safety
+/// `sums` are R states of `dim` dimensions, of which N vectors are at `place`; `values` of every
+/// vector of keys in `vectors` have 8 rows of `dim` pairs.
+#[target_feature(enable = "avx512f,avx512bf16")]
+unsafe fn weigh<const R: usize, const N: usize>(
+    weights: &Weights,
+    shrink: &[f32; R],
+    values: &[*const u32; VECTORS],
+    ahead: &[*const u32; VECTORS],
+    vectors: Range<usize>,
+    dim: usize,
+    place: usize,
+    sums: *mut f32,
+) {
+    let at = |row: usize, n: usize| row * (HEADER + dim) + HEADER + place + n * LANES;
+    let mut sum = [[_mm512_setzero_ps(); N]; R];
+    for row in 0..R {
+        for n in 0..N {
+            // SAFETY: within the state, as the caller promised.
+            let before = unsafe { _mm512_loadu_ps(sums.add(at(row, n))) };
+            sum[row][n] = _mm512_mul_ps(before, _mm512_set1_ps(shrink[row]));
+        }
+    }
+    for vector in vectors {
+        for pair in 0..LANES / 2 {
+            let offset = pair * dim + place;
+            let mut loaded = [_mm512_setzero_si512(); N];
+            // SAFETY: within the values, as the caller promised; a prefetch may be of any address.
+            unsafe {
+                for n in 0..N {
+                    let from = values[vector].add(offset + n * LANES);
+                    loaded[n] = _mm512_loadu_si512(from.cast());
+                    let ahead = ahead[vector].wrapping_add(offset + n * LANES);
+                    _mm_prefetch::<_MM_HINT_T1>(ahead.cast());
+                }
+            }
+            for row in 0..R {
+                let weight = weights[row][vector * LANES / 2 + pair] as i32;
+                let weight = pairs(_mm512_set1_epi32(weight));
+                for n in 0..N {
+                    sum[row][n] = _mm512_dpbf16_ps(sum[row][n], pairs(loaded[n]), weight);
+                }
+            }
+        }
+    }
+    for row in 0..R {
+        for n in 0..N {
+            // SAFETY: as above.
+            unsafe { _mm512_storeu_ps(sums.add(at(row, n)), sum[row][n]) };
+        }
+    }
+}
+
+#[target_feature(enable = "avx512f")]
+#[inline]
+fn pairs(bits: __m512i) -> __m512bh {
+    // SAFETY: both are 512 plain bits.
+    unsafe { std::mem::transmute(bits) }
+}
+
+#[target_feature(enable = "avx512f")]
+#[inline]
+fn load(numbers: &[f32]) -> __m512 {
+    let numbers = &numbers[..LANES];
+    // SAFETY: there are 16.
+    unsafe { _mm512_loadu_ps(numbers.as_ptr()) }
+}
+
+/// 2^x for x <= 0, zero below -150.
+#[target_feature(enable = "avx512f")]
+#[inline]
+fn exp2(x: __m512) -> __m512 {
+    let x = _mm512_max_ps(_mm512_set1_ps(-160.0), x);
+    let whole = _mm512_roundscale_ps::<{ _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC }>(x);
+    let rest = _mm512_sub_ps(x, whole);
+    let [first, others @ ..] = exp2_coefficients();
+    let mut sum = _mm512_set1_ps(first);
+    for coefficient in others {
+        sum = _mm512_fmadd_ps(sum, rest, _mm512_set1_ps(coefficient));
+    }
+    _mm512_scalef_ps(sum, whole)
+}
+
+/// cap * tanh(score / cap), in base 2.
+#[target_feature(enable = "avx512f")]
+#[inline]
+fn capped(score: __m512, cap: f32) -> __m512 {
+    let one = _mm512_set1_ps(1.0);
+    // tanh(|x|) = (1 - e^-2|x|) / (1 + e^-2|x|)
+    let size = _mm512_mul_ps(_mm512_abs_ps(score), _mm512_set1_ps(-2.0 * LOG2_E / cap));
+    let power = exp2(size);
+    let tanh = _mm512_div_ps(_mm512_sub_ps(one, power), _mm512_add_ps(one, power));
+    let tanh = _mm512_mul_ps(tanh, _mm512_set1_ps(cap * LOG2_E));
+    let sign = _mm512_and_si512(_mm512_castps_si512(score), _mm512_set1_epi32(i32::MIN));
+    _mm512_castsi512_ps(_mm512_or_si512(_mm512_castps_si512(tanh), sign))
+}
