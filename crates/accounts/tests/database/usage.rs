@@ -1,0 +1,93 @@
+//! What requests used, as the database tells it.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use parking_lot::Mutex;
+use scalellm_accounts::report::{self, GroupBy, Query};
+use scalellm_accounts::{Live, RUNNING, Usage};
+
+use crate::support::{fresh, started};
+
+struct Running(Mutex<Usage>);
+
+impl Live for Running {
+    fn usage(&self) -> Usage {
+        self.0.lock().clone()
+    }
+}
+
+fn usage(model: &str, output_tokens: i64, outcome: &'static str) -> Usage {
+    Usage {
+        request_id: "same-for-all".to_owned(),
+        key_id: "key-1".to_owned(),
+        tenant: "acme".to_owned(),
+        model: model.to_owned(),
+        route: "/v1/completions",
+        started_at_ms: 1_709_210_096_789,
+        duration_us: 10,
+        first_token_us: None,
+        prompt_tokens: 5,
+        cached_tokens: 2,
+        output_tokens,
+        status: 200,
+        outcome,
+    }
+}
+
+#[tokio::test]
+async fn every_request_counts_once_while_it_runs_and_when_it_ended() {
+    let fresh = fresh().await;
+    let accounts = started(&fresh.url).await;
+    let by_model = Query {
+        group_by: vec![GroupBy::Model, GroupBy::Day],
+        ..Query::default()
+    };
+    let running = Arc::new(Running(Mutex::new(usage("a", 1, RUNNING))));
+    let number = accounts.meters().begin(running.clone());
+    running.0.lock().output_tokens = 3;
+    let seen = loop {
+        let sums = report::usage(accounts.database(), &by_model).await.unwrap();
+        match sums.as_slice() {
+            [sum] if sum.output_tokens == 3 => break sums,
+            _ => tokio::time::sleep(Duration::from_millis(5)).await,
+        }
+    };
+    assert_eq!((seen[0].requests, seen[0].running), (1, 1));
+    assert_eq!(seen[0].group["day"], "2024-02-29");
+    accounts.meters().end(number, usage("a", 7, "ok"));
+    for n in 0..1200 {
+        let number = accounts.meters().begin(running.clone());
+        let outcome = if n % 3 == 0 { "client_left" } else { "ok" };
+        accounts.meters().end(number, usage("b", 1, outcome));
+    }
+    accounts.shutdown().await;
+    assert_eq!(
+        (
+            accounts.counts().usage_lost,
+            accounts.counts().usage_waiting
+        ),
+        (0, 0)
+    );
+    let after = started(&fresh.url).await;
+    let sums = report::usage(after.database(), &by_model).await.unwrap();
+    let shown: Vec<_> = sums
+        .iter()
+        .map(|s| {
+            (
+                s.group["model"].as_str().unwrap(),
+                s.requests,
+                s.failed,
+                s.prompt_tokens,
+                s.output_tokens,
+            )
+        })
+        .collect();
+    assert_eq!(shown, [("b", 1200, 400, 6000, 1200), ("a", 1, 0, 5, 7)]);
+    let nobody = Query {
+        tenant: Some("nobody".to_owned()),
+        ..Query::default()
+    };
+    let none = report::usage(after.database(), &nobody).await.unwrap();
+    assert_eq!((none.len(), none[0].requests), (1, 0));
+}
