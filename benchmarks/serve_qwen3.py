@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import make_shape
+from document import write_section
 from rich.console import Console
 
 from scalellm.bench.plan import Level, Workload
@@ -102,19 +103,6 @@ def section(result: Result, server: Server, command: str) -> str:
         f"{machine['memory_bytes'] / 2**30:.0f} GiB, with\n\n"
         f"    {command}\n\n{rows}"
     )
-
-
-def write_section(path: Path, name: str, text: str) -> None:
-    """Replace what stands between `name`'s markers, which are added if the file lacks them."""
-    begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
-    document = path.read_text(encoding="utf-8") if path.exists() else "# Performance\n"
-    if begin not in document:
-        document = f"{document.rstrip()}\n\n{begin}\n{end}\n"
-    head, _, rest = document.partition(begin)
-    _, found, tail = rest.partition(end)
-    if not found:
-        raise RuntimeError(f"{path}: {begin} without {end}")
-    path.write_text(f"{head}{begin}\n{text}{end}{tail}", encoding="utf-8")
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -1,0 +1,48 @@
+"""`transformers serve`: its default, and with continuous batching, which is off by default."""
+
+from pathlib import Path
+
+from peers import weights
+from peers.environment import python_environment
+from peers.system import Launch, System
+
+VERSION = "5.23.0"
+_ENVIRONMENT = "transformers"
+
+
+def python(cache: Path, log: Path) -> Path:
+    """The Python that has torch and transformers; converters run in it too."""
+    return python_environment(cache, _ENVIRONMENT, log)
+
+
+def _build(cache: Path, log: Path) -> None:
+    python(cache, log)
+    weights.bf16_folder(cache)
+
+
+def _launch(cache: Path, port: int, flags: tuple[str, ...]) -> Launch:
+    program = cache / _ENVIRONMENT / "env" / "bin" / "transformers"
+    argv = (str(program), "serve", str(weights.bf16_folder(cache)), "--device", "cpu")
+    listen = ("--host", "127.0.0.1", "--port", str(port))
+    return Launch((*argv, *listen, *flags), {"HF_HUB_OFFLINE": "1"}, ready_path="/health")
+
+
+_ABOUT = f"transformers serve {VERSION}"
+SYSTEMS = (
+    System(
+        "transformers",
+        f"{_ABOUT}, default",
+        "bf16",
+        _build,
+        lambda cache, port: _launch(cache, port, ()),
+        ignore_eos=False,
+    ),
+    System(
+        "transformers-batching",
+        f"{_ABOUT}, --continuous-batching",
+        "bf16",
+        _build,
+        lambda cache, port: _launch(cache, port, ("--continuous-batching",)),
+        ignore_eos=False,
+    ),
+)
