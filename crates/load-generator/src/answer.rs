@@ -26,9 +26,24 @@ pub struct Answer {
     prompt_tokens: Option<u32>,
     finished: bool,
     done: bool,
+    /// What was said, where a conversation goes on with it.
+    text: Option<String>,
 }
 
 impl Answer {
+    /// A tally that also keeps the first choice's text.
+    pub fn with_text() -> Answer {
+        Answer {
+            text: Some(String::new()),
+            ..Answer::default()
+        }
+    }
+
+    /// The text so far, where it is kept.
+    pub fn text(&self) -> Option<&str> {
+        self.text.as_deref()
+    }
+
     /// Reads one event's data. Fails on what is not a chunk of the API, and on error events.
     pub fn on_event(&mut self, data: &[u8]) -> Result<Event, Failure> {
         if data.trim_ascii() == b"[DONE]" {
@@ -81,6 +96,10 @@ impl Answer {
         if event == Event::Token {
             self.token_chunks += 1;
         }
+        if let Some(text) = &mut self.text {
+            // Well-formed, as it has been read above: what is missing here is no text.
+            text.push_str(&said(raw).unwrap_or_default());
+        }
         Ok(event)
     }
 
@@ -105,6 +124,29 @@ impl Answer {
             None => (self.token_chunks, TokenSource::Chunks),
         }
     }
+}
+
+/// What a chunk, or a whole answer, adds to the first choice's text.
+fn said(raw: &[u8]) -> Option<String> {
+    #[derive(serde::Deserialize)]
+    struct Said {
+        choices: Vec<Choice>,
+    }
+    #[derive(serde::Deserialize)]
+    struct Choice {
+        #[serde(default)]
+        index: u32,
+        text: Option<String>,
+        #[serde(alias = "message")]
+        delta: Option<Delta>,
+    }
+    #[derive(serde::Deserialize)]
+    struct Delta {
+        content: Option<String>,
+    }
+    let said: Said = serde_json::from_slice(raw).ok()?;
+    let first = said.choices.into_iter().find(|choice| choice.index == 0)?;
+    first.text.or_else(|| first.delta?.content)
 }
 
 /// The beginning of `bytes` as text, for messages.
@@ -283,6 +325,24 @@ mod tests {
         answer.on_whole(body.as_bytes()).expect("answer");
         assert_eq!(answer.tokens(), (9, TokenSource::Usage));
         assert!(answer.is_complete());
+    }
+
+    #[test]
+    fn the_text_of_the_first_choice_is_kept_when_it_is_asked_for() {
+        let mut answer = Answer::with_text();
+        for chunk in [
+            r#"{"choices":[{"index":0,"delta":{"role":"assistant","content":""}}]}"#,
+            r#"{"choices":[{"index":0,"delta":{"content":"Hi "}}]}"#,
+            r#"{"choices":[{"index":1,"delta":{"content":"no"}}]}"#,
+            r#"{"choices":[{"index":0,"text":"you"}]}"#,
+            r#"{"choices":[{"index":0,"delta":{},"finish_reason":"stop"}]}"#,
+            r#"{"choices":[],"usage":{"completion_tokens":2}}"#,
+            "[DONE]",
+        ] {
+            answer.on_event(chunk.as_bytes()).expect(chunk);
+        }
+        assert_eq!(answer.text(), Some("Hi you"));
+        assert_eq!(Answer::default().text(), None);
     }
 
     #[test]

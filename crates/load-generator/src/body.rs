@@ -1,49 +1,60 @@
 use bytes::Bytes;
 use serde_json::{Map, Value, json};
 
-use crate::plan::{Endpoint, Plan, Prompt, PromptContent};
+use crate::plan::{Endpoint, Plan, PromptContent};
 
-/// Serialises every prompt's request body once, so that a send costs no JSON work.
-pub(crate) fn request_bodies(plan: &Plan) -> Vec<Bytes> {
-    plan.prompts
-        .iter()
-        .map(|prompt| Bytes::from(request_body(plan, prompt).to_string()))
-        .collect()
+/// Makes request bodies: the fields that all requests of a plan share, and what each says.
+pub(crate) struct Bodies {
+    model: String,
+    endpoint: Endpoint,
+    max_tokens: u32,
+    shared: Map<String, Value>,
+    extra: Map<String, Value>,
 }
 
-fn request_body(plan: &Plan, prompt: &Prompt) -> Value {
-    let mut body = Map::new();
-    body.insert("model".into(), json!(plan.model));
-    match (plan.endpoint, &prompt.content) {
-        (Endpoint::Chat, PromptContent::Text(text)) => {
-            body.insert(
-                "messages".into(),
-                json!([{"role": "user", "content": text}]),
-            );
+impl Bodies {
+    pub fn new(plan: &Plan) -> Bodies {
+        let mut shared = Map::new();
+        shared.insert("temperature".into(), json!(plan.temperature));
+        shared.insert("stream".into(), json!(plan.stream));
+        if plan.stream && plan.include_usage {
+            shared.insert("stream_options".into(), json!({"include_usage": true}));
         }
-        (_, PromptContent::Text(text)) => {
-            body.insert("prompt".into(), json!(text));
+        if plan.ignore_eos {
+            shared.insert("ignore_eos".into(), json!(true));
         }
-        (_, PromptContent::TokenIds(ids)) => {
-            body.insert("prompt".into(), json!(ids));
+        if plan.return_token_ids {
+            shared.insert("return_token_ids".into(), json!(true));
+        }
+        Bodies {
+            model: plan.model.clone(),
+            endpoint: plan.endpoint,
+            max_tokens: plan.max_tokens,
+            shared,
+            extra: plan.extra_body.clone(),
         }
     }
-    body.insert("max_tokens".into(), json!(plan.max_tokens));
-    body.insert("temperature".into(), json!(plan.temperature));
-    body.insert("stream".into(), json!(plan.stream));
-    if plan.stream && plan.include_usage {
-        body.insert("stream_options".into(), json!({"include_usage": true}));
+
+    /// `max_tokens`: instead of the plan's.
+    pub fn make(&self, content: &PromptContent, max_tokens: Option<u32>) -> Bytes {
+        let mut body = Map::new();
+        body.insert("model".into(), json!(self.model));
+        let (name, said) = match (self.endpoint, content) {
+            (_, PromptContent::Messages(messages)) => ("messages", json!(messages)),
+            (Endpoint::Chat, PromptContent::Text(text)) => {
+                ("messages", json!([{"role": "user", "content": text}]))
+            }
+            (_, PromptContent::Text(text)) => ("prompt", json!(text)),
+            (_, PromptContent::TokenIds(ids)) => ("prompt", json!(ids)),
+        };
+        body.insert(name.into(), said);
+        let max_tokens = max_tokens.unwrap_or(self.max_tokens);
+        body.insert("max_tokens".into(), json!(max_tokens));
+        for (name, value) in self.shared.iter().chain(&self.extra) {
+            body.insert(name.clone(), value.clone());
+        }
+        Bytes::from(Value::Object(body).to_string())
     }
-    if plan.ignore_eos {
-        body.insert("ignore_eos".into(), json!(true));
-    }
-    if plan.return_token_ids {
-        body.insert("return_token_ids".into(), json!(true));
-    }
-    for (name, value) in &plan.extra_body {
-        body.insert(name.clone(), value.clone());
-    }
-    Value::Object(body)
 }
 
 #[cfg(test)]
@@ -53,25 +64,31 @@ mod tests {
     fn bodies(fields: Value) -> Vec<Value> {
         let mut plan = json!({
             "url": "http://h", "endpoint": "completions", "model": "m", "max_tokens": 4,
-            "prompts": [{"text": "a"}, {"token_ids": [1, 2]}],
+            "prompts": [{"text": "a"}, {"token_ids": [1, 2], "max_tokens": 9}],
             "levels": [{"concurrency": 1, "requests": 1}],
         });
         for (name, value) in fields.as_object().expect("fields") {
             plan[name] = value.clone();
         }
         let plan = Plan::from_json(&plan.to_string()).expect("plan");
-        request_bodies(&plan)
+        let bodies = Bodies::new(&plan);
+        plan.prompts
             .iter()
-            .map(|body| serde_json::from_slice(body).expect("JSON"))
+            .map(|prompt| bodies.make(&prompt.content, prompt.max_tokens))
+            .map(|body| serde_json::from_slice(&body).expect("JSON"))
             .collect()
     }
 
     #[test]
-    fn prompts_go_out_as_text_or_as_ids() {
+    fn prompts_go_out_as_text_or_as_ids_each_with_its_length() {
         let bodies = bodies(json!({}));
         assert_eq!(bodies[0]["prompt"], "a");
         assert_eq!(bodies[1]["prompt"], json!([1, 2]));
         assert_eq!(bodies[0]["stream_options"], json!({"include_usage": true}));
+        assert_eq!(
+            (&bodies[0]["max_tokens"], &bodies[1]["max_tokens"]),
+            (&json!(4), &json!(9))
+        );
         assert!(
             bodies[0].get("ignore_eos").is_none(),
             "only sent when asked for"
@@ -80,10 +97,14 @@ mod tests {
 
     #[test]
     fn chat_wraps_the_text_in_a_user_message_and_extra_fields_win() {
-        let body = &bodies(json!({
-            "endpoint": "chat", "prompts": [{"text": "a"}], "stream": false,
+        let messages =
+            json!([{"role": "system", "content": "s"}, {"role": "user", "content": "u"}]);
+        let bodies = bodies(json!({
+            "endpoint": "chat", "prompts": [{"text": "a"}, {"messages": messages}], "stream": false,
             "ignore_eos": true, "extra_body": {"temperature": 0.5, "top_k": 3},
-        }))[0];
+        }));
+        assert_eq!(bodies[1]["messages"], messages);
+        let body = &bodies[0];
         assert_eq!(body["messages"], json!([{"role": "user", "content": "a"}]));
         assert_eq!(body["temperature"], 0.5);
         assert_eq!(body["top_k"], 3);

@@ -2,8 +2,8 @@
 
 use std::net::SocketAddr;
 use std::sync::Mutex;
-use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
-use std::time::Duration;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use http_body_util::{BodyExt, Full};
@@ -13,8 +13,8 @@ use hyper::{Request, Response};
 use tokio::time::timeout_at;
 
 use crate::answer::{Answer, Event, excerpt};
-use crate::body::request_bodies;
 use crate::connection::{Clock, Connection};
+use crate::conversation::{Conversation, Conversations};
 use crate::error::LoadError;
 use crate::plan::Plan;
 use crate::reading::{ends_soon, finish, http_failure, read_up_to, require_event_stream};
@@ -30,16 +30,15 @@ const MAX_ERROR_BYTES: usize = 4096;
 /// Gaps kept of one request; a stream that never ends must not fill the memory.
 const MAX_GAPS: usize = 1 << 20;
 
-/// The endpoint as one level sees it: its addresses, idle connections and ready-made bodies.
+/// The endpoint as one run sees it: its addresses, its idle connections, and what to say to it.
 pub(crate) struct Client {
     target: Target,
     addresses: Result<Vec<SocketAddr>, String>,
     authorization: Option<HeaderValue>,
-    bodies: Vec<Bytes>,
+    conversations: Conversations,
     stream: bool,
     timeout: Duration,
     clock: Clock,
-    next_prompt: AtomicUsize,
     token_chunks: AtomicU64,
     /// Most recently used last; never more than requests were in flight.
     idle: Mutex<Vec<Connection>>,
@@ -49,6 +48,19 @@ pub(crate) struct Client {
 pub(crate) struct Exchange {
     pub record: Record,
     pub send_lag_ns: Option<u64>,
+    /// The answer's text, where the conversation goes on with it.
+    answer_text: Option<String>,
+}
+
+impl Exchange {
+    /// A request that was never begun.
+    pub fn unsent(record: Record) -> Exchange {
+        Exchange {
+            record,
+            send_lag_ns: None,
+            answer_text: None,
+        }
+    }
 }
 
 /// What is known so far; survives the timeout that ends the exchange.
@@ -86,19 +98,33 @@ impl Client {
             target,
             addresses,
             authorization,
-            bodies: request_bodies(plan),
+            conversations: Conversations::new(plan),
             stream: plan.stream,
             timeout: Duration::from_secs_f64(plan.timeout_s),
             clock,
-            next_prompt: AtomicUsize::new(0),
             token_chunks: AtomicU64::new(0),
             idle: Mutex::default(),
         })
     }
 
-    /// How many requests took a prompt so far, and how many prompts there are.
+    /// How many prompts were taken so far, and how many there are.
     pub fn prompts(&self) -> (usize, usize) {
-        (self.next_prompt.load(Ordering::Relaxed), self.bodies.len())
+        self.conversations.taken_of()
+    }
+
+    pub fn next_conversation(&self) -> Conversation {
+        self.conversations.begin_next()
+    }
+
+    /// Readies the conversation's next request; how long its user thinks before, or None when it
+    /// is over: all was said, or a request did not complete.
+    pub fn go_on(&self, conversation: &mut Conversation, exchange: &Exchange) -> Option<Duration> {
+        let answer = exchange.answer_text.as_deref()?;
+        self.conversations.go_on(conversation, answer)
+    }
+
+    pub fn instant(&self, ns: u64) -> Instant {
+        self.clock.instant(ns)
     }
 
     /// Chunks with tokens received so far, of all requests.
@@ -106,18 +132,26 @@ impl Client {
         self.token_chunks.load(Ordering::Relaxed)
     }
 
-    /// Sends the next prompt now. `scheduled_ns`: when it should have been sent (open loop), from
-    /// which its wait is then counted.
-    pub async fn exchange(&self, scheduled_ns: Option<u64>) -> Exchange {
-        let prompt = self.next_prompt.fetch_add(1, Ordering::Relaxed) % self.bodies.len();
+    /// Sends the conversation's request now. `scheduled_ns`: when it should have been sent (open
+    /// loop), from which its wait is then counted.
+    pub async fn exchange(
+        &self,
+        conversation: &Conversation,
+        scheduled_ns: Option<u64>,
+    ) -> Exchange {
         let begin_ns = self.clock.now_ns();
         let due_ns = scheduled_ns.unwrap_or(begin_ns);
         let mut observed = Observed {
             send_lag_ns: begin_ns.saturating_sub(due_ns),
+            answer: match conversation.goes_on() {
+                true => Answer::with_text(),
+                false => Answer::default(),
+            },
             ..Observed::default()
         };
         let deadline = self.clock.instant(due_ns) + self.timeout;
-        let outcome = match timeout_at(deadline.into(), self.attempt(prompt, &mut observed)).await {
+        let attempt = self.attempt(&conversation.body, &mut observed);
+        let outcome = match timeout_at(deadline.into(), attempt).await {
             Ok(Ok(())) => Outcome::Completed,
             Ok(Err(failure)) => Outcome::Failed(failure),
             Err(_) => Outcome::TimedOut,
@@ -125,8 +159,12 @@ impl Client {
         let (tokens, token_source) = observed.answer.tokens();
         Exchange {
             send_lag_ns: observed.sent_ns.map(|_| observed.send_lag_ns),
+            answer_text: (outcome == Outcome::Completed)
+                .then(|| observed.answer.text().map(str::to_owned))
+                .flatten(),
             record: Record {
-                prompt: u32::try_from(prompt).unwrap_or(u32::MAX),
+                prompt: conversation.prompt,
+                turn: conversation.turn,
                 origin_ns: scheduled_ns.or(observed.sent_ns).unwrap_or(begin_ns),
                 sent_ns: observed.sent_ns,
                 first_token_ns: observed.first_ns,
@@ -144,8 +182,8 @@ impl Client {
         }
     }
 
-    async fn attempt(&self, prompt: usize, observed: &mut Observed) -> Result<(), Failure> {
-        let (connection, response) = self.send(prompt, observed).await?;
+    async fn attempt(&self, body: &Bytes, observed: &mut Observed) -> Result<(), Failure> {
+        let (connection, response) = self.send(body, observed).await?;
         observed.status = Some(response.status().as_u16());
         let reusable = if !response.status().is_success() {
             let status = response.status();
@@ -182,10 +220,10 @@ impl Client {
     /// written is tried again.
     async fn send(
         &self,
-        prompt: usize,
+        body: &Bytes,
         observed: &mut Observed,
     ) -> Result<(Connection, Response<Incoming>), Failure> {
-        let mut request = self.request(prompt);
+        let mut request = self.request(body.clone());
         loop {
             let (mut connection, is_new) = match self.take_idle().await {
                 Some(connection) => (connection, false),
@@ -208,8 +246,7 @@ impl Client {
         }
     }
 
-    fn request(&self, prompt: usize) -> Request<Full<Bytes>> {
-        let body = self.bodies[prompt].clone();
+    fn request(&self, body: Bytes) -> Request<Full<Bytes>> {
         let mut request = Request::new(Full::new(body));
         *request.method_mut() = hyper::Method::POST;
         // Both were parsed from a URL, so they fit; what does not is the server's to refuse.

@@ -6,6 +6,8 @@
 //!              closed: N tasks, each sends, waits for the end, sends again
 //!              open:   the pacer's arrivals, one task each, never waiting for an answer
 //! ```
+//!
+//! What a task sends is one request, or a conversation: its further turns follow their answers.
 
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -14,9 +16,9 @@ use std::time::{Duration, Instant};
 use tokio::sync::watch;
 use tokio::task::{JoinError, JoinSet};
 
-use crate::arrivals::Arrivals;
 use crate::client::{Client, Exchange};
 use crate::connection::Clock;
+use crate::conversation::Conversation;
 use crate::cpu::ThreadCpu;
 use crate::error::LoadError;
 use crate::lag::Lag;
@@ -38,7 +40,6 @@ const PUBLISH_EVERY: Duration = Duration::from_millis(100);
 pub(crate) struct LevelContext {
     pub client: Arc<Client>,
     pub clock: Clock,
-    pub seed: u64,
     pub max_in_flight: usize,
     pub record_gaps: bool,
     pub stop: watch::Receiver<bool>,
@@ -63,7 +64,7 @@ impl LevelContext {
         if level.warmup > 0 {
             let clients = match mode {
                 Mode::Closed { concurrency } => concurrency,
-                Mode::Open { .. } => WARMUP_CLIENTS,
+                Mode::Open => WARMUP_CLIENTS,
             };
             let warmup = Mode::Closed {
                 concurrency: clients.min(level.warmup),
@@ -103,20 +104,19 @@ impl LevelContext {
                 progress: Progress {
                     phase,
                     level: number,
-                    requests: level.requests.or(duration.is_none().then_some(limit)),
+                    requests: (mode == Mode::Open || duration.is_none()).then_some(limit),
                     ..Progress::default()
                 },
             }),
         });
-        let seed = self.seed.wrapping_add((number as u64) << 32);
-        let schedule = match mode {
-            Mode::Open { rate } => Some(Arrivals::new(level.arrivals, rate, seed)),
-            Mode::Closed { .. } => None,
+        let send_at_s = match mode {
+            Mode::Open => level.send_at_s.clone().unwrap_or_default(),
+            Mode::Closed { .. } => Vec::new(),
         };
         let until = duration.unwrap_or(Duration::MAX);
-        let arrivals = schedule
+        let arrivals = send_at_s
             .into_iter()
-            .flatten()
+            .map(Duration::from_secs_f64)
             .take_while(move |due| *due < until);
         let cpu_before = ThreadCpu::now();
         let pacer = Pacer::start(start, arrivals.take(limit))?;
@@ -184,19 +184,17 @@ impl LevelContext {
 
     fn send_arrival(&self, shared: &Arc<Shared>, due: Instant, tasks: &mut JoinSet<()>) {
         let due_ns = self.clock.at_ns(due);
+        // Taken here, in the order of the schedule.
+        let conversation = shared.client.next_conversation();
         if shared.in_flight.load(Ordering::Relaxed) >= self.max_in_flight {
-            shared.lock().add(Exchange {
-                record: unsent(due_ns, self.clock.now_ns(), self.max_in_flight),
-                send_lag_ns: None,
-            });
+            let now_ns = self.clock.now_ns();
+            let record = unsent(conversation.prompt, due_ns, now_ns, self.max_in_flight);
+            shared.lock().add(Exchange::unsent(record));
             return;
         }
         shared.in_flight.fetch_add(1, Ordering::Relaxed);
         let shared = Arc::clone(shared);
-        tasks.spawn(async move {
-            let exchange = shared.client.exchange(Some(due_ns)).await;
-            shared.finish(exchange);
-        });
+        tasks.spawn(open_loop_client(shared, conversation, due_ns));
     }
 
     fn publish(&self, shared: &Shared, results: &Results, start: Instant, chunks_before: u64) {
@@ -231,12 +229,16 @@ impl Shared {
         self.results.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    fn in_time(&self) -> bool {
+        self.until.is_none_or(|until| Instant::now() < until)
+    }
+
     /// Takes the right to send one more request.
     fn begin(&self) -> bool {
-        let in_time = self.until.is_none_or(|until| Instant::now() < until);
         let one_less = |left: usize| left.checked_sub(1);
         let order = Ordering::Relaxed;
-        let begun = in_time && self.sends_left.fetch_update(order, order, one_less).is_ok();
+        let taken = || self.sends_left.fetch_update(order, order, one_less);
+        let begun = self.in_time() && taken().is_ok();
         if begun {
             self.in_flight.fetch_add(1, Ordering::Relaxed);
         }
@@ -254,6 +256,7 @@ impl Results {
         let Exchange {
             mut record,
             send_lag_ns,
+            ..
         } = exchange;
         if let Some(lag_ns) = send_lag_ns {
             self.lag.send.record_ns(lag_ns);
@@ -278,22 +281,50 @@ impl Results {
     }
 }
 
+/// One conversation after the other; each request waits for the answer before it.
 async fn closed_loop_client(shared: Arc<Shared>) {
+    let mut conversation = None;
     while shared.begin() {
+        let mut current = conversation
+            .take()
+            .unwrap_or_else(|| shared.client.next_conversation());
         let begun = Instant::now();
-        let exchange = shared.client.exchange(None).await;
+        let exchange = shared.client.exchange(&current, None).await;
         let failed = matches!(exchange.record.outcome, Outcome::Failed(_));
+        let thinking = shared.client.go_on(&mut current, &exchange);
         shared.finish(exchange);
-        if failed {
+        if let Some(thinking) = thinking {
+            tokio::time::sleep(thinking).await;
+            conversation = Some(current);
+        } else if failed {
             tokio::time::sleep_until((begun + AFTER_FAILURE).into()).await;
         }
     }
 }
 
+/// A conversation that begins when it is due. Its further turns are due when their user has
+/// thought, until the level's end.
+async fn open_loop_client(shared: Arc<Shared>, mut conversation: Conversation, mut due_ns: u64) {
+    loop {
+        let exchange = shared.client.exchange(&conversation, Some(due_ns)).await;
+        let thinking = shared.client.go_on(&mut conversation, &exchange);
+        let ended_ns = exchange.record.end_ns;
+        shared.finish(exchange);
+        let Some(thinking) = thinking else { return };
+        due_ns = ended_ns.saturating_add(nanoseconds(thinking));
+        tokio::time::sleep_until(shared.client.instant(due_ns).into()).await;
+        if !shared.in_time() {
+            return;
+        }
+        shared.in_flight.fetch_add(1, Ordering::Relaxed);
+    }
+}
+
 /// The record of a scheduled send that found the generator full.
-fn unsent(due_ns: u64, now_ns: u64, limit: usize) -> Record {
+fn unsent(prompt: u32, due_ns: u64, now_ns: u64, limit: usize) -> Record {
     Record {
-        prompt: 0,
+        prompt,
+        turn: 0,
         origin_ns: due_ns,
         sent_ns: None,
         first_token_ns: None,

@@ -4,7 +4,7 @@
 //!   Plan ── levels ──> Run (own thread, one current-thread runtime)
 //!                       │   Pacer (second thread): due arrivals and loop probes
 //!                       │        │
-//!                       └── level: closed loop (N clients) | open loop (arrivals)
+//!                       └── level: closed loop (N clients) | open loop (scheduled sends)
 //!                                │
 //!                             Client ── one keep-alive connection per request in flight
 //!                                │
@@ -15,10 +15,10 @@
 //! event. What the generator itself adds (late sends, a busy loop) is measured and reported.
 
 pub mod answer;
-pub mod arrivals;
 mod body;
 mod client;
 mod connection;
+mod conversation;
 mod cpu;
 mod error;
 mod lag;

@@ -8,6 +8,9 @@ use crate::url::Target;
 pub const MAX_REQUESTS_PER_LEVEL: usize = 5_000_000;
 /// Most requests a closed or open level may have open at once.
 pub const MAX_IN_FLIGHT: usize = 60_000;
+/// Most turns a conversation may have after its first.
+const MAX_TURNS: usize = 1_000;
+const MAX_WAIT_S: f64 = 1e6;
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
 #[serde(rename_all = "snake_case")]
@@ -44,10 +47,7 @@ pub struct Plan {
     pub extra_body: Map<String, Value>,
     #[serde(default = "default_timeout_s")]
     pub timeout_s: f64,
-    /// Of the arrival times.
-    #[serde(default)]
-    pub seed: u64,
-    /// Requests take them in turn, across warm-ups and levels; used again when they run out.
+    /// Taken in turn, across warm-ups and levels; used again when they run out.
     pub prompts: Vec<Prompt>,
     pub levels: Vec<Level>,
     /// Open requests an open level may hold; a send beyond it is recorded as failed, not queued.
@@ -63,6 +63,24 @@ pub struct Plan {
 pub struct Prompt {
     #[serde(flatten)]
     pub content: PromptContent,
+    /// Instead of the plan's.
+    #[serde(default)]
+    pub max_tokens: Option<u32>,
+    /// What the user says after each answer: then the prompt is the beginning of a conversation,
+    /// and every further request carries all that was said before, answers included.
+    #[serde(default)]
+    pub turns: Vec<Turn>,
+}
+
+#[derive(Clone, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Turn {
+    pub text: String,
+    #[serde(default)]
+    pub max_tokens: Option<u32>,
+    /// How long the user thinks after the answer.
+    #[serde(default)]
+    pub after_s: f64,
 }
 
 #[derive(Clone, Deserialize)]
@@ -71,19 +89,22 @@ pub enum PromptContent {
     Text(String),
     /// Sent as the `prompt` array of `/v1/completions`.
     TokenIds(Vec<u32>),
+    /// Sent as the `messages` of `/v1/chat/completions`.
+    Messages(Vec<Value>),
 }
 
-/// One row of the results. Exactly one of `concurrency` (closed loop) and `rate` (open loop).
+/// One row of the results. Exactly one of `concurrency` (closed loop) and `send_at_s` (open loop).
 #[derive(Debug, Clone, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Level {
     #[serde(default)]
     pub concurrency: Option<usize>,
-    /// Requests per second.
+    /// When the open loop's sends (or conversations) are due, after the level's start; ascending.
+    #[serde(default)]
+    pub send_at_s: Option<Vec<f64>>,
+    /// What the row is to be called: requests per second.
     #[serde(default)]
     pub rate: Option<f64>,
-    #[serde(default)]
-    pub arrivals: ArrivalProcess,
     /// No send begins after this many, or after `duration_s`, whichever comes first.
     #[serde(default)]
     pub requests: Option<usize>,
@@ -94,52 +115,39 @@ pub struct Level {
     pub warmup: usize,
 }
 
-#[derive(Debug, Clone, Copy, Default, PartialEq, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum ArrivalProcess {
-    /// Exponential gaps.
-    #[default]
-    Poisson,
-    /// Equal gaps.
-    Constant,
-}
-
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub(crate) enum Mode {
     Closed { concurrency: usize },
-    Open { rate: f64 },
+    Open,
 }
 
 impl Level {
     pub(crate) fn mode(&self) -> Result<Mode, LoadError> {
-        match (self.concurrency, self.rate) {
+        match (self.concurrency, &self.send_at_s) {
             (Some(concurrency), None) if (1..=MAX_IN_FLIGHT).contains(&concurrency) => {
                 Ok(Mode::Closed { concurrency })
             }
             (Some(concurrency), None) => Err(LoadError::Plan(format!(
                 "concurrency {concurrency}: must be 1 to {MAX_IN_FLIGHT}"
             ))),
-            (None, Some(rate)) if rate.is_finite() && (1e-3..=1e6).contains(&rate) => {
-                Ok(Mode::Open { rate })
-            }
-            (None, Some(rate)) => Err(LoadError::Plan(format!(
-                "rate {rate}: must be 0.001 to 1000000 requests per second"
-            ))),
+            (None, Some(send_at_s)) => check_times(send_at_s).map(|()| Mode::Open),
             _ => Err(LoadError::Plan(
-                "a level needs either concurrency or rate".into(),
+                "a level needs either concurrency or send_at_s".into(),
             )),
         }
     }
 
     pub(crate) fn request_limit(&self) -> usize {
-        self.requests.unwrap_or(MAX_REQUESTS_PER_LEVEL)
+        let scheduled = self.send_at_s.as_ref().map(Vec::len);
+        let asked = self.requests.unwrap_or(MAX_REQUESTS_PER_LEVEL);
+        scheduled.map_or(asked, |sends| sends.min(asked))
     }
 
     fn check(&self) -> Result<(), LoadError> {
         self.mode()?;
         let bad = |what: String| Err(LoadError::Plan(what));
-        if self.requests.is_none() && self.duration_s.is_none() {
-            return bad("a level needs requests or duration_s".into());
+        if self.concurrency.is_some() && self.requests.is_none() && self.duration_s.is_none() {
+            return bad("a closed level needs requests or duration_s".into());
         }
         if self.requests == Some(0) || self.request_limit() > MAX_REQUESTS_PER_LEVEL {
             return bad(format!("requests: must be 1 to {MAX_REQUESTS_PER_LEVEL}"));
@@ -148,10 +156,59 @@ impl Level {
             return bad(format!("warmup: must be at most {MAX_REQUESTS_PER_LEVEL}"));
         }
         match self.duration_s {
-            Some(s) if !(s.is_finite() && s > 0.0 && s <= 1e6) => bad(format!(
+            Some(s) if !(s.is_finite() && s > 0.0 && s <= MAX_WAIT_S) => bad(format!(
                 "duration_s {s}: must be over 0 and at most 1000000"
             )),
             _ => Ok(()),
+        }
+    }
+}
+
+fn check_times(send_at_s: &[f64]) -> Result<(), LoadError> {
+    let first = send_at_s.first().copied().unwrap_or(f64::NAN);
+    let last = send_at_s.last().copied().unwrap_or(f64::NAN);
+    if send_at_s.len() <= MAX_REQUESTS_PER_LEVEL
+        && send_at_s.is_sorted()
+        && first >= 0.0
+        && last <= MAX_WAIT_S
+    {
+        return Ok(());
+    }
+    Err(LoadError::Plan(format!(
+        "send_at_s: must be 1 to {MAX_REQUESTS_PER_LEVEL} ascending times from 0 to {MAX_WAIT_S} s"
+    )))
+}
+
+impl Prompt {
+    fn check(&self, endpoint: Endpoint) -> Result<(), LoadError> {
+        let bad = |what: String| Err(LoadError::Plan(what));
+        match (endpoint, &self.content) {
+            (Endpoint::Chat, PromptContent::TokenIds(_)) => {
+                return bad("prompts: token_ids need the completions endpoint".into());
+            }
+            (Endpoint::Completions, PromptContent::Messages(_)) => {
+                return bad("prompts: messages need the chat endpoint".into());
+            }
+            (_, PromptContent::TokenIds(_)) if !self.turns.is_empty() => {
+                return bad("prompts: a conversation with turns begins with text".into());
+            }
+            _ => {}
+        }
+        if self.turns.len() > MAX_TURNS {
+            return bad(format!("turns: must be at most {MAX_TURNS}"));
+        }
+        let mut lengths = self.turns.iter().map(|turn| turn.max_tokens);
+        if self.max_tokens == Some(0) || lengths.any(|length| length == Some(0)) {
+            return bad("max_tokens: must be at least 1".into());
+        }
+        match self
+            .turns
+            .iter()
+            .map(|turn| turn.after_s)
+            .find(|s| !(0.0..=MAX_WAIT_S).contains(s))
+        {
+            Some(s) => bad(format!("after_s {s}: must be 0 to {MAX_WAIT_S}")),
+            None => Ok(()),
         }
     }
 }
@@ -193,10 +250,9 @@ impl Plan {
         {
             return bad("api_key: only visible ASCII characters can be sent in a header");
         }
-        let ids = |prompt: &Prompt| matches!(prompt.content, PromptContent::TokenIds(_));
-        if self.endpoint == Endpoint::Chat && self.prompts.iter().any(ids) {
-            return bad("prompts: token_ids need the completions endpoint");
-        }
+        self.prompts
+            .iter()
+            .try_for_each(|prompt| prompt.check(self.endpoint))?;
         self.levels.iter().try_for_each(Level::check)
     }
 
@@ -245,25 +301,41 @@ mod tests {
     #[test]
     fn each_bad_field_is_named() {
         type Change = fn(&mut Value);
-        let cases: [(&str, Change); 12] = [
+        let cases: [(&str, Change); 16] = [
             ("levels", |v| v["levels"] = json!([])),
-            ("either concurrency or rate", |v| {
+            ("either concurrency or send_at_s", |v| {
                 v["levels"] = json!([{"requests": 1}])
             }),
-            ("either concurrency or rate", |v| {
-                v["levels"] = json!([{"concurrency": 1, "rate": 1.0, "requests": 1}])
-            }),
+            (
+                "either concurrency or send_at_s",
+                |v| v["levels"] = json!([{"concurrency": 1, "send_at_s": [0.0], "requests": 1}]),
+            ),
             ("requests or duration_s", |v| {
                 v["levels"] = json!([{"concurrency": 1}])
             }),
             ("concurrency 0", |v| {
                 v["levels"] = json!([{"concurrency": 0, "requests": 1}])
             }),
-            ("rate -1", |v| {
-                v["levels"] = json!([{"rate": -1.0, "requests": 1}])
+            ("ascending", |v| {
+                v["levels"] = json!([{"send_at_s": [1.0, 0.5]}])
             }),
+            ("1 to", |v| v["levels"] = json!([{"send_at_s": []}])),
             ("duration_s", |v| {
-                v["levels"] = json!([{"rate": 1.0, "duration_s": 0.0}])
+                v["levels"] = json!([{"send_at_s": [1.0], "duration_s": 0.0}])
+            }),
+            ("messages need the chat", |v| {
+                v["endpoint"] = json!("completions");
+                v["prompts"] = json!([{"messages": []}]);
+            }),
+            (
+                "after_s -1",
+                |v| {
+                    v["prompts"] = json!([{"text": "a", "turns": [{"text": "b", "after_s": -1.0}]}])
+                },
+            ),
+            ("begins with text", |v| {
+                v["endpoint"] = json!("completions");
+                v["prompts"] = json!([{"token_ids": [1], "turns": [{"text": "b"}]}]);
             }),
             ("prompts", |v| v["prompts"] = json!([])),
             ("token_ids", |v| v["prompts"] = json!([{"token_ids": [1]}])),

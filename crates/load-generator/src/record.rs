@@ -61,6 +61,8 @@ pub enum TokenSource {
 #[derive(Debug, Clone)]
 pub struct Record {
     pub prompt: u32,
+    /// Of the conversation that the prompt began, from 0.
+    pub turn: u32,
     /// When the wait counts from: the scheduled send (open loop) or the first byte sent (closed).
     pub origin_ns: u64,
     /// First byte of the request written; absent when none was.

@@ -224,6 +224,7 @@ fn columns(records: &[Record], start_ns: u64, with_gaps: bool) -> Value {
             record.tokens,
             record.chunks,
             record.status,
+            record.turn,
         ]);
         if let (true, Value::Array(row)) = (with_gaps, &mut row) {
             row.push(json!(record.gaps_us));
@@ -243,6 +244,7 @@ fn columns(records: &[Record], start_ns: u64, with_gaps: bool) -> Value {
         "output_tokens",
         "chunks",
         "status",
+        "turn",
     ];
     if with_gaps {
         names.push("gaps_us");

@@ -111,7 +111,6 @@ fn drive(
         let mut context = LevelContext {
             client: Arc::clone(&client),
             clock,
-            seed: plan.seed,
             max_in_flight: plan.max_in_flight,
             record_gaps: plan.record_gaps,
             stop,

@@ -145,6 +145,27 @@ fn a_stop_keeps_what_was_measured_and_counts_the_open_ones_as_cancelled() {
 }
 
 #[test]
+fn a_closed_loop_counts_a_conversations_turns_as_requests() {
+    let server = Server::start(|request| {
+        let turn = request.number % 3;
+        let said = ["start", "start a a more", "start a a more a a last"];
+        assert_eq!(request.body["prompt"], said[turn]);
+        assert_eq!(request.body["max_tokens"], [5, 16, 7][turn]);
+        good_stream(0, 0, 2)
+    });
+    let level = json!({"concurrency": 1, "requests": 7});
+    let row = server.measure_with(level, |plan| {
+        let turns = json!([{"text": " more"}, {"text": " last", "max_tokens": 7}]);
+        plan["prompts"] = json!([{"text": "start", "max_tokens": 5, "turns": turns}]);
+    });
+    assert_eq!(
+        (&row["completed"], &row["failed"]),
+        (&json!(7), &json!(0)),
+        "{row}"
+    );
+}
+
+#[test]
 fn gaps_are_recorded_when_asked_for() {
     let server = Server::start(|_| good_stream(0, 1, 5));
     let level = json!({"concurrency": 1, "requests": 2});

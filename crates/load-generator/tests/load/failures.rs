@@ -1,6 +1,6 @@
 use serde_json::{Value, json};
 
-use crate::server::{Server, Step, end, good_stream, head, piece, token};
+use crate::server::{Server, Step, end, every_ms, good_stream, head, piece, token};
 
 /// Runs four requests of which the odd ones meet `fault`; the even ones must not suffer.
 fn half_meet(fault: Vec<Step>) -> Value {
@@ -195,6 +195,6 @@ fn a_kept_connection_that_the_server_closed_meanwhile_fails_no_request() {
         steps.push(Step::Close);
         steps
     });
-    let row = server.measure(json!({"rate": 50.0, "requests": 10, "arrivals": "constant"}));
+    let row = server.measure(json!({"send_at_s": every_ms(20.0, 10)}));
     assert_eq!(row["completed"], 10, "{row}");
 }

@@ -85,6 +85,11 @@ impl Server {
     }
 }
 
+/// `number` sends at equal gaps of `gap_ms`, the first at once.
+pub fn every_ms(gap_ms: f64, number: usize) -> Vec<f64> {
+    (0..number).map(|at| at as f64 * gap_ms / 1e3).collect()
+}
+
 /// Waits for a run's end.
 pub fn finish(mut run: Run) -> Report {
     run.wait(Duration::from_secs(60))
