@@ -17,7 +17,7 @@ from scalellm.errors import ConfigError
 from scalellm.settings import SERVERS, Setting, declared, setting, suggestion
 
 CONFIG_FILE = "scalellm.toml"
-_CLIENTS = ("chat", "complete", "status", "bench")
+_CLIENTS = ("chat", "complete", "status", "bench", "profile")
 
 
 @dataclass(frozen=True, slots=True)

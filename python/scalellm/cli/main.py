@@ -26,7 +26,10 @@ COMMANDS = {
     "doctor": "what this machine has, what would run and how fast, what is missing",
     "config": "show each setting with its origin",
     "bench": "measure an endpoint",
+    "profile": "where the time goes between a request and its tokens",
     "engine": "run one engine replica",
+    "keys": "make, list and revoke API keys",
+    "usage": "what was used, by key, tenant, model or day",
     "gateway": "run the HTTP front alone, before any engines",
 }
 EXIT_USAGE, EXIT_FAILURE, EXIT_INTERRUPTED = 2, 1, 130

@@ -1,0 +1,66 @@
+"""What a gateway tells of its last requests and its engines' last steps.
+
+    GET /admin/v1/profile                        the number of the next request to end
+    GET /admin/v1/profile?from=N                 requests from that number on, as far as kept
+    GET /admin/v1/profile?steps_after_us=T       steps that began after a Unix time
+
+The gateway keeps both always (crates/gateway, recent.rs); asking is what costs.
+"""
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from scalellm.bench.target import TargetClient
+from scalellm.errors import EndpointError
+
+PATH = "/admin/v1/profile"
+MAX_REQUESTS = 4096  # that a gateway keeps
+_SETTLED_WITHIN_S = 5.0
+_LOOK_EVERY_S = 0.05
+
+RequestTimes = Mapping[str, Any]  # one request, as the gateway tells it
+StepTimes = Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class ReplicaSteps:
+    """The kept steps of one replica, or why it did not tell them."""
+
+    replica: str
+    steps: tuple[StepTimes, ...]
+    problem: str | None
+
+
+def next_request(client: TargetClient) -> int | None:
+    """The number of the request that ends next; None where nothing is told: not a ScaleLLM."""
+    try:
+        told = client.call("GET", PATH)
+        return int(told["next"])
+    except (EndpointError, KeyError, TypeError, ValueError):
+        return None
+
+
+def requests_since(
+    client: TargetClient, first: int, route: str, completed: int
+) -> list[RequestTimes]:
+    """The last `completed` good requests of a route; those before them were the warm-up.
+
+    A request's record is there a moment after its client has read the end, so this waits for them.
+    """
+    until = time.monotonic() + _SETTLED_WITHIN_S
+    while True:
+        told = client.call("GET", f"{PATH}?from={first}")["requests"]
+        found = [r for r in told if r["route"] == route and r["status"] == 200 and r["first"]]
+        if len(found) >= completed or time.monotonic() > until:
+            return found[len(found) - completed :] if completed < len(found) else found
+        time.sleep(_LOOK_EVERY_S)
+
+
+def steps_since(client: TargetClient, after_us: int) -> list[ReplicaSteps]:
+    told: Sequence[Any] = client.call("GET", f"{PATH}?steps_after_us={after_us}")["replicas"]
+    return [
+        ReplicaSteps(str(entry["replica"]), tuple(entry["steps"]), entry["problem"])
+        for entry in told
+    ]
