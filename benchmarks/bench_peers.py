@@ -35,6 +35,7 @@ from peers import (
 )
 from peers.gateway import SCALELLM_GATEWAY, Backend, Gateway, backend
 from peers.measure import Load
+from peers.plot import plot_throughput
 from peers.record import Record, new_record, read_record
 from peers.run import Plan, Run, build, start
 from peers.system import PeerError, System
@@ -45,6 +46,7 @@ ROOT = Path(__file__).resolve().parent.parent
 SERVERS = (scalellm_serve, vllm, openvino, llama_cpp, transformers_serve)
 SYSTEMS: tuple[System, ...] = tuple(system for module in SERVERS for system in module.SYSTEMS)
 GATEWAYS: tuple[Gateway, ...] = (SCALELLM_GATEWAY, smg.GATEWAY, litellm.GATEWAY)
+PICTURE = "peers-throughput.svg"
 SYSTEMS_SECTION, GATEWAYS_SECTION = "peers-qwen3-0.6b", "gateways"
 # Short answers in great number: a gateway's cost is per request and per chunk.
 GATEWAY_LOAD = Load(
@@ -150,6 +152,10 @@ def _measure(chosen: Chosen, options: argparse.Namespace, command: str) -> int:
         if not options.print:
             record = _run(_plan(chosen.systems, options), record)
         text = system_tables(record, chosen.systems)
+        if options.docs != "none" and any(sample.completed for sample in record.samples):
+            picture = Path(options.docs).with_name(PICTURE)
+            plot_throughput(record, chosen.systems, picture)
+            text += f"\n![Output tokens a second over concurrent requests]({picture.name})\n"
         failed |= _publish(record, text, SYSTEMS_SECTION, options)
     if chosen.gateways:
         record = _record(options, "gateways.json", command)

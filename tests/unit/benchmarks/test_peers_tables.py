@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 from peers.gateway import Gateway
 from peers.measure import Costs, Load, Sample, sample_of
+from peers.plot import plot_throughput, throughput
 from peers.record import Record
 from peers.system import Launch, System
 from peers.tables import gateway_tables, system_tables
@@ -123,3 +124,19 @@ def test_gateways_are_told_by_the_request() -> None:
     assert rate[1] == "100"
     assert cpu_us[1] == "8000"
     assert memory[1] == "0.50"
+
+
+def test_the_plot_has_every_level_that_completed_and_is_the_same_each_time(tmp_path: Path) -> None:
+    samples = [
+        sample("a", 8, 0, output_tok_s=30.0),
+        sample("a", 1, 0, output_tok_s=10.0),
+        sample("a", 1, 1, output_tok_s=12.0),
+        Sample("a", 64, 0, skipped_after=8),
+        Sample("b", 1, 0, error="no wheel"),
+    ]
+    found = record(*samples)
+    assert throughput(found, "a") == {1: [10.0, 12.0], 8: [30.0]}
+    paths = [tmp_path / "one.svg", tmp_path / "two.svg"]
+    for path in paths:
+        plot_throughput(found, [system("a"), system("b")], path)
+    assert paths[0].read_bytes() == paths[1].read_bytes()

@@ -1,0 +1,1 @@
+"""Parts of an endpoint as they are usually built, to be measured in the place of ScaleLLM's."""
