@@ -68,7 +68,9 @@ class Load:
     rounds: int = 1
     fewest_requests: int = 4  # one request at a time says little
 
-    def command(self, url: str, concurrency: int, seed: int, path: Path) -> list[str]:
+    def command(
+        self, url: str, model: str | None, concurrency: int, seed: int, path: Path
+    ) -> list[str]:
         """The bench's command line for one level, its result in `path`."""
         numbers = {
             "concurrency": concurrency,
@@ -81,6 +83,8 @@ class Load:
         }
         flags = [word for name, value in numbers.items() for word in (f"--{name}", str(value))]
         flags.append("--ignore-eos" if self.ignore_eos else "--no-ignore-eos")
+        if model is not None:
+            flags += ["--model", model]
         bench = [sys.executable, "-m", "scalellm", "bench", "serve", "--url", url, "--quiet"]
         return [*bench, *flags, "--json", str(path)]
 
@@ -105,7 +109,7 @@ def measure(
     path = scratch / "bench.json"
     path.unlink(missing_ok=True)
     cpu_s_before = server.processes.cpu_s()
-    command = load.command(server.url, concurrency, repeat, path)
+    command = load.command(server.url, server.model, concurrency, repeat, path)
     limit_s = 2 * load.timeout_s + _OVERHEAD_S
     try:
         done = subprocess.run(command, capture_output=True, timeout=limit_s, check=False)

@@ -12,7 +12,7 @@ import socket
 import subprocess
 import time
 from collections.abc import Callable, Generator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -32,12 +32,14 @@ class PeerError(Exception):
 class Launch:
     """A server's command line. `ready_path` answers 200 as soon as it can serve.
 
-    Without one the server is not waited for: something else that needs it will be.
+    Without one the server is not waited for: something else that needs it will be. `model` is the
+    name that requests must give where the server does not tell it.
     """
 
     argv: tuple[str, ...]
     environment: Mapping[str, str] = field(default_factory=dict)
     ready_path: str | None = "/v1/models"
+    model: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +66,7 @@ class Running:
     url: str
     ready_after_s: float
     processes: ProcessTree
+    model: str | None
 
 
 def free_port() -> int:
@@ -93,7 +96,8 @@ def running(launch: Launch, port: int, log: Path) -> Generator[Running, None, No
     try:
         if launch.ready_path is not None:
             _await_ready(process, port, launch.ready_path, log)
-        yield Running(f"http://127.0.0.1:{port}", time.monotonic() - begun, tree)
+        ready_after_s = time.monotonic() - begun
+        yield Running(f"http://127.0.0.1:{port}", ready_after_s, tree, launch.model)
     finally:
         _stop(process, tree)
 
@@ -138,6 +142,10 @@ def _stop(process: "subprocess.Popen[bytes]", tree: ProcessTree) -> None:
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
-    for member in {*members, *tree.members()}:
-        if tree.is_same(member):
+    left = [member for member in {*members, *tree.members()} if tree.is_same(member)]
+    for member in left:
+        with suppress(ProcessLookupError):
             os.kill(member.pid, signal.SIGKILL)
+    deadline = time.monotonic() + _STOPPED_WITHIN_S
+    while any(tree.is_same(member) for member in left) and time.monotonic() < deadline:
+        time.sleep(_ASK_EVERY_S)

@@ -22,9 +22,12 @@ def _build(cache: Path, log: Path) -> None:
 
 def _launch(cache: Path, port: int, flags: tuple[str, ...]) -> Launch:
     program = cache / _ENVIRONMENT / "env" / "bin" / "transformers"
-    argv = (str(program), "serve", str(weights.bf16_folder(cache)), "--device", "cpu")
+    model = str(weights.bf16_folder(cache))
+    argv = (str(program), "serve", model, "--device", "cpu")
     listen = ("--host", "127.0.0.1", "--port", str(port))
-    return Launch((*argv, *listen, *flags), {"HF_HUB_OFFLINE": "1"}, ready_path="/health")
+    return Launch(
+        (*argv, *listen, *flags), {"HF_HUB_OFFLINE": "1"}, ready_path="/health", model=model
+    )
 
 
 _ABOUT = f"transformers serve {VERSION}"

@@ -51,13 +51,13 @@ def test_int8_weights_are_within_half_a_step() -> None:
 @pytest.mark.parametrize("path", PINS, ids=lambda path: path.stem)
 def test_pins_are_names_and_versions_only(path: Path) -> None:
     lines = path.read_text().splitlines()
-    assert lines == sorted(set(lines), key=str.lower)
-    bad = [line for line in lines if not re.fullmatch(r"[\w.-]+==[\w.+!]+", line)]
-    assert not bad
+    assert not [line for line in lines if not re.fullmatch(r"[\w.-]+==[\w.+!]+", line)]
+    names = [line.partition("==")[0].lower() for line in lines]
+    assert len(names) == len(set(names))
 
 
 def test_every_environment_has_pins() -> None:
-    assert {path.stem for path in PINS} == {"litellm", "openvino", "smg", "transformers", "vllm"}
+    assert {path.stem for path in PINS} >= {"litellm", "openvino", "smg", "transformers", "vllm"}
 
 
 def test_names_are_unique_and_unknown_ones_are_refused_with_the_known() -> None:

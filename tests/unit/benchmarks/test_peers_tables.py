@@ -72,12 +72,14 @@ def test_a_level_without_an_answer_tells_the_first_failure() -> None:
 
 def test_the_command_asks_for_as_many_requests_as_clients_and_at_least_four() -> None:
     def asked(load: Load, concurrency: int) -> str:
-        command = load.command("http://h:1", concurrency, 0, Path("x.json"))
+        command = load.command("http://h:1", None, concurrency, 0, Path("x.json"))
         return command[command.index("--requests") + 1]
 
     assert (asked(LOAD, 1), asked(LOAD, 64)) == ("4", "64")
     assert asked(Load(60.0, rounds=20, fewest_requests=100), 16) == "320"
-    assert "--no-ignore-eos" in Load(60.0, ignore_eos=False).command("u", 1, 0, Path("x"))
+    other = Load(60.0, ignore_eos=False).command("http://h:1", "a model", 1, 0, Path("x.json"))
+    assert "--no-ignore-eos" in other
+    assert other[other.index("--model") + 1] == "a model"
 
 
 def cells(text: str, first: str) -> list[list[str]]:
