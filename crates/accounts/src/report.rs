@@ -28,6 +28,19 @@ pub enum GroupBy {
 }
 
 impl GroupBy {
+    const ALL: [GroupBy; 5] = [
+        GroupBy::Key,
+        GroupBy::Tenant,
+        GroupBy::Model,
+        GroupBy::Day,
+        GroupBy::Outcome,
+    ];
+
+    #[must_use]
+    pub fn from_name(name: &str) -> Option<GroupBy> {
+        GroupBy::ALL.into_iter().find(|group| group.name() == name)
+    }
+
     const fn name(self) -> &'static str {
         match self {
             GroupBy::Key => "key",

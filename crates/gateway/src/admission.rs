@@ -1,14 +1,42 @@
-//! How many requests may generate at the same time.
+//! A place for each request that generates: at once, after waiting its turn, or not at all.
+//!
+//! ```text
+//! enter --place free, nobody before it--> Permit --drop--> the next one's Permit
+//!    |                                                          ^
+//!    |--bounded queue (fair_queue.rs) --its turn----------------'
+//!    |        |--deadline passed: 504      |--shed for a higher class: 503
+//!    |--deadline out of reach: 504
+//!    '--queue full: 503
+//! ```
+//!
+//! Batch work never has all places: a share is kept for those who wait for an answer.
 
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
-use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use parking_lot::Mutex;
+use scalellm_accounts::Class;
+use tokio::sync::oneshot;
 
-use crate::app::App;
+use crate::app::{App, Phase};
+use crate::auth;
 use crate::error::{ApiError, ApiResult};
+use crate::fair_queue::{Ask, FairQueue};
 use crate::fleet::{Limits, Model};
+use crate::generation::PreparedPrompt;
+use crate::metering;
+use crate::quota;
 use crate::record::RequestRecord;
+use crate::request::Params;
 use crate::stages::Stage;
+
+/// Replicas may come back without any request ending: whoever waits looks again after this time.
+const LOOK_AGAIN: Duration = Duration::from_millis(200);
+/// Output that is expected of a request which does not limit it, in tokens.
+const USUAL_OUTPUT: f64 = 256.0;
+const BYTES_PER_TOKEN: f64 = 4.0;
+/// Weight of the newest interval in the mean of those between two places given.
+const FOLLOW: f64 = 0.1;
 
 /// What a request was given on its way in.
 pub struct Admitted {
@@ -17,19 +45,46 @@ pub struct Admitted {
     pub permit: Permit,
 }
 
-/// Finds the request's model and a place for it.
+/// Finds the request's model, a place in its key's quotas, and a place among the running requests.
 ///
 /// # Errors
-/// 404 for an unknown model, 400 if there is a choice and no name, 503 when all places are taken or no replica has been reached.
-pub fn admit(app: &App, record: &RequestRecord, model_name: Option<&str>) -> ApiResult<Admitted> {
+/// 404 for an unknown model, 400 if there is a choice and no name, 403 if the key is not for it, 429 beyond a quota,
+/// 503 when all places and the queue are taken or no replica has been reached, 504 when the deadline is out of reach.
+pub async fn admit(
+    app: &App,
+    record: &Arc<RequestRecord>,
+    model_name: Option<&str>,
+    params: &Params,
+    prompts: usize,
+) -> ApiResult<Admitted> {
     let model = Arc::clone(app.fleet.find_or_only(model_name)?);
+    auth::may_use(record, &model)?;
     record.update(|progress| progress.model = Some(Arc::clone(&model)));
-    let permit = record
-        .timed(Stage::Admission, || app.admission.enter())
-        .inspect_err(|_| app.metrics.rejected("max_in_flight"))?;
     let limits = model
         .require_limits()
         .inspect_err(|_| app.metrics.rejected("no_replica"))?;
+    quota::enter(app, record).await?;
+    metering::begin(app, record);
+    let ask = ask(app, record, params, prompts);
+    let deadline = params
+        .deadline_ms
+        .map(|ms| record.started + Duration::from_millis(ms.into()));
+    let entering = model
+        .admission
+        .enter(ask, deadline, || model.places(&app.config));
+    let entered = record.timed_async(Stage::Admission, async {
+        tokio::select! {
+            entered = entering => Some(entered),
+            () = app.wait_for(Phase::Stopping) => None,
+        }
+    });
+    let permit = entered
+        .await
+        .ok_or_else(|| ApiError::draining(app.drain_retry_after_s()))?
+        .map_err(|refusal| {
+            app.metrics.rejected(refusal.reason());
+            refusal.error(app.config.max_in_flight)
+        })?;
     Ok(Admitted {
         model,
         limits,
@@ -37,65 +92,336 @@ pub fn admit(app: &App, record: &RequestRecord, model_name: Option<&str>) -> Api
     })
 }
 
-/// Hands out places; waits for nobody, because a client that waits here cannot be routed elsewhere.
-pub struct Admission {
-    places: Arc<Semaphore>,
-    limit: usize,
+/// Refuses a request whose first token is predicted to come after its deadline.
+///
+/// # Errors
+/// 504.
+pub fn check_deadline(
+    app: &App,
+    model: &Model,
+    prompts: &[PreparedPrompt],
+    left: Duration,
+    limit: &str,
+) -> ApiResult<()> {
+    let longest = prompts.iter().map(|prompt| prompt.ids.len()).max();
+    match model.predict_first_token(longest.unwrap_or(0), app.clock.now_ms()) {
+        Some(predicted) if predicted > left => {
+            app.metrics.rejected("deadline_predicted");
+            Err(ApiError::deadline(format!(
+                "{limit} would be missed: the first token is predicted to take {} ms, {} ms are left",
+                predicted.as_millis(),
+                left.as_millis()
+            )))
+        }
+        _ => Ok(()),
+    }
 }
 
-/// A place, given back when dropped.
-pub struct Permit {
-    _place: OwnedSemaphorePermit,
+fn ask(app: &App, record: &RequestRecord, params: &Params, prompts: usize) -> Ask {
+    let choices = prompts.saturating_mul(params.n as usize).max(1);
+    let prompt = record.update(|progress| progress.body_bytes) as f64 / BYTES_PER_TOKEN;
+    let output = params.max_tokens.map_or(USUAL_OUTPUT, f64::from);
+    let (class, tenant, weight) = match record.key() {
+        Some(state) => {
+            let key = state.key();
+            (key.class, key.tenant.clone(), key.weight as f64)
+        }
+        None => (Class::Standard, String::new(), 1.0),
+    };
+    Ask {
+        class,
+        tenant,
+        weight,
+        // More than there ever are would wait for ever.
+        units: choices.min(app.config.max_in_flight),
+        cost: prompt + output * choices as f64,
+    }
 }
 
-impl Admission {
-    #[must_use]
-    pub fn new(limit: usize) -> Admission {
-        let limit = limit.min(Semaphore::MAX_PERMITS);
-        Admission {
-            places: Arc::new(Semaphore::new(limit)),
-            limit,
+/// Why there is no place.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub enum Refusal {
+    Full {
+        retry_after: Duration,
+    },
+    Shed,
+    /// The deadline passed in the queue.
+    Late,
+    /// It will have passed before its turn comes.
+    OutOfReach {
+        predicted: Duration,
+    },
+}
+
+impl Refusal {
+    fn reason(self) -> &'static str {
+        match self {
+            Refusal::Full { .. } => "max_in_flight",
+            Refusal::Shed => "shed",
+            Refusal::Late => "deadline",
+            Refusal::OutOfReach { .. } => "deadline_predicted",
         }
     }
 
-    /// A place for one request.
+    fn error(self, places: usize) -> Box<ApiError> {
+        match self {
+            Refusal::Full { retry_after } => {
+                let message = format!(
+                    "all places for running requests (of max_in_flight, {places}) and in the queue are taken"
+                );
+                ApiError::busy("overloaded", message, whole_seconds(retry_after))
+            }
+            Refusal::Shed => {
+                let message = "given up for a request of a higher class: the queue is full";
+                ApiError::busy("overloaded", message, 5)
+            }
+            Refusal::Late => {
+                ApiError::deadline("deadline_ms passed while the request waited for its turn")
+            }
+            Refusal::OutOfReach { predicted } => ApiError::deadline(format!(
+                "deadline_ms would be missed: the wait before this request's turn is predicted to be {} ms",
+                predicted.as_millis()
+            )),
+        }
+    }
+}
+
+fn whole_seconds(time: Duration) -> u32 {
+    time.as_secs_f64().ceil().clamp(1.0, 60.0) as u32
+}
+
+/// The places of one model.
+pub struct Admission {
+    state: Mutex<State>,
+    max_queued: usize,
+    batch_share: f64,
+}
+
+/// Places there are, and those that are taken.
+#[derive(Clone, Copy, Default)]
+struct Room {
+    places: usize,
+    taken: usize,
+    taken_by_batch: usize,
+}
+
+#[derive(Default)]
+struct State {
+    room: Room,
+    queue: FairQueue<oneshot::Sender<Result<Permit, Refusal>>>,
+    next_id: u64,
+    last_given: Option<Instant>,
+    /// Mean time between two places given while somebody waited.
+    interval_s: Option<f64>,
+}
+
+/// A place, given back when dropped.
+#[derive(Debug)]
+pub struct Permit {
+    admission: Arc<Admission>,
+    ask: Ask,
+    used_tokens: Option<u64>,
+}
+
+impl std::fmt::Debug for Admission {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Admission").finish_non_exhaustive()
+    }
+}
+
+impl Admission {
+    /// Batch requests take at most `batch_share` of the places.
+    #[must_use]
+    pub fn new(max_queued: usize, batch_share: f64) -> Arc<Admission> {
+        Arc::new(Admission {
+            state: Mutex::default(),
+            max_queued,
+            batch_share,
+        })
+    }
+
+    /// A place, when it is this request's turn; `places` tells how many there are now.
     ///
     /// # Errors
-    /// 503 with Retry-After when all are taken.
-    pub fn enter(&self) -> ApiResult<Permit> {
-        Arc::clone(&self.places)
-            .try_acquire_owned()
-            .map(|place| Permit { _place: place })
-            .map_err(|_| {
-                let message = format!(
-                    "all {} places for running requests (max_in_flight) are taken",
-                    self.limit
-                );
-                ApiError::busy("overloaded", message, 1)
-            })
+    /// Why there is none.
+    pub async fn enter(
+        self: &Arc<Self>,
+        ask: Ask,
+        deadline: Option<Instant>,
+        places: impl Fn() -> usize,
+    ) -> Result<Permit, Refusal> {
+        let (place, mut turn) = {
+            let mut state = self.state.lock();
+            state.room.places = places();
+            if state.queue.ahead_of(ask.class) == 0 && self.fits(state.room, &ask) {
+                state.queue.charge(&ask);
+                return Ok(self.give(&mut state, ask));
+            }
+            let predicted = state.predicted_wait(ask.class);
+            let left = deadline.map(|at| at.saturating_duration_since(Instant::now()));
+            if let Some(left) = left
+                && predicted > left
+            {
+                return Err(Refusal::OutOfReach { predicted });
+            }
+            if state.queue.len() >= self.max_queued {
+                let Some(shed) = state.queue.shed_below(ask.class) else {
+                    return Err(Refusal::Full {
+                        retry_after: predicted,
+                    });
+                };
+                // Whoever waited there may have left already.
+                let _ = shed.send(Err(Refusal::Shed));
+            }
+            let (sender, turn) = oneshot::channel();
+            let place = QueuePlace {
+                admission: self,
+                id: state.next_id,
+                class: ask.class,
+                tenant: ask.tenant.clone(),
+            };
+            state.next_id += 1;
+            state.queue.push(place.id, ask, sender);
+            (place, turn)
+        };
+        // A place may fit that was given back between two looks.
+        self.give_next();
+        let late = async {
+            match deadline {
+                Some(at) => tokio::time::sleep_until(at.into()).await,
+                None => std::future::pending().await,
+            }
+        };
+        tokio::pin!(late);
+        let result = loop {
+            tokio::select! {
+                biased;
+                turn = &mut turn => break turn.unwrap_or(Err(Refusal::Shed)),
+                () = &mut late => break Err(Refusal::Late),
+                () = tokio::time::sleep(LOOK_AGAIN) => {
+                    self.state.lock().room.places = places();
+                    self.give_next();
+                }
+            }
+        };
+        drop(place);
+        result
     }
 
     #[must_use]
     pub fn taken(&self) -> usize {
-        self.limit - self.places.available_permits()
+        self.state.lock().room.taken
+    }
+
+    #[must_use]
+    pub fn queued(&self, class: Class) -> usize {
+        self.state.lock().queue.len_of(class)
+    }
+
+    fn fits(&self, room: Room, ask: &Ask) -> bool {
+        let units = ask.units.min(room.places);
+        let batch_places = ((room.places as f64 * self.batch_share) as usize).max(1);
+        room.taken + units <= room.places
+            && (ask.class != Class::Batch
+                || room.taken_by_batch + units.min(batch_places) <= batch_places)
+    }
+
+    fn give(self: &Arc<Self>, state: &mut State, ask: Ask) -> Permit {
+        state.room.taken += ask.units;
+        if ask.class == Class::Batch {
+            state.room.taken_by_batch += ask.units;
+        }
+        Permit {
+            admission: Arc::clone(self),
+            ask,
+            used_tokens: None,
+        }
+    }
+
+    /// Gives free places to those whose turn it is.
+    fn give_next(self: &Arc<Self>) {
+        let mut given = Vec::new();
+        {
+            let mut state = self.state.lock();
+            let state = &mut *state;
+            let now = Instant::now();
+            while let Some((ask, turn)) = state.queue.pop(|ask| self.fits(state.room, ask)) {
+                state.note_given(now);
+                let permit = self.give(state, ask);
+                given.push((permit, turn));
+            }
+            if state.queue.len() == 0 {
+                state.last_given = None;
+            }
+        }
+        for (permit, turn) in given {
+            // If nobody waits there any more the permit comes back and is dropped, which gives its place on.
+            drop(turn.send(Ok(permit)));
+        }
     }
 }
 
-#[cfg(test)]
-mod tests {
-    use super::*;
+impl State {
+    fn predicted_wait(&self, class: Class) -> Duration {
+        let ahead = self.queue.ahead_of(class) as f64 + 1.0;
+        let wait_s = ahead * self.interval_s.unwrap_or(0.0);
+        Duration::try_from_secs_f64(wait_s).unwrap_or(Duration::MAX)
+    }
 
-    #[test]
-    fn a_dropped_permit_frees_its_place() {
-        let admission = Admission::new(1);
-        let permit = admission.enter().unwrap();
-        let refused = admission.enter().err().unwrap();
-        assert_eq!(
-            (refused.status.as_u16(), refused.retry_after_s),
-            (503, Some(1))
-        );
-        drop(permit);
-        assert_eq!(admission.taken(), 0);
-        assert!(admission.enter().is_ok());
+    fn note_given(&mut self, now: Instant) {
+        if let Some(last) = self.last_given {
+            let took_s = now.saturating_duration_since(last).as_secs_f64();
+            let mean_s = self.interval_s.unwrap_or(took_s);
+            self.interval_s = Some(mean_s + FOLLOW * (took_s - mean_s));
+        }
+        self.last_given = Some(now);
+    }
+}
+
+impl Permit {
+    /// What the request really cost, for its tenant's account.
+    pub fn used(&mut self, tokens: u64) {
+        self.used_tokens = Some(tokens);
+    }
+}
+
+impl Drop for Permit {
+    fn drop(&mut self) {
+        {
+            let mut state = self.admission.state.lock();
+            state.room.taken -= self.ask.units;
+            if self.ask.class == Class::Batch {
+                state.room.taken_by_batch -= self.ask.units;
+            }
+            if let Some(tokens) = self.used_tokens {
+                state
+                    .queue
+                    .correct(&self.ask, tokens as f64 - self.ask.cost);
+            }
+        }
+        self.admission.give_next();
+    }
+}
+
+/// A place in the queue, left when dropped.
+struct QueuePlace<'a> {
+    admission: &'a Arc<Admission>,
+    id: u64,
+    class: Class,
+    tenant: String,
+}
+
+impl Drop for QueuePlace<'_> {
+    fn drop(&mut self) {
+        let removed = self
+            .admission
+            .state
+            .lock()
+            .queue
+            .remove(self.id, self.class, &self.tenant);
+        if removed.is_some() {
+            // It may have kept smaller ones waiting.
+            self.admission.give_next();
+        }
     }
 }

@@ -2,9 +2,9 @@
 
 use std::sync::Arc;
 
+use scalellm_accounts::Accounts;
 use tokio::sync::watch;
 
-use crate::admission::Admission;
 use crate::body::BodyMemory;
 use crate::config::Config;
 use crate::error::GatewayError;
@@ -30,7 +30,8 @@ pub struct App {
     pub metrics: Arc<Metrics>,
     pub fleet: Fleet,
     pub text_pool: TextPool,
-    pub admission: Admission,
+    /// Keys, quotas and usage, where there is a database.
+    pub accounts: Option<Arc<Accounts>>,
     pub body_memory: BodyMemory,
     pub recent: RecentRequests,
     phase: watch::Sender<Phase>,
@@ -48,10 +49,16 @@ impl App {
             config.models.iter().map(|model| model.name.as_str()),
         ));
         let fleet = Fleet::start(&config, &metrics)?;
+        let accounts = config
+            .accounts()
+            .map(Accounts::start)
+            .transpose()
+            .map_err(|error| GatewayError::Config(error.to_string()))?
+            .map(Arc::new);
         Ok(Arc::new(App {
             clock: Clock::start(),
             text_pool: TextPool::start(config.text_threads(), config.text_queue)?,
-            admission: Admission::new(config.max_in_flight),
+            accounts,
             body_memory: BodyMemory::new(config.max_body_memory_bytes),
             recent: RecentRequests::new(),
             phase: watch::Sender::new(Phase::Serving),

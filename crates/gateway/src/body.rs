@@ -94,6 +94,7 @@ where
                 app.metrics.rejected("body_memory");
             }
         })?;
+    record.update(|progress| progress.body_bytes = bytes.len());
     if bytes.len() <= PARSED_IN_PLACE_BYTES {
         return record.timed(Stage::Parse, || parse(&bytes));
     }

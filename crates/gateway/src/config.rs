@@ -18,11 +18,31 @@ pub struct Config {
     pub port: u16,
     /// Clients must present one of these as `Authorization: Bearer KEY`; empty lets everybody in.
     pub api_keys: Vec<String>,
+    /// Keys, quotas and usage: `postgres://...`, `sqlite:PATH`, `sqlite` for a file in the user's data folder; absent for
+    /// none of them.
+    pub database_url: Option<String>,
+    /// What known keys may do while that database does not answer.
+    pub database_down: DatabaseDown,
+    /// Longest wait of a request for the database.
+    pub database_timeout_s: f64,
+    /// A gateway that the database has not heard of for this long loses its slices of budgets.
+    pub lease_s: f64,
+    /// Usage is written this often: what a killed gateway loses.
+    pub usage_interval_s: f64,
+    /// For `/admin/v1`; while there is none it answers this machine alone.
+    pub admin_keys: Vec<String>,
     pub max_body_bytes: usize,
     /// Of all request bodies that are being read and parsed; while it is taken, further ones get 503.
     pub max_body_memory_bytes: usize,
-    /// Requests that generate at the same time; further ones get 503 with Retry-After.
+    /// Choices of one model that are generated at the same time; further requests wait for their turn.
     pub max_in_flight: usize,
+    /// Places for each of the requests that the engines compute at once: more than one, so that the engines find work
+    /// when requests end, and few, so that the order of the queue here counts.
+    pub places_per_slot: f64,
+    /// Requests of one model that wait for their turn; further ones get 503 with Retry-After, batch work first.
+    pub max_queued: usize,
+    /// Of the places, the share that batch work may have.
+    pub batch_share: f64,
     pub max_connections: usize,
     /// How long running requests may go on after SIGTERM.
     pub drain_timeout_s: f64,
@@ -52,6 +72,17 @@ pub struct Config {
 pub enum LogFormat {
     Text,
     Json,
+}
+
+/// What requests of known keys may do while the database does not answer. Keys that were not seen lately are refused
+/// either way.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum DatabaseDown {
+    /// Go on; what they use is charged afterwards.
+    Open,
+    /// Go on while what is leased lasts, then get 503.
+    Closed,
 }
 
 /// The least severity that is logged.
@@ -90,9 +121,18 @@ impl Default for Config {
             host: "127.0.0.1".to_owned(),
             port: 8000,
             api_keys: Vec::new(),
+            database_url: None,
+            database_down: DatabaseDown::Open,
+            database_timeout_s: 2.0,
+            lease_s: 30.0,
+            usage_interval_s: 1.0,
+            admin_keys: Vec::new(),
             max_body_bytes: 16 << 20,
             max_body_memory_bytes: 1 << 30,
             max_in_flight: 2048,
+            places_per_slot: 2.0,
+            max_queued: 1024,
+            batch_share: 0.75,
             max_connections: 16384,
             drain_timeout_s: 30.0,
             request_timeout_s: 3600.0,
@@ -151,6 +191,9 @@ impl Config {
             ("write_timeout_s", self.write_timeout_s, true),
             ("replica_hung_after_s", self.replica_hung_after_s, true),
             ("replica_silence_s", self.replica_silence_s, true),
+            ("database_timeout_s", self.database_timeout_s, true),
+            ("lease_s", self.lease_s, true),
+            ("usage_interval_s", self.usage_interval_s, true),
         ] {
             let allowed = (0.0..=1e7).contains(&value) && !(positive && value == 0.0);
             if !allowed {
@@ -160,12 +203,30 @@ impl Config {
                 ));
             }
         }
-        if self
-            .api_keys
-            .iter()
-            .any(|key| key.is_empty() || !key.bytes().all(|b| b.is_ascii_graphic()))
-        {
-            return bad("api_keys: every key must be visible ASCII and not empty".to_owned());
+        for (name, keys) in [
+            ("api_keys", &self.api_keys),
+            ("admin_keys", &self.admin_keys),
+        ] {
+            if keys
+                .iter()
+                .any(|key| key.is_empty() || !key.bytes().all(|b| b.is_ascii_graphic()))
+            {
+                return bad(format!(
+                    "{name}: every key must be visible ASCII and not empty"
+                ));
+            }
+        }
+        if !(self.batch_share > 0.0 && self.batch_share <= 1.0) {
+            return bad(format!(
+                "batch_share: got {}, allowed is more than 0 to 1",
+                self.batch_share
+            ));
+        }
+        if !(1.0..=1000.0).contains(&self.places_per_slot) {
+            return bad(format!(
+                "places_per_slot: got {}, allowed is 1 to 1000",
+                self.places_per_slot
+            ));
         }
         if self.models.is_empty() {
             return bad("models: at least one [[models]] is needed".to_owned());
@@ -194,6 +255,23 @@ impl Config {
             }
         }
         Ok(())
+    }
+
+    /// Settings of keys, quotas and usage; `None` without a database.
+    #[must_use]
+    pub fn accounts(&self) -> Option<scalellm_accounts::Settings> {
+        let seconds = Duration::from_secs_f64;
+        Some(scalellm_accounts::Settings {
+            database_url: self.database_url.clone()?,
+            when_down: match self.database_down {
+                DatabaseDown::Open => scalellm_accounts::WhenDown::Open,
+                DatabaseDown::Closed => scalellm_accounts::WhenDown::Closed,
+            },
+            timeout: seconds(self.database_timeout_s),
+            lease: seconds(self.lease_s),
+            usage_interval: seconds(self.usage_interval_s),
+            ..scalellm_accounts::Settings::default()
+        })
     }
 
     #[must_use]

@@ -26,6 +26,8 @@ const LINGER: Duration = Duration::from_secs(5);
 #[derive(Debug)]
 pub struct ConnectionState {
     opened: Instant,
+    /// The client is on this machine.
+    local: bool,
     pub requests: AtomicU64,
     /// Microseconds from `opened` to the first byte read since the last request ended, plus 1; 0 is none.
     first_byte_us: AtomicU64,
@@ -35,13 +37,19 @@ pub struct ConnectionState {
 
 impl ConnectionState {
     #[must_use]
-    pub fn new() -> Arc<ConnectionState> {
+    pub fn new(local: bool) -> Arc<ConnectionState> {
         Arc::new(ConnectionState {
             opened: Instant::now(),
+            local,
             requests: AtomicU64::new(0),
             first_byte_us: AtomicU64::new(0),
             wrote_us: AtomicU64::new(0),
         })
+    }
+
+    #[must_use]
+    pub fn is_local(&self) -> bool {
+        self.local
     }
 
     fn saw_bytes(&self) {

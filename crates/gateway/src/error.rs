@@ -128,6 +128,51 @@ impl ApiError {
         ))
     }
 
+    /// 403: who asks is known, and may not.
+    #[must_use]
+    pub fn forbidden(code: &'static str, message: impl Into<String>) -> Box<ApiError> {
+        Box::new(ApiError::new(
+            StatusCode::FORBIDDEN,
+            "permission_error",
+            Some(code),
+            message,
+        ))
+    }
+
+    /// 429: a budget of the key's is used up.
+    #[must_use]
+    pub fn over_quota(
+        code: &'static str,
+        message: impl Into<String>,
+        retry_after_s: u32,
+    ) -> Box<ApiError> {
+        let error = ApiError::new(
+            StatusCode::TOO_MANY_REQUESTS,
+            if code == "insufficient_quota" {
+                "insufficient_quota"
+            } else {
+                "rate_limit_error"
+            },
+            Some(code),
+            message,
+        );
+        Box::new(ApiError {
+            retry_after_s: Some(retry_after_s),
+            ..error
+        })
+    }
+
+    /// 404: there is no such thing to administer.
+    #[must_use]
+    pub fn not_found(code: &'static str, message: impl Into<String>) -> Box<ApiError> {
+        Box::new(ApiError::new(
+            StatusCode::NOT_FOUND,
+            "invalid_request_error",
+            Some(code),
+            message,
+        ))
+    }
+
     #[must_use]
     pub fn unknown_model(name: &str, known: &[&str]) -> Box<ApiError> {
         let message = format!("model: got {}, served are {known:?}", shown(name));

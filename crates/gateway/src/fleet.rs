@@ -3,13 +3,14 @@
 use std::fmt::Display;
 use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use futures_util::future::join_all;
 use parking_lot::Mutex;
 use scalellm_engine_link::{Replica, ReplicaConfig, ReplicaState, proto};
 use scalellm_routing::{Candidate, LeastLoad};
 
+use crate::admission::Admission;
 use crate::config::{Config, ModelConfig};
 use crate::error::{ApiError, ApiResult, GatewayError};
 use crate::metrics::{Metrics, ModelMetrics};
@@ -23,6 +24,7 @@ pub struct Model {
     pub text: Arc<TextModel>,
     pub replicas: Vec<Arc<Replica>>,
     pub metrics: Arc<ModelMetrics>,
+    pub admission: Arc<Admission>,
     max_model_len: Option<u32>,
     policy: Mutex<LeastLoad>,
 }
@@ -41,6 +43,7 @@ impl Model {
         text: TextModel,
         metrics: Arc<ModelMetrics>,
         link: &ReplicaConfig,
+        admission: Arc<Admission>,
     ) -> Result<Model, GatewayError> {
         let addresses = config.addresses()?;
         let created_unix_s = SystemTime::now()
@@ -58,6 +61,7 @@ impl Model {
                 .map(|a| Replica::start(a, link.clone()))
                 .collect(),
             metrics,
+            admission,
             max_model_len: config.max_model_len,
         })
     }
@@ -89,6 +93,28 @@ impl Model {
     /// `ApiError::busy` with a time to come back.
     pub fn require_limits(&self) -> ApiResult<Limits> {
         self.limits().ok_or_else(|| self.no_replica())
+    }
+
+    #[must_use]
+    pub fn is_called(&self, name: &str) -> bool {
+        &*self.name == name || self.aliases.iter().any(|alias| alias == name)
+    }
+
+    /// Choices that may be generated at the same time: what the replicas that are there can do.
+    #[must_use]
+    pub fn places(&self, config: &Config) -> usize {
+        let slots: u64 = self
+            .replicas
+            .iter()
+            .filter(|replica| self.is_usable(replica))
+            .filter_map(|replica| replica.info())
+            .map(|info| u64::from(info.max_num_seqs))
+            .sum();
+        match (slots as f64 * config.places_per_slot) as usize {
+            // Nothing is known: whoever waits for an engine gets its answer.
+            0 => config.max_in_flight,
+            places => places.min(config.max_in_flight),
+        }
     }
 
     #[must_use]
@@ -128,17 +154,31 @@ impl Model {
     /// The replica for a prompt; `avoid` are those that failed it. `None` if no other is ready.
     #[must_use]
     pub fn pick(&self, prompt_tokens: usize, avoid: &[usize], now_ms: f64) -> Option<usize> {
-        let candidates: Vec<Candidate> = self
-            .replicas
-            .iter()
-            .enumerate()
-            .filter(|(index, replica)| !avoid.contains(index) && self.is_usable(replica))
-            .map(|(index, replica)| candidate(index, replica))
-            .collect();
+        let candidates = self.candidates(avoid);
         self.policy
             .lock()
             .pick(&candidates, prompt_tokens, now_ms)
             .map(|pick| pick.index)
+    }
+
+    /// When the first token of a prompt is to be expected, from now; `None` while nothing was measured.
+    #[must_use]
+    pub fn predict_first_token(&self, prompt_tokens: usize, now_ms: f64) -> Option<Duration> {
+        let candidates = self.candidates(&[]);
+        let predicted_ms = self
+            .policy
+            .lock()
+            .predict_ms(&candidates, prompt_tokens, now_ms)?;
+        Duration::try_from_secs_f64(predicted_ms / 1e3).ok()
+    }
+
+    fn candidates(&self, avoid: &[usize]) -> Vec<Candidate> {
+        self.replicas
+            .iter()
+            .enumerate()
+            .filter(|(index, replica)| !avoid.contains(index) && self.is_usable(replica))
+            .map(|(index, replica)| candidate(index, replica))
+            .collect()
     }
 
     /// Takes in how long a prompt's uncached tokens took a replica.
@@ -217,7 +257,10 @@ impl Fleet {
             .into_iter()
             .map(|(model, text)| {
                 let counts = metrics.model(&model.name);
-                Ok(Arc::new(Model::start(model, text, counts, &link)?))
+                let admission = Admission::new(config.max_queued, config.batch_share);
+                Ok(Arc::new(Model::start(
+                    model, text, counts, &link, admission,
+                )?))
             })
             .collect();
         Ok(Fleet { models: models? })
@@ -230,7 +273,7 @@ impl Fleet {
     pub fn find(&self, name: &str) -> ApiResult<&Arc<Model>> {
         self.models
             .iter()
-            .find(|model| &*model.name == name || model.aliases.iter().any(|a| a == name))
+            .find(|model| model.is_called(name))
             .ok_or_else(|| ApiError::unknown_model(name, &self.names()))
     }
 

@@ -9,7 +9,7 @@ use scalellm_engine_link::proto;
 use tokio::sync::watch;
 use tokio::time::Sleep;
 
-use crate::admission::Permit;
+use crate::admission::{self, Permit};
 use crate::app::{App, Phase};
 use crate::attempt::Attempt;
 use crate::choice::{Choice, ChoiceEvent};
@@ -48,7 +48,7 @@ pub struct Generation {
     /// Comes after events that were ready with it.
     error: Option<Box<ApiError>>,
     seen_first: bool,
-    _permit: Permit,
+    permit: Permit,
 }
 
 impl Generation {
@@ -88,6 +88,11 @@ impl Generation {
             }
             None => None,
         };
+        if params.deadline_ms.is_some()
+            && let Some((left, name)) = left
+        {
+            admission::check_deadline(app, model, prompts, left, name)?;
+        }
         let seed = params.seed.unwrap_or_else(rand::random);
         let mut choices = Vec::with_capacity(prompts.len() * params.n as usize);
         for (index, prompt) in prompts.iter().enumerate() {
@@ -134,7 +139,7 @@ impl Generation {
             phase: app.watch_phase(),
             error: None,
             seen_first: false,
-            _permit: permit,
+            permit,
         })
     }
 
@@ -239,6 +244,8 @@ impl Generation {
     fn note_progress(&mut self, events: &[ChoiceEvent]) {
         let now = Instant::now();
         let usage = self.usage();
+        self.permit
+            .used(usage.prompt_tokens + usage.completion_tokens);
         let longest = self
             .choices
             .iter()

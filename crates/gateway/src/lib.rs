@@ -7,7 +7,8 @@
 //! auth                 API key                              auth
 //! body                 whole body, within its limit         body
 //! request/             JSON to checked fields               parse
-//! admission            a place among the running requests   admission
+//! quota, metering      the key's budgets; what is used       (from admission to the end)
+//! admission, fair_queue  a place among the running requests admission
 //! prompt, text_pool    template and ids, on own threads     text_queue, template, tokenise
 //! fleet, submit,       model name to replica; one retry     route
 //! attempt
@@ -26,11 +27,14 @@ mod choice;
 pub mod config;
 mod connection;
 pub mod error;
+mod fair_queue;
 mod fleet;
 mod generation;
+mod metering;
 mod metrics;
 mod observe;
 mod prompt;
+mod quota;
 mod recent;
 mod record;
 mod request;
@@ -44,6 +48,6 @@ pub mod text;
 mod text_pool;
 mod written;
 
-pub use config::{Config, LogFormat, LogLevel, ModelConfig};
+pub use config::{Config, DatabaseDown, LogFormat, LogLevel, ModelConfig};
 pub use error::GatewayError;
 pub use serve::{Gateway, serve};

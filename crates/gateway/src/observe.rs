@@ -7,7 +7,7 @@ use std::time::Instant;
 
 use axum::body::Body;
 use axum::extract::{MatchedPath, Request, State};
-use axum::http::{HeaderName, HeaderValue, Method, Version, header};
+use axum::http::{HeaderMap, HeaderName, HeaderValue, Method, Version, header};
 use axum::middleware::Next;
 use axum::response::{IntoResponse, Response};
 use bytes::Bytes;
@@ -20,7 +20,7 @@ use crate::recent::{EndedRequest, serialised_us};
 use crate::record::{REQUEST_ID_HEADER, RequestRecord, request_id};
 use crate::stages::{Stage, micros};
 use crate::written::Written;
-use crate::{auth, routes};
+use crate::{auth, metering, quota, routes};
 
 const SERVER_TIMING: HeaderName = HeaderName::from_static("server-timing");
 /// nginx's status for a client that left before its answer.
@@ -51,7 +51,11 @@ pub async fn observe(State(app): State<Arc<App>>, mut request: Request, next: Ne
     let mut end = RequestEnd::new(Arc::clone(&app), Arc::clone(&record), connection);
     request.extensions_mut().insert(Arc::clone(&record));
 
-    let mut response = match record.timed(Stage::Auth, || gate(&app, &request, route)) {
+    let gate = record.timed_async(
+        Stage::Auth,
+        gate(&app, &record, request.headers(), end.connection.as_ref()),
+    );
+    let mut response = match gate.await {
         Ok(()) => next.run(request).await,
         Err(error) => error.into_response(),
     };
@@ -68,6 +72,9 @@ pub async fn observe(State(app): State<Arc<App>>, mut request: Request, next: Ne
         record.times_so_far()
     };
     let headers = response.headers_mut();
+    if let Some(key) = record.key() {
+        quota::write_headers(key, headers);
+    }
     for (name, value) in [
         (
             HeaderName::from_static(REQUEST_ID_HEADER),
@@ -92,11 +99,19 @@ pub async fn observe(State(app): State<Arc<App>>, mut request: Request, next: Ne
 }
 
 /// Whether a request may go on to its route.
-fn gate(app: &App, request: &Request, route: &'static str) -> ApiResult<()> {
-    if routes::is_open(route) {
+async fn gate(
+    app: &App,
+    record: &RequestRecord,
+    headers: &HeaderMap,
+    connection: Option<&Arc<ConnectionState>>,
+) -> ApiResult<()> {
+    if routes::is_open(record.route) {
         return Ok(());
     }
-    auth::check(request.headers(), &app.config.api_keys)?;
+    if routes::is_admin(record.route) {
+        return auth::check_admin(headers, &app.config.admin_keys, connection);
+    }
+    auth::check(app, record, headers).await?;
     if app.phase() != Phase::Serving {
         app.metrics.rejected("draining");
         return Err(ApiError::draining(app.drain_retry_after_s()));
@@ -159,6 +174,8 @@ impl Drop for RequestEnd {
                 None => (self.status, None, "ok"),
             }
         });
+        let meters = self.app.accounts.as_ref().map(|accounts| accounts.meters());
+        metering::end(meters, record, &self.app.clock, status, outcome);
         record.update(|progress| {
             self.app.metrics.request_ended(record.route, status);
             let Some(model) = &progress.model else { return };

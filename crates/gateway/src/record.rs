@@ -1,14 +1,16 @@
 //! What is known of one request while it lives: its id, its times, its counts.
 
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
 use axum::http::{HeaderMap, HeaderValue};
 use parking_lot::Mutex;
+use scalellm_accounts::KeyState;
 use scalellm_engine_link::proto;
 
 use crate::error::ErrorNote;
 use crate::fleet::Model;
+use crate::metering::Metering;
 use crate::stages::{Stage, StageTimes};
 
 pub const REQUEST_ID_HEADER: &str = "x-request-id";
@@ -22,6 +24,8 @@ pub struct RequestRecord {
     pub route: &'static str,
     /// When its first byte was read.
     pub started: Instant,
+    /// Set once the request is known to come with a key of the database.
+    key: OnceLock<Arc<KeyState>>,
     progress: Mutex<Progress>,
 }
 
@@ -30,6 +34,9 @@ pub struct Progress {
     pub times: StageTimes,
     pub model: Option<Arc<Model>>,
     pub replica: Option<String>,
+    pub body_bytes: usize,
+    /// What the request holds of its key's budgets, and its row of usage.
+    pub metering: Metering,
     pub prompt_tokens: u64,
     pub cached_tokens: u64,
     pub output_tokens: u64,
@@ -90,8 +97,19 @@ impl RequestRecord {
             path,
             route,
             started,
+            key: OnceLock::new(),
             progress: Mutex::default(),
         })
+    }
+
+    #[must_use]
+    pub fn key(&self) -> Option<&Arc<KeyState>> {
+        self.key.get()
+    }
+
+    pub fn set_key(&self, key: Arc<KeyState>) {
+        // A request is authenticated once.
+        let _ = self.key.set(key);
     }
 
     pub fn update<T>(&self, change: impl FnOnce(&mut Progress) -> T) -> T {

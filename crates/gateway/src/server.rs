@@ -69,8 +69,8 @@ pub async fn run(app: Arc<App>, listener: TcpListener, router: Router) {
                 () = &mut drained => break,
                 Some(_) = connections.join_next() => {}
                 (accepted, place) = accept => match accepted {
-                    Ok((tcp, _)) => {
-                        let connection = serve_connection(Arc::clone(&app), tcp, router.clone(), closing.clone());
+                    Ok((tcp, peer)) => {
+                        let connection = serve_connection(Arc::clone(&app), tcp, peer, router.clone(), closing.clone());
                         connections.spawn(async move {
                             connection.await;
                             drop(place);
@@ -92,6 +92,9 @@ pub async fn run(app: Arc<App>, listener: TcpListener, router: Router) {
     let _ = tokio::time::timeout(CLOSE_WITHIN, all_closed).await;
     connections.shutdown().await;
     app.fleet.shutdown().await;
+    if let Some(accounts) = &app.accounts {
+        accounts.shutdown().await;
+    }
 }
 
 /// Waits until a drain was asked for and is over.
@@ -114,6 +117,7 @@ async fn drained(app: &App) {
 async fn serve_connection(
     app: Arc<App>,
     tcp: TcpStream,
+    peer: SocketAddr,
     router: Router,
     mut closing: watch::Receiver<bool>,
 ) {
@@ -122,7 +126,7 @@ async fn serve_connection(
     app.metrics.connections.fetch_add(1, Relaxed);
     app.metrics.connections_open.fetch_add(1, Relaxed);
     let open = OpenConnection(Arc::clone(&app));
-    let state = ConnectionState::new();
+    let state = ConnectionState::new(peer.ip().to_canonical().is_loopback());
     let write_timeout = Duration::from_secs_f64(app.config.write_timeout_s);
     let header_timeout = Duration::from_secs_f64(app.config.header_timeout_s);
     let socket = ClientSocket::new(

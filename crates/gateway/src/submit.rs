@@ -6,6 +6,7 @@ use scalellm_engine_link::listener::MAX_DEADLINE_MS;
 use scalellm_engine_link::proto;
 
 use crate::app::App;
+use crate::auth;
 use crate::generation::PreparedPrompt;
 use crate::record::RequestRecord;
 use crate::request::Params;
@@ -48,7 +49,7 @@ pub fn submit(
         min_tokens: params.min_tokens,
         stop_token_ids: params.stop_token_ids.clone(),
         ignore_eos: params.ignore_eos,
-        priority: params.priority,
+        priority: auth::engine_priority(record, params.priority),
         // The gateway keeps the exact deadline; what the protocol cannot say, the engine need not know.
         deadline_ms: left.map(|left| {
             u32::try_from(left.as_millis())

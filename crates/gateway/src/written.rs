@@ -70,7 +70,7 @@ mod tests {
 
     #[test]
     fn a_frame_is_written_once_the_socket_took_bytes_after_it() {
-        let connection = ConnectionState::new();
+        let connection = ConnectionState::new(true);
         let mut written = Written::new(Some(Arc::clone(&connection)));
         written.gave();
         written.look();

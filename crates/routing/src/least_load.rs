@@ -102,6 +102,29 @@ impl LeastLoad {
         best
     }
 
+    /// The least predicted time until a prompt's first token, uncached; `None` without a candidate or while no prompt
+    /// was measured.
+    #[must_use]
+    pub fn predict_ms(
+        &self,
+        candidates: &[Candidate],
+        prompt_tokens: usize,
+        now_ms: f64,
+    ) -> Option<f64> {
+        self.speeds.iter().find_map(Estimate::mean)?;
+        let typical = self.typical_speed();
+        candidates
+            .iter()
+            .map(|candidate| {
+                let speed = self
+                    .speeds
+                    .get(candidate.index)
+                    .map_or(typical, |speed| speed.aged(typical, now_ms));
+                predict_ms(candidate, prompt_tokens, speed)
+            })
+            .min_by(f64::total_cmp)
+    }
+
     /// Median of the measured speeds, tokens per millisecond.
     fn typical_speed(&self) -> f64 {
         let mut known: Vec<f64> = self.speeds.iter().filter_map(Estimate::mean).collect();
@@ -151,6 +174,17 @@ mod tests {
     #[test]
     fn no_candidate_no_pick() {
         assert_eq!(LeastLoad::new(2).pick(&[], 10, 0.0), None);
+    }
+
+    #[test]
+    fn predicts_nothing_before_a_prompt_was_measured() {
+        let mut policy = LeastLoad::new(2);
+        let fleet = [idle(0), idle(1)];
+        assert_eq!(policy.predict_ms(&fleet, 100, 0.0), None);
+        policy.observe_prefill(0, 100, 50.0, 0.0);
+        assert_eq!(policy.predict_ms(&[], 100, 0.0), None);
+        let predicted_ms = policy.predict_ms(&fleet, 1000, 0.0).unwrap();
+        assert!((499.0..501.0).contains(&predicted_ms), "{predicted_ms}");
     }
 
     #[test]

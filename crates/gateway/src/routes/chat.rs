@@ -14,7 +14,7 @@ use crate::record::RequestRecord;
 use crate::request::chat::{ChatPrompt, ChatRequest};
 use crate::respond::chat::{ChatStream, whole};
 use crate::respond::{Head, sse, warn};
-use crate::{body, prompt};
+use crate::{body, prompt, quota};
 
 pub async fn create(
     State(app): State<Arc<App>>,
@@ -36,7 +36,7 @@ async fn answer(
         model,
         limits,
         permit,
-    } = admit(app, record, chat.model.as_deref())?;
+    } = admit(app, record, chat.model.as_deref(), &chat.params, 1).await?;
     let field = if matches!(chat.prompt, ChatPrompt::Ids(_)) {
         "prompt_token_ids"
     } else {
@@ -45,6 +45,7 @@ async fn answer(
     let ids = prompt::of_chat(app, record, &model, chat.prompt).await?;
     let max_tokens = prompt::check(field, &ids, &chat.params, limits)?;
     let prompt = PreparedPrompt { ids, max_tokens };
+    quota::reserve_tokens(app, record, std::slice::from_ref(&prompt), &chat.params).await?;
     let generation = Generation::start(
         app,
         record,

@@ -14,7 +14,7 @@ use crate::record::RequestRecord;
 use crate::request::completions::CompletionRequest;
 use crate::respond::completions::{CompletionStream, EchoedPrompt, whole};
 use crate::respond::{Head, sse, warn};
-use crate::{body, prompt};
+use crate::{body, prompt, quota};
 
 pub async fn create(
     State(app): State<Arc<App>>,
@@ -44,7 +44,7 @@ async fn answer(
         model,
         limits,
         permit,
-    } = admit(app, record, model_name.as_deref())?;
+    } = admit(app, record, model_name.as_deref(), &params, prompts.len()).await?;
     let ids = prompt::of_prompts(app, record, &model, prompts, add_special_tokens).await?;
     let (ids, echoed): (Vec<_>, Vec<_>) = if echo {
         prompt::texts_of(app, record, &model, ids, params.skip_special_tokens)
@@ -64,6 +64,7 @@ async fn answer(
             })
         })
         .collect::<ApiResult<_>>()?;
+    quota::reserve_tokens(app, record, &prepared, &params).await?;
     let generation = Generation::start(app, record, &model, &prepared, &params, permit)?;
     let stream = params.stream;
     let name = model_name.unwrap_or_else(|| model.name.to_string());

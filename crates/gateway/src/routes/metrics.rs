@@ -6,6 +6,7 @@ use std::sync::Arc;
 use axum::extract::State;
 use axum::http::{HeaderValue, header};
 use axum::response::{IntoResponse, Response};
+use scalellm_accounts::Class;
 use scalellm_engine_link::{Replica, ReplicaState};
 
 use crate::app::App;
@@ -112,8 +113,12 @@ pub async fn metrics(State(app): State<Arc<App>>) -> Response {
         ),
         (
             "scalellm_generations_in_flight",
-            "Requests that generate, of max_in_flight.",
-            app.admission.taken(),
+            "Places of running requests, of max_in_flight for each model.",
+            app.fleet
+                .models
+                .iter()
+                .map(|model| model.admission.taken())
+                .sum(),
         ),
         (
             "scalellm_body_memory_bytes",
@@ -129,6 +134,8 @@ pub async fn metrics(State(app): State<Arc<App>>) -> Response {
         family(&mut out, name, "gauge", help);
         let _ = writeln!(out, "{name} {value}");
     }
+    write_queues(&mut out, &app);
+    write_accounts(&mut out, &app);
     app.metrics.write(&mut out);
     let replicas: Vec<(String, &Arc<Replica>)> = app
         .fleet
@@ -176,4 +183,73 @@ pub async fn metrics(State(app): State<Arc<App>>) -> Response {
     }
     let kind = HeaderValue::from_static("text/plain; version=0.0.4; charset=utf-8");
     ([(header::CONTENT_TYPE, kind)], out).into_response()
+}
+
+fn write_queues(out: &mut String, app: &App) {
+    let name = "scalellm_queued_requests";
+    family(
+        out,
+        name,
+        "gauge",
+        "Requests that wait for their turn, of max_queued for each model.",
+    );
+    for model in &app.fleet.models {
+        for class in Class::ALL {
+            let _ = writeln!(
+                out,
+                "{name}{{model={},class=\"{}\"}} {}",
+                label(&model.name),
+                class.name(),
+                model.admission.queued(class)
+            );
+        }
+    }
+}
+
+fn write_accounts(out: &mut String, app: &App) {
+    let Some(accounts) = &app.accounts else {
+        return;
+    };
+    let counts = accounts.counts();
+    for (name, kind, help, value) in [
+        (
+            "scalellm_accounts_database_up",
+            "gauge",
+            "1 while the database of keys and usage answers.",
+            u64::from(counts.database_up),
+        ),
+        (
+            "scalellm_accounts_database_failures_total",
+            "counter",
+            "Questions that it did not answer.",
+            counts.database_failures,
+        ),
+        (
+            "scalellm_accounts_keys",
+            "gauge",
+            "Keys in use lately.",
+            counts.keys_known as u64,
+        ),
+        (
+            "scalellm_usage_waiting",
+            "gauge",
+            "Ended requests whose usage is not written yet.",
+            counts.usage_waiting as u64,
+        ),
+        (
+            "scalellm_usage_written_total",
+            "counter",
+            "Ended requests whose usage is written.",
+            counts.usage_written,
+        ),
+        (
+            "scalellm_usage_lost_total",
+            "counter",
+            "Ended requests whose usage is lost: too much waited.",
+            counts.usage_lost,
+        ),
+    ] {
+        family(out, name, kind, help);
+        let _ = writeln!(out, "{name} {value}");
+    }
 }

@@ -6,12 +6,13 @@ use axum::Router;
 use axum::extract::{Request, State};
 use axum::middleware;
 use axum::response::{IntoResponse, Response};
-use axum::routing::{get, post};
+use axum::routing::{delete, get, post};
 
 use crate::app::App;
 use crate::error::ApiError;
 use crate::observe::observe;
 
+mod admin;
 mod chat;
 mod completions;
 mod health;
@@ -22,7 +23,7 @@ mod profile;
 mod text;
 
 /// Every route's pattern, as metrics and the log name it.
-const ROUTES: [&str; 12] = [
+const ROUTES: [&str; 15] = [
     "/",
     "/health",
     "/ready",
@@ -35,6 +36,9 @@ const ROUTES: [&str; 12] = [
     "/tokenize",
     "/detokenize",
     "/admin/v1/profile",
+    "/admin/v1/keys",
+    "/admin/v1/keys/{id}",
+    "/admin/v1/usage",
 ];
 
 /// Open to everybody, and answered while draining.
@@ -53,6 +57,12 @@ pub fn is_open(route: &str) -> bool {
     OPEN.contains(&route)
 }
 
+/// For operators: asks for the admin key in place of a client's.
+#[must_use]
+pub fn is_admin(route: &str) -> bool {
+    route.starts_with("/admin/")
+}
+
 pub fn router(app: Arc<App>) -> Router {
     Router::new()
         .route("/", get(index::index))
@@ -68,6 +78,12 @@ pub fn router(app: Arc<App>) -> Router {
         .route("/tokenize", post(text::tokenize))
         .route("/detokenize", post(text::detokenize))
         .route("/admin/v1/profile", get(profile::profile))
+        .route(
+            "/admin/v1/keys",
+            get(admin::list_keys).post(admin::create_key),
+        )
+        .route("/admin/v1/keys/{id}", delete(admin::revoke_key))
+        .route("/admin/v1/usage", get(admin::usage))
         .method_not_allowed_fallback(method_not_allowed)
         .fallback(unknown_route)
         .layer(middleware::from_fn_with_state(Arc::clone(&app), observe))

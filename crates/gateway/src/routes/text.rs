@@ -13,7 +13,7 @@ use crate::record::RequestRecord;
 use crate::request::Prompt;
 use crate::request::text::{DetokenizeRequest, TokenizePrompt, TokenizeRequest};
 use crate::respond;
-use crate::{body, prompt};
+use crate::{auth, body, prompt};
 
 pub async fn tokenize(
     State(app): State<Arc<App>>,
@@ -42,6 +42,7 @@ async fn encode(
 ) -> ApiResult<Response> {
     let asked = body::parsed(app, record, request, TokenizeRequest::parse).await?;
     let model = Arc::clone(app.fleet.find_or_only(asked.model.as_deref())?);
+    auth::may_use(record, &model)?;
     let tokens = match asked.prompt {
         TokenizePrompt::Conversation(conversation) => {
             prompt::of_conversation(app, record, &model, *conversation).await?
@@ -80,6 +81,7 @@ async fn decode(
 ) -> ApiResult<Response> {
     let asked = body::parsed(app, record, request, DetokenizeRequest::parse).await?;
     let model = Arc::clone(app.fleet.find_or_only(asked.model.as_deref())?);
+    auth::may_use(record, &model)?;
     let vocab_size = model.text.vocab_size();
     if let Some(id) = asked.tokens.iter().find(|id| **id as usize >= vocab_size) {
         let message = format!("tokens: got the token id {id}, allowed are ids below {vocab_size}");

@@ -116,7 +116,11 @@ async fn a_client_that_stops_reading_is_dropped() {
 
 #[tokio::test]
 async fn a_full_gateway_sheds_with_503() {
-    let stack = Stack::start(vec![endless()], |config| config.max_in_flight = 1).await;
+    let stack = Stack::start(vec![endless()], |config| {
+        config.max_in_flight = 1;
+        config.max_queued = 0;
+    })
+    .await;
     let running = begun(&stack).await;
     let reply = stack.complete(json!({"prompt": "x"})).await;
     assert_eq!(reply.error(503)["code"], "overloaded");

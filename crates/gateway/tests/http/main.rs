@@ -1,5 +1,8 @@
 //! The gateway over real sockets, in front of fake engines.
 
+// Marked so that the lints for tests hold for its helper functions too.
+#[cfg(test)]
+mod accounts;
 mod answers;
 mod endpoints;
 mod errors;
@@ -7,6 +10,7 @@ mod faults;
 // Marked so that the lints for tests hold for its helper functions too.
 #[cfg(test)]
 mod lifecycle;
+#[cfg(test)]
 mod profile;
 mod streams;
 // Marked so that the lints for tests hold for its helper functions too.

@@ -263,7 +263,7 @@ pub fn request(
     let mut builder = Request::builder()
         .method(method)
         .uri(path)
-        .header("host", "test");
+        .header("host", "localhost");
     for (name, value) in headers {
         builder = builder.header(*name, *value);
     }
