@@ -7,6 +7,8 @@ it (`SCALELLM_REQUIRE=gpu,chromium`, or `all`).
 """
 
 import os
+import pwd
+import shutil
 from collections.abc import Callable, Generator
 from pathlib import Path
 
@@ -22,8 +24,20 @@ def _two_cores() -> str | None:
     return None if cores >= 2 else f"{cores} core"
 
 
+def _postgres() -> str | None:
+    if not (shutil.which("initdb") or list(Path("/usr/lib/postgresql").glob("*/bin/initdb"))):
+        return "no initdb"
+    if os.geteuid() == 0 and not any(user.pw_name == "postgres" for user in pwd.getpwall()):
+        return "it does not run as root, and there is no user postgres"
+    return None
+
+
 # What a test may need -> why it is not there, or None.
-PROBES: dict[str, Callable[[], str | None]] = {"gpu": _gpu, "two-cores": _two_cores}
+PROBES: dict[str, Callable[[], str | None]] = {
+    "gpu": _gpu,
+    "postgres": _postgres,
+    "two-cores": _two_cores,
+}
 
 
 def pytest_configure(config: pytest.Config) -> None:

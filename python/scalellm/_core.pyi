@@ -155,5 +155,11 @@ def run_fake_engine(address: str, settings_json: str) -> None: ...
 
 # ----------------------------------------------------------- load generator (crates/load-generator)
 
+def accounts_request(url: str, request: str) -> str:
+    """Ask the database of keys and usage what the JSON `request` says; the answer as JSON.
+
+    Raises ValueError for what cannot be, OSError if the database does not answer.
+    """
+
 def run_load(plan_json: str, on_progress: Callable[[str], bool] | None = None) -> str:
     """Drive an endpoint as `plan_json` says, return the results as JSON; without the GIL."""

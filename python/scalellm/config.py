@@ -18,6 +18,7 @@ from scalellm.settings import SERVERS, Setting, declared, setting, suggestion
 
 CONFIG_FILE = "scalellm.toml"
 _CLIENTS = ("chat", "complete", "status", "bench", "profile")
+_ACCOUNTS = ("keys", "usage")
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,6 +118,24 @@ class GatewayConfig:
         ("serve", *_CLIENTS),
         secret=True,
     )
+    database_url: str | None = setting(
+        None,
+        "Keys, quotas and usage: postgres://..., sqlite:PATH, or sqlite for the user's data folder",
+        ("serve", *_ACCOUNTS),
+        secret=True,  # it may hold a password
+    )
+    database_down: str = setting(
+        "open",
+        "While that database does not answer, known keys go on (`open`) or get 503 (`closed`)",
+        ("serve",),
+        choices=("open", "closed"),
+    )
+    admin_key: tuple[str, ...] = setting(
+        (),
+        "Key for /admin/v1; without one it answers this machine alone",
+        ("serve", *_ACCOUNTS),
+        secret=True,
+    )
     chat_template: str | None = setting(
         None, "File with a chat template to use instead of the model's", ("serve",)
     )
@@ -124,7 +143,14 @@ class GatewayConfig:
         16 * 2**20, "Largest request body", ("serve",), minimum=1024, maximum=2**31
     )
     max_in_flight: int = setting(
-        2048, "Requests the gateway holds at once", ("serve",), minimum=1, maximum=1_000_000
+        2048, "Choices generated at once, at most", ("serve",), minimum=1, maximum=1_000_000
+    )
+    max_queued: int = setting(
+        1024,
+        "Requests that may wait for their turn; more get 503",
+        ("serve",),
+        minimum=0,
+        maximum=1_000_000,
     )
     request_timeout_s: float = setting(
         3600.0, "Longest life of one request; 0: no limit", ("serve",), minimum=0, maximum=86_400
@@ -192,7 +218,7 @@ class DeploymentConfig:
 class ClientConfig:
     """Commands that talk to a running endpoint."""
 
-    url: str = setting("http://127.0.0.1:8000", "Endpoint to talk to", _CLIENTS)
+    url: str = setting("http://127.0.0.1:8000", "Endpoint to talk to", (*_CLIENTS, *_ACCOUNTS))
 
     def __post_init__(self) -> None:
         check_fields(self)

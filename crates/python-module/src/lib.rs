@@ -4,6 +4,7 @@
 
 use pyo3::prelude::*;
 
+mod accounts;
 mod fake_engine;
 mod gateway;
 mod listener;
@@ -13,6 +14,7 @@ mod text;
 #[pymodule]
 fn _core(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add("__version__", env!("CARGO_PKG_VERSION"))?;
+    accounts::register(module)?;
     listener::register(module)?;
     fake_engine::register(module)?;
     gateway::register(module)?;

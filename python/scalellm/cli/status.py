@@ -3,10 +3,10 @@
 import argparse
 import json
 import time
-from collections.abc import Iterable
 
 from scalellm.cli.answer import endpoint_of
 from scalellm.cli.flags import add_settings, resolve_arguments
+from scalellm.cli.table import table
 from scalellm.controller.gateway_view import Answer, Sample, get, parse_metrics, replica_states
 from scalellm.errors import EndpointError
 
@@ -67,7 +67,7 @@ def report(url: str, ready: Answer, samples: list[Sample]) -> list[str]:
         found["step_seconds"] = 1e3 * found.get("step_seconds", 0)
         cells = [form.format(found.get(metric, 0)) for _, metric, form in _COLUMNS]
         rows.append([address, states.get(address, "?"), *cells])
-    return lines + _table(rows)
+    return lines + table(rows)
 
 
 def _readiness(ready: Answer) -> str:
@@ -78,12 +78,3 @@ def _readiness(ready: Answer) -> str:
     except (ValueError, KeyError, TypeError):
         reason = f"status {ready.status}"
     return f"not ready: {reason}"
-
-
-def _table(rows: Iterable[list[str]]) -> list[str]:
-    rows = list(rows)
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    return [
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-        for row in rows
-    ]

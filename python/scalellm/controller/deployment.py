@@ -84,11 +84,16 @@ def gateway_toml(config: ServeConfig, model_path: Path, port: int, addresses: Se
         "api_keys": list(gateway.api_key),
         "max_body_bytes": gateway.max_body_bytes,
         "max_in_flight": gateway.max_in_flight,
+        "max_queued": gateway.max_queued,
+        "admin_keys": list(gateway.admin_key),
+        "database_down": gateway.database_down,
         "request_timeout_s": gateway.request_timeout_s,
         "drain_timeout_s": config.deployment.drain_timeout_s,
         "log_level": log.log_level,
         "log_format": log.log_format,
     }
+    if gateway.database_url is not None:
+        top["database_url"] = gateway.database_url
     model: dict[str, object] = {
         "name": served_name(config.engine),
         "path": str(model_path),
