@@ -11,12 +11,13 @@ use std::ops::Range;
 
 use half::bf16;
 
+use super::ahead::Ahead;
 #[cfg(target_arch = "x86_64")]
 use super::avx512;
 use super::batch::{Batch, Span};
 use super::layout::{Cache, KvType};
 use super::tile::{
-    self, Group, HEADER, LANES, ROWS, State, TILE, Tile, add_split, finish, widen_pair,
+    self, Group, HEADER, LANES, ROWS, State, TILE, Tile, VECTORS, add_split, finish, widen_pair,
 };
 use crate::cpu::Cpu;
 use crate::level::Level;
@@ -75,6 +76,8 @@ struct Job<'a> {
     scoring: Scoring,
     /// Query heads of one kv head.
     group: usize,
+    level: Level,
+    out: RowsMut<'a, bf16>,
 }
 
 /// Causal attention of every span over its own sequence, whose keys `store` has stored.
@@ -106,12 +109,15 @@ pub fn attend(
     );
     assert!(scoring.window != Some(0), "an empty window");
     batch.check(cache);
+    let level = cpu.level;
     let job = Job {
         query,
         cache,
         batch,
         scoring,
         group,
+        level,
+        out,
     };
     let (units, divided, states) = plan(&job, kv_heads);
 
@@ -119,24 +125,31 @@ pub fn attend(
     let unit_rows = (UNIT_ROWS / group).max(1) * group;
     let own = 2 * unit_rows * stride + TILE * dim + 2 * TILE;
     let threads = cpu.team.threads();
-    let (team, level) = (&cpu.team, cpu.level);
+    let team = &cpu.team;
     let [own_bytes, state_bytes] = cpu.scratch.parts([4 * own * threads, 4 * stride * states]);
     let own = numbers(own_bytes, own);
     let states = numbers(state_bytes, stride);
-    team.run(units.len() * kv_heads, |task, thread| {
-        let (unit, head) = (&units[task / kv_heads], task % kv_heads);
+    // As many heads as leave every thread a choice of tasks: what is read next is fetched ahead.
+    let mut heads = kv_heads;
+    while !kv_heads.is_multiple_of(heads) || units.len() * (kv_heads / heads) < 16 * threads {
+        heads -= 1;
+        if heads <= 1 {
+            break;
+        }
+    }
+    let heads = heads.max(1);
+    let tasks_of_unit = kv_heads / heads;
+    team.run(units.len() * tasks_of_unit, |task, thread| {
+        let first = task % tasks_of_unit * heads;
         // SAFETY: one task at a time has this thread's numbers.
         let own = unsafe { own.part(thread, 0, own.cols()) };
-        job.run(level, unit, head, own, &states, &out);
+        for head in first..first + heads {
+            let next = (head + 1 < first + heads).then_some(head + 1);
+            job.run(&units[task / tasks_of_unit], head, next, own, &states);
+        }
     });
     team.run(divided.len() * kv_heads, |task, _| {
-        job.add_up(
-            level,
-            &divided[task / kv_heads],
-            task % kv_heads,
-            &states,
-            &out,
-        );
+        job.add_up(&divided[task / kv_heads], task % kv_heads, &states);
     });
 }
 
@@ -201,24 +214,24 @@ impl Job<'_> {
 
     fn run(
         &self,
-        level: Level,
         unit: &Unit,
         head: usize,
+        next_head: Option<usize>,
         own: &mut [f32],
         states: &RowsMut<f32>,
-        out: &RowsMut<bf16>,
     ) {
         let rows = unit.tokens.len() * self.group;
         let numbers = rows * self.stride();
         let (sums, own) = own.split_at_mut(numbers);
         let (later, tile) = own.split_at_mut(numbers);
         for split in unit.splits.clone() {
+            let heads = (head, next_head);
             if split == unit.splits.start {
-                self.add_keys(level, unit, head, split, tile, sums);
+                self.add_keys(unit, heads, split, tile, sums);
                 continue;
             }
-            self.add_keys(level, unit, head, split, tile, later);
-            add_states(level, sums, later, self.stride());
+            self.add_keys(unit, heads, split, tile, later);
+            add_states(self.level, sums, later, self.stride());
         }
         for (row, sum) in sums.chunks_exact_mut(self.stride()).enumerate() {
             if let Some(first) = unit.states {
@@ -226,20 +239,13 @@ impl Job<'_> {
                 let state = unsafe { states.part(first + head * rows + row, 0, sum.len()) };
                 state.copy_from_slice(sum);
             } else {
-                self.finish(level, unit, head, row, sum, out);
+                self.finish(unit, head, row, sum);
             }
         }
     }
 
     /// Add the states of a unit whose splits were units of their own, in their order.
-    fn add_up(
-        &self,
-        level: Level,
-        unit: &Unit,
-        head: usize,
-        states: &RowsMut<f32>,
-        out: &RowsMut<bf16>,
-    ) {
+    fn add_up(&self, unit: &Unit, head: usize, states: &RowsMut<f32>) {
         let rows = unit.tokens.len() * self.group;
         let kv_heads = self.cache.layout().kv_heads();
         let first = unit.states.unwrap_or_default();
@@ -251,9 +257,9 @@ impl Job<'_> {
             };
             let sum = state(0);
             for split in 1..unit.splits.len() {
-                add_states(level, sum, state(split), self.stride());
+                add_states(self.level, sum, state(split), self.stride());
             }
-            self.finish(level, unit, head, row, sum, out);
+            self.finish(unit, head, row, sum);
         }
     }
 
@@ -275,29 +281,29 @@ impl Job<'_> {
         &numbers[head * dim..][..dim]
     }
 
-    fn finish(
-        &self,
-        level: Level,
-        unit: &Unit,
-        head: usize,
-        row: usize,
-        sum: &mut [f32],
-        out: &RowsMut<bf16>,
-    ) {
+    fn finish(&self, unit: &Unit, head: usize, row: usize, sum: &mut [f32]) {
         let dim = self.cache.layout().head_dim();
         let (position, head) = self.row(unit, head, row);
         let row = unit.span.first_row + position - unit.span.start;
         // SAFETY: each row of each head is finished once.
-        let out = unsafe { out.part(row, head * dim, dim) };
-        write_mean(level, sum, out);
+        let out = unsafe { self.out.part(row, head * dim, dim) };
+        write_mean(self.level, sum, out);
     }
 
-    /// The states of a unit's rows after one split.
+    /// The first position that any row of a unit sees, and one more than the last.
+    fn seen(&self, unit: &Unit) -> Range<usize> {
+        let first = self
+            .scoring
+            .first(unit.tokens.start)
+            .max(unit.splits.start * SPLIT);
+        first..unit.tokens.end.min(unit.splits.end * SPLIT)
+    }
+
+    /// The states of a unit's rows after one split, for the first of `heads`; the second is next.
     fn add_keys(
         &self,
-        level: Level,
         unit: &Unit,
-        head: usize,
+        heads: (usize, Option<usize>),
         split: usize,
         numbers: &mut [f32],
         states: &mut [f32],
@@ -305,28 +311,43 @@ impl Job<'_> {
         for state in states.chunks_exact_mut(self.stride()) {
             State::of(state).clear();
         }
-        let first = self.scoring.first(unit.tokens.start).max(split * SPLIT);
-        let end = unit.tokens.end.min((split + 1) * SPLIT);
+        let all = self.seen(unit);
+        let (first, end) = (
+            all.start.max(split * SPLIT),
+            all.end.min((split + 1) * SPLIT),
+        );
         for base in (first / TILE * TILE..end).step_by(TILE) {
-            let seen = |base: usize| first.max(base) - base..end.min(base + TILE) - base;
-            let (tile, next) = match self.cache.layout().dtype() {
-                KvType::Bf16 => {
-                    let last = base + TILE >= end;
-                    let next = if last { base } else { base + TILE };
-                    let in_place = |base| self.in_place(unit.span, head, base, seen(base));
-                    (in_place(base), in_place(next))
-                }
-                KvType::Int8 => {
-                    let seen = seen(base);
-                    let tile = self.converted(level, unit.span, head, base, seen, numbers);
-                    (tile, tile)
-                }
+            let seen = first.max(base) - base..end.min(base + TILE) - base;
+            let tile = match self.cache.layout().dtype() {
+                KvType::Bf16 => self.in_place(unit.span, heads.0, base, seen),
+                KvType::Int8 => self.converted(unit.span, heads.0, base, seen, numbers),
+            };
+            let mut ahead = match heads.1 {
+                _ if base + TILE < all.end => self.ahead(unit, heads.0, base + TILE),
+                Some(head) => self.ahead(unit, head, all.start / TILE * TILE),
+                None => Ahead::default(),
             };
             for (place, states) in states.chunks_mut(ROWS * self.stride()).enumerate() {
-                let mut group = self.group(unit, head, place * ROWS, base, states);
-                self.add_tile(level, &mut group, &tile, &next);
+                let mut group = self.group(unit, heads.0, place * ROWS, base, states);
+                self.add_tile(&mut group, &tile, &mut ahead);
             }
         }
+    }
+
+    /// The memory of the tile at position `base`.
+    fn ahead(&self, unit: &Unit, head: usize, base: usize) -> Ahead<VECTORS> {
+        let layout = self.cache.layout();
+        let end = self.seen(unit).end;
+        // As many pieces of a head's part of a block as it has vectors of keys; together, all of it.
+        let bytes = layout.bytes_per_head() / (layout.block_tokens() / LANES);
+        Ahead::new(std::array::from_fn(|vector| {
+            let position = base + vector * LANES;
+            if position >= end {
+                return (std::ptr::null(), 0);
+            }
+            let (part, slot) = self.place(unit.span, head, position);
+            (part.cast_const().wrapping_add(slot / LANES * bytes), bytes)
+        }))
     }
 
     /// The rows from `first` on whose states are given, and what they see of the tile at `base`.
@@ -354,18 +375,24 @@ impl Job<'_> {
         }
     }
 
-    fn add_tile(&self, level: Level, group: &mut Group, tile: &Tile, next: &Tile) {
+    fn add_tile(&self, group: &mut Group, tile: &Tile, ahead: &mut Ahead<VECTORS>) {
         if group.seen.iter().all(Range::is_empty) {
             return;
         }
         #[cfg(target_arch = "x86_64")]
-        if level == Level::Avx512 && avx512::fits(self.cache.layout().head_dim()) {
+        if self.dot_products() {
             // SAFETY: a level above portable is only made where the processor has it.
-            unsafe { avx512::add_tile(group, tile, next, &self.scoring) };
+            unsafe { avx512::add_tile(group, tile, ahead, &self.scoring) };
             return;
         }
-        let _ = next;
-        add_tile(level, group, tile, &self.scoring);
+        let _ = ahead;
+        add_tile(self.level, group, tile, &self.scoring);
+    }
+
+    /// Whether there are instructions for it that take heads of this size.
+    #[cfg(target_arch = "x86_64")]
+    fn dot_products(&self) -> bool {
+        self.level == Level::Avx512 && avx512::fits(self.cache.layout().head_dim())
     }
 
     /// Where a vector of keys at `position` lies: its head's part of a block, and its place there.
@@ -397,7 +424,6 @@ impl Job<'_> {
     /// left out.
     fn converted<'a>(
         &self,
-        level: Level,
         span: &Span,
         head: usize,
         base: usize,
@@ -426,17 +452,9 @@ impl Job<'_> {
                 )
             };
             let (old_keys, old_values) = whole.split_at(pairs);
-            widen_keys(
-                level,
-                &old_keys[slot..],
-                block_tokens,
-                &mut keys[pairs_of(vector)],
-            );
-            widen_pairs(
-                level,
-                &old_values[slot / 2 * dim..],
-                &mut values[pairs_of(vector)],
-            );
+            let (old_keys, old_values) = (&old_keys[slot..], &old_values[slot / 2 * dim..]);
+            self.widen(old_keys, block_tokens, LANES, &mut keys[pairs_of(vector)]);
+            self.widen(old_values, dim, dim, &mut values[pairs_of(vector)]);
             let into = vector * LANES..(vector + 1) * LANES;
             key_scales[into.clone()].copy_from_slice(&scales[slot..][..LANES]);
             value_scales[into].copy_from_slice(&scales[block_tokens + slot..][..LANES]);
@@ -452,6 +470,20 @@ impl Job<'_> {
         tile.scales = Some((key_scales, value_scales));
         tile
     }
+
+    /// Rows of `width` pairs, `stride` apart, as bf16.
+    fn widen(&self, old: &[[i8; 2]], stride: usize, width: usize, new: &mut [u32]) {
+        #[cfg(target_arch = "x86_64")]
+        if self.dot_products() {
+            for (old, new) in old.chunks(stride).zip(new.chunks_exact_mut(width)) {
+                let old = &old[..width];
+                // SAFETY: both are `width` pairs; the processor has the level.
+                unsafe { avx512::widen(old.as_ptr().cast(), new.as_mut_ptr().cast(), 2 * width) };
+            }
+            return;
+        }
+        widen_rows(self.level, old, stride, width, new);
+    }
 }
 
 /// The same memory as pairs of bf16.
@@ -461,16 +493,10 @@ fn as_pairs(numbers: &mut [f32]) -> &mut [u32] {
 }
 
 vectorised! {
-    fn widen_keys(old: &[[i8; 2]], stride: usize, new: &mut [u32]) {
-        for (old, new) in old.chunks(stride).zip(new.as_chunks_mut::<LANES>().0) {
+    fn widen_rows(old: &[[i8; 2]], stride: usize, width: usize, new: &mut [u32]) {
+        for (old, new) in old.chunks(stride).zip(new.chunks_exact_mut(width)) {
             new.iter_mut().zip(old).for_each(|(new, &pair)| *new = widen_pair(pair));
         }
-    }
-}
-
-vectorised! {
-    fn widen_pairs(old: &[[i8; 2]], new: &mut [u32]) {
-        new.iter_mut().zip(old).for_each(|(new, &pair)| *new = widen_pair(pair));
     }
 }
 

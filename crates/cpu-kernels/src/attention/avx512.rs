@@ -3,7 +3,7 @@
 //! ```text
 //! scores    6 rows x 4 vectors of 16 keys in registers, a query's pair broadcast
 //! weights   2^(score - largest so far), rounded to bf16
-//! values    6 rows x 4 vectors of 16 dimensions in registers, a weight's pair broadcast
+//! values    6 rows x 4 vectors of 16 dimensions in registers, or 2 x 8, a weight's pair broadcast
 //! ```
 //!
 //! A score's and a value's chain of additions is the same whatever rows are beside it: pairs of
@@ -16,12 +16,10 @@ use std::ops::Range;
 
 use half::bf16;
 
+use super::ahead::Ahead;
 use super::attend::Scoring;
 use super::tile::{Group, HEADER, LANES, ROWS, TILE, Tile, VECTORS};
 use crate::exp::exp2_coefficients;
-
-/// Vectors of dimensions that are summed together.
-const DIMS: usize = 4;
 
 type Weights = [[u32; TILE / 2]; ROWS];
 
@@ -32,19 +30,29 @@ pub(super) fn fits(dim: usize) -> bool {
 
 /// As `tile::add_tile`, for heads that fit.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512bf16")]
-pub(super) fn add_tile(group: &mut Group, tile: &Tile, next: &Tile, scoring: &Scoring) {
+pub(super) fn add_tile(
+    group: &mut Group,
+    tile: &Tile,
+    ahead: &mut Ahead<VECTORS>,
+    scoring: &Scoring,
+) {
     match group.len() {
-        1 => add::<1>(group, tile, next, scoring),
-        2 => add::<2>(group, tile, next, scoring),
-        3 => add::<3>(group, tile, next, scoring),
-        4 => add::<4>(group, tile, next, scoring),
-        5 => add::<5>(group, tile, next, scoring),
-        _ => add::<ROWS>(group, tile, next, scoring),
+        1 => add::<1>(group, tile, ahead, scoring),
+        2 => add::<2>(group, tile, ahead, scoring),
+        3 => add::<3>(group, tile, ahead, scoring),
+        4 => add::<4>(group, tile, ahead, scoring),
+        5 => add::<5>(group, tile, ahead, scoring),
+        _ => add::<ROWS>(group, tile, ahead, scoring),
     }
 }
 
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512bf16")]
-fn add<const R: usize>(group: &mut Group, tile: &Tile, next: &Tile, scoring: &Scoring) {
+fn add<const R: usize>(
+    group: &mut Group,
+    tile: &Tile,
+    ahead: &mut Ahead<VECTORS>,
+    scoring: &Scoring,
+) {
     let dim = group.queries[0].len();
     assert!(
         fits(dim) && group.states.len() == R * (HEADER + dim),
@@ -87,8 +95,7 @@ fn add<const R: usize>(group: &mut Group, tile: &Tile, next: &Tile, scoring: &Sc
     let mut shrink = [0.0; R];
     // SAFETY: lengths were checked above.
     unsafe {
-        let ahead = std::array::from_fn(|vector| next.keys[vector].as_ptr());
-        let scores = scores::<R>(&queries, &keys, tile.key_stride, dim, &ahead);
+        let scores = scores::<R>(&queries, &keys, tile.key_stride, dim, ahead);
         for (row, scores) in scores.iter().enumerate() {
             let state = &mut group.states[row * (HEADER + dim)..];
             let seen = group.seen[row].clone();
@@ -102,34 +109,26 @@ fn add<const R: usize>(group: &mut Group, tile: &Tile, next: &Tile, scoring: &Sc
                 &mut weights[row],
             );
         }
-        let values: [_; VECTORS] = std::array::from_fn(|vector| tile.values[vector].as_ptr());
-        let ahead: [_; VECTORS] = std::array::from_fn(|vector| next.values[vector].as_ptr());
-        let sums = group.states.as_mut_ptr();
+        let products = Products {
+            weights: &weights,
+            shrink: &shrink,
+            values: std::array::from_fn(|vector| tile.values[vector].as_ptr()),
+            vectors: first..end,
+            dim,
+            sums: group.states.as_mut_ptr(),
+        };
         let mut place = 0;
-        while place + DIMS * LANES <= dim {
-            weigh::<R, DIMS>(
-                &weights,
-                &shrink,
-                &values,
-                &ahead,
-                first..end,
-                dim,
-                place,
-                sums,
-            );
-            place += DIMS * LANES;
+        // Few rows leave registers for more dimensions, which are then read in their order.
+        while R <= 2 && place + 8 * LANES <= dim {
+            products.add::<8>(place, ahead);
+            place += 8 * LANES;
+        }
+        while place + 4 * LANES <= dim {
+            products.add::<4>(place, ahead);
+            place += 4 * LANES;
         }
         while place < dim {
-            weigh::<R, 1>(
-                &weights,
-                &shrink,
-                &values,
-                &ahead,
-                first..end,
-                dim,
-                place,
-                sums,
-            );
+            products.add::<1>(place, ahead);
             place += LANES;
         }
     }
@@ -145,16 +144,16 @@ unsafe fn scores<const R: usize>(
     keys: &[*const u32; VECTORS],
     stride: usize,
     dim: usize,
-    ahead: &[*const u32; VECTORS],
+    ahead: &mut Ahead<VECTORS>,
 ) -> [[__m512; VECTORS]; R] {
     let mut sums = [[_mm512_setzero_ps(); VECTORS]; R];
     for pair in 0..dim / 2 {
-        // SAFETY: within what the caller promised; a prefetch may be of any address.
+        ahead.fetch(VECTORS);
+        // SAFETY: within what the caller promised.
         unsafe {
             let mut loaded = [_mm512_setzero_si512(); VECTORS];
             for vector in 0..VECTORS {
                 loaded[vector] = _mm512_loadu_si512(keys[vector].add(pair * stride).cast());
-                _mm_prefetch::<_MM_HINT_T1>(ahead[vector].wrapping_add(pair * stride).cast());
             }
             for row in 0..R {
                 let query = queries[row].add(2 * pair).cast::<i32>().read_unaligned();
@@ -232,58 +231,85 @@ fn soften(
     _mm512_cvtss_f32(shrink)
 }
 
-/// Add weighted values to N vectors of dimensions of R states.
-///
-/// # Safety
-/// `sums` are R states of `dim` dimensions, of which N vectors are at `place`; `values` of every
-/// vector of keys in `vectors` have 8 rows of `dim` pairs.
-#[target_feature(enable = "avx512f,avx512bf16")]
-unsafe fn weigh<const R: usize, const N: usize>(
-    weights: &Weights,
-    shrink: &[f32; R],
-    values: &[*const u32; VECTORS],
-    ahead: &[*const u32; VECTORS],
+/// Weighted values to be added to R states.
+struct Products<'a, const R: usize> {
+    weights: &'a Weights,
+    shrink: &'a [f32; R],
+    values: [*const u32; VECTORS],
     vectors: Range<usize>,
     dim: usize,
-    place: usize,
     sums: *mut f32,
-) {
-    let at = |row: usize, n: usize| row * (HEADER + dim) + HEADER + place + n * LANES;
-    let mut sum = [[_mm512_setzero_ps(); N]; R];
-    for row in 0..R {
-        for n in 0..N {
-            // SAFETY: within the state, as the caller promised.
-            let before = unsafe { _mm512_loadu_ps(sums.add(at(row, n))) };
-            sum[row][n] = _mm512_mul_ps(before, _mm512_set1_ps(shrink[row]));
-        }
-    }
-    for vector in vectors {
-        for pair in 0..LANES / 2 {
-            let offset = pair * dim + place;
-            let mut loaded = [_mm512_setzero_si512(); N];
-            // SAFETY: within the values, as the caller promised; a prefetch may be of any address.
-            unsafe {
-                for n in 0..N {
-                    let from = values[vector].add(offset + n * LANES);
-                    loaded[n] = _mm512_loadu_si512(from.cast());
-                    let ahead = ahead[vector].wrapping_add(offset + n * LANES);
-                    _mm_prefetch::<_MM_HINT_T1>(ahead.cast());
-                }
-            }
-            for row in 0..R {
-                let weight = weights[row][vector * LANES / 2 + pair] as i32;
-                let weight = pairs(_mm512_set1_epi32(weight));
-                for n in 0..N {
-                    sum[row][n] = _mm512_dpbf16_ps(sum[row][n], pairs(loaded[n]), weight);
-                }
+}
+
+impl<const R: usize> Products<'_, R> {
+    /// Of N vectors of dimensions at `place`.
+    ///
+    /// # Safety
+    /// `sums` are R states of `dim` dimensions, of which N vectors are at `place`; `values` of
+    /// every vector of keys in `vectors` have 8 rows of `dim` pairs.
+    #[target_feature(enable = "avx512f,avx512bf16")]
+    unsafe fn add<const N: usize>(&self, place: usize, ahead: &mut Ahead<VECTORS>) {
+        let dim = self.dim;
+        let at = |row: usize, n: usize| row * (HEADER + dim) + HEADER + place + n * LANES;
+        let mut sums = [[_mm512_setzero_ps(); N]; R];
+        for row in 0..R {
+            for n in 0..N {
+                // SAFETY: within the state, as the caller promised.
+                let before = unsafe { _mm512_loadu_ps(self.sums.add(at(row, n))) };
+                sums[row][n] = _mm512_mul_ps(before, _mm512_set1_ps(self.shrink[row]));
             }
         }
-    }
-    for row in 0..R {
-        for n in 0..N {
-            // SAFETY: as above.
-            unsafe { _mm512_storeu_ps(sums.add(at(row, n)), sum[row][n]) };
+        for vector in self.vectors.clone() {
+            for pair in 0..LANES / 2 {
+                ahead.fetch(N);
+                let mut loaded = [_mm512_setzero_si512(); N];
+                for (n, loaded) in loaded.iter_mut().enumerate() {
+                    let offset = pair * dim + place + n * LANES;
+                    // SAFETY: within the values, as the caller promised.
+                    *loaded = unsafe { _mm512_loadu_si512(self.values[vector].add(offset).cast()) };
+                }
+                for row in 0..R {
+                    let weight = self.weights[row][vector * LANES / 2 + pair] as i32;
+                    let weight = pairs(_mm512_set1_epi32(weight));
+                    for n in 0..N {
+                        sums[row][n] = _mm512_dpbf16_ps(sums[row][n], pairs(loaded[n]), weight);
+                    }
+                }
+            }
         }
+        for row in 0..R {
+            for n in 0..N {
+                // SAFETY: as above.
+                unsafe { _mm512_storeu_ps(self.sums.add(at(row, n)), sums[row][n]) };
+            }
+        }
+    }
+}
+
+/// Widen 32 whole numbers at a time to bf16, which holds all of int8's, and as many as are left.
+///
+/// # Safety
+/// `old` and `new` are `count` numbers.
+#[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
+pub(super) unsafe fn widen(old: *const i8, new: *mut u16, count: usize) {
+    let mut place = 0;
+    while place + 2 * LANES <= count {
+        // SAFETY: 32 numbers from `place` on are within both.
+        unsafe {
+            let half = |part: usize| {
+                let bytes = _mm_loadu_si128(old.add(place + part * LANES).cast());
+                _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(bytes))
+            };
+            let rounded = _mm512_cvtne2ps_pbh(half(1), half(0));
+            let bits = std::mem::transmute::<__m512bh, __m512i>(rounded);
+            _mm512_storeu_si512(new.add(place).cast(), bits);
+        }
+        place += 2 * LANES;
+    }
+    while place < count {
+        // SAFETY: `place` is within both.
+        unsafe { *new.add(place) = (f32::from(*old.add(place)).to_bits() >> 16) as u16 };
+        place += 1;
     }
 }
 

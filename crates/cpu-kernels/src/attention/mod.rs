@@ -6,6 +6,7 @@
 //! store    norm, rotary, and the step's keys and values into the cache
 //! attend   every row over its own sequence: what is computed where, and in which order
 //! tile     one tile of keys for some rows, at any level; avx512: the same with its dot products
+//! ahead    fetches the next tile's memory meanwhile
 //! ```
 //!
 //! A row's result depends on its query and on the keys before it, and on nothing else of the step:
@@ -14,6 +15,7 @@
 //! and a key that a row may not see adds exactly nothing. Whether a row is alone or among many, and
 //! which threads take which splits, changes who computes, but not what.
 
+mod ahead;
 mod attend;
 #[cfg(target_arch = "x86_64")]
 mod avx512;
