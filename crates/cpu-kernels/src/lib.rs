@@ -30,6 +30,7 @@ pub mod norm;
 pub mod plan;
 pub mod rotary;
 pub mod rows;
+pub mod sampling;
 pub mod scratch;
 mod share;
 pub mod team;

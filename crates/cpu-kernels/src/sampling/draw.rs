@@ -1,0 +1,312 @@
+//! Chooses one id per row of scores, by largest value or with noise.
+//!
+//! Noise comes in one of two forms that a row's own parameters choose:
+//!
+//!  - truncated (top_k, top_p or min_p): noise for the ids that are left;
+//!  - untruncated: the vocabulary in groups of 512; noise picks a group by its whole probability,
+//!    then an id within it. The distribution is the same as with noise for every id, as the largest
+//!    of a group's perturbed scores is distributed like its log-sum-exp with one noise (Gumbel's
+//!    max-stability).
+
+use super::noise::{bits, gumbel, gumbel_at_most};
+use super::peak::{at_least, count, find_peaks, first_of_peak, reached_by};
+use crate::cpu::Cpu;
+use crate::exp::exp;
+use crate::rows::{Rows, RowsMut};
+use crate::vectorise::vectorised;
+
+/// Ids of one group.
+const GROUP: usize = 512;
+/// Noise counters of ids; those of groups start at 0.
+const TOKEN_STREAM: u64 = 1 << 40;
+/// Temperatures below are zero: the largest score is taken.
+const GREEDY_BELOW: f64 = 1e-5;
+
+/// How a row's token is chosen.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Draw {
+    pub temperature: f64,
+    /// Keeps so many of the most likely ids, and ties with the last; 0 for all.
+    pub top_k: usize,
+    /// Keeps the fewest most likely ids, of those that `top_k` left, that reach this mass.
+    pub top_p: f64,
+    /// Keeps ids of at least this probability relative to the most likely one's.
+    pub min_p: f64,
+    /// Of `row_key`.
+    pub key: u64,
+}
+
+/// One task's memory.
+struct Own<'a> {
+    peaks: &'a mut [f32],
+    others: &'a mut [f32],
+    masses: &'a mut [f32],
+    candidates: &'a mut [u64],
+}
+
+/// Draw a token for every row of `scores` [n, vocab] as `rows` [n] say, into `tokens` [n].
+///
+/// A row whose scores hold NaN or infinity, or nothing but minus infinity, gets `None`. The lowest
+/// id is taken on ties.
+///
+/// # Panics
+/// If shapes do not fit, or the vocabulary is empty.
+pub fn draw(cpu: &mut Cpu, scores: Rows<f32>, rows: &[Draw], tokens: &mut [Option<u32>]) {
+    assert_eq!(
+        (scores.rows(), rows.len()),
+        (rows.len(), tokens.len()),
+        "rows"
+    );
+    let vocab = scores.cols();
+    assert!(
+        rows.is_empty() || (1..=u32::MAX as usize).contains(&vocab),
+        "{vocab} scores"
+    );
+    let peaks = count(vocab);
+    let groups = vocab.div_ceil(GROUP);
+    let threads = cpu.team.threads();
+    let (team, level) = (&cpu.team, cpu.level);
+    let [candidates, numbers] = cpu
+        .scratch
+        .parts([8 * vocab * threads, 4 * (2 * peaks + groups) * threads]);
+    // SAFETY: scratch is aligned to 64 bytes, as long as asked, and any bytes are numbers.
+    let candidates =
+        unsafe { RowsMut::<u64>::from_raw(candidates.as_mut_ptr().cast(), threads, vocab, vocab) };
+    let width = 2 * peaks + groups;
+    // SAFETY: as above.
+    let numbers =
+        unsafe { RowsMut::<f32>::from_raw(numbers.as_mut_ptr().cast(), threads, width, width) };
+    let tokens = RowsMut::of(tokens, 1);
+    team.run(rows.len(), |row, thread| {
+        // SAFETY: one task at a time has this thread's numbers.
+        let (candidates, numbers) = unsafe {
+            (
+                candidates.part(thread, 0, vocab),
+                numbers.part(thread, 0, width),
+            )
+        };
+        let (peaks, numbers) = numbers.split_at_mut(peaks);
+        let (others, masses) = numbers.split_at_mut(peaks.len());
+        let own = Own {
+            peaks,
+            others,
+            masses,
+            candidates,
+        };
+        let (draw, scores) = (&rows[row], scores.row(row));
+        // SAFETY: each row is taken once.
+        let token = unsafe { tokens.part(row, 0, 1) };
+        token[0] = None;
+        if find_peaks(level, scores, own.peaks) {
+            let (id, best) = first_of_peak(scores, own.peaks);
+            let id = if draw.temperature < GREEDY_BELOW {
+                id
+            } else {
+                let scaled = Scaled {
+                    best,
+                    temperature: draw.temperature as f32,
+                };
+                add_masses(level, scores, scaled, own.masses);
+                if draw.top_k > 0 || draw.top_p < 1.0 || draw.min_p > 0.0 {
+                    truncated(scores, draw, scaled, own)
+                } else {
+                    by_group(scores, draw, scaled, own.masses)
+                }
+            };
+            token[0] = Some(id as u32);
+        }
+    });
+}
+
+/// (score - best) / temperature: at most 0.
+#[derive(Clone, Copy)]
+struct Scaled {
+    best: f32,
+    temperature: f32,
+}
+
+impl Scaled {
+    #[inline(always)]
+    fn of(self, score: f32) -> f32 {
+        (score - self.best) / self.temperature
+    }
+
+    /// A score below which none has a scaled one of at least `least`, but for rounding, which is
+    /// allowed for.
+    fn score(self, least: f64) -> f32 {
+        let score = least * f64::from(self.temperature) + f64::from(self.best);
+        let slack = 1e-6 * (score.abs() + f64::from(self.best.abs()) + 1.0);
+        (score - slack) as f32
+    }
+}
+
+vectorised! {
+    /// Each group's sum of e^scaled.
+    fn add_masses(scores: &[f32], scaled: Scaled, masses: &mut [f32]) {
+        for (scores, mass) in scores.chunks(GROUP).zip(masses) {
+            let mut lanes = [0.0_f32; 16];
+            let (whole, rest) = scores.as_chunks::<16>();
+            for chunk in whole {
+                for (lane, &score) in lanes.iter_mut().zip(chunk) {
+                    *lane += exp(scaled.of(score));
+                }
+            }
+            for (lane, &score) in lanes.iter_mut().zip(rest) {
+                *lane += exp(scaled.of(score));
+            }
+            *mass = lanes.iter().sum();
+        }
+    }
+}
+
+fn by_group(scores: &[f32], draw: &Draw, scaled: Scaled, masses: &[f32]) -> usize {
+    let mut group = Largest::default();
+    for (index, &mass) in masses.iter().enumerate() {
+        group.offer(index, f64::from(mass).ln(), bits(draw.key, index as u64));
+    }
+    let first = group.id * GROUP;
+    let mut id = Largest::default();
+    for (index, &score) in (first..).zip(&scores[first..scores.len().min(first + GROUP)]) {
+        let weight = f64::from(scaled.of(score)).exp() as f32;
+        id.offer(
+            index,
+            f64::from(weight).ln(),
+            bits(draw.key, index as u64 + TOKEN_STREAM),
+        );
+    }
+    id.id
+}
+
+/// A candidate in one number: ascending numbers are descending scores, and ascending ids on ties.
+fn candidate(id: usize, scaled: f32) -> u64 {
+    u64::from(scaled.abs().to_bits()) << 32 | id as u64
+}
+
+fn id_of(candidate: u64) -> usize {
+    (candidate & u64::from(u32::MAX)) as usize
+}
+
+fn scaled_of(candidate: u64) -> f64 {
+    -f64::from(f32::from_bits((candidate >> 32) as u32))
+}
+
+fn mass_of(candidates: &[u64]) -> f64 {
+    candidates
+        .iter()
+        .map(|&candidate| scaled_of(candidate).exp())
+        .sum()
+}
+
+fn truncated(scores: &[f32], draw: &Draw, scaled: Scaled, own: Own) -> usize {
+    let vocab = scores.len();
+    let least = draw.min_p.ln();
+    let mut total: f64 = own.masses.iter().map(|&mass| f64::from(mass)).sum();
+    let from = if draw.top_k > 0 {
+        reached_by(own.peaks, draw.top_k.min(vocab), own.others)
+    } else {
+        // Ids with less than (1 - top_p) / vocab each cannot be needed to reach top_p.
+        let needed = (total * (1.0 - draw.top_p).max(0.0) / vocab as f64).ln() - 1e-3;
+        scaled.score(needed.max(least - 1e-3))
+    };
+    let mut found = 0;
+    at_least(scores, own.peaks, from, |id, score| {
+        own.candidates[found] = candidate(id, scaled.of(score));
+        found += 1;
+    });
+    let mut left = &mut own.candidates[..found];
+    if draw.top_k > 0 {
+        left = keep_top_k(left, draw.top_k);
+        total = mass_of(left);
+    }
+    if draw.top_p < 1.0 {
+        left = keep_mass(left, draw.top_p * total);
+    }
+    let mut best = Largest::default();
+    let mut first = u64::MAX;
+    for &candidate in &*left {
+        first = first.min(candidate);
+        if scaled_of(candidate) >= least {
+            let id = id_of(candidate);
+            best.offer(
+                id,
+                scaled_of(candidate),
+                bits(draw.key, id as u64 + TOKEN_STREAM),
+            );
+        }
+    }
+    // The most likely id is kept whatever min_p says.
+    if best.value == f64::NEG_INFINITY {
+        id_of(first)
+    } else {
+        best.id
+    }
+}
+
+/// Those that score no less than the k-th best.
+fn keep_top_k(candidates: &mut [u64], k: usize) -> &mut [u64] {
+    if k >= candidates.len() {
+        return candidates;
+    }
+    let (_, last, after) = candidates.select_nth_unstable(k - 1);
+    let score = *last >> 32;
+    let mut kept = k;
+    for index in 0..after.len() {
+        if candidates[k + index] >> 32 == score {
+            candidates.swap(kept, k + index);
+            kept += 1;
+        }
+    }
+    &mut candidates[..kept]
+}
+
+/// The best ones, until those before the next have at least `mass`; at least one.
+fn keep_mass(candidates: &mut [u64], mass: f64) -> &mut [u64] {
+    // All before `low` are kept and have `before`; none from `high` on is.
+    let (mut low, mut high) = (0, candidates.len());
+    let mut before = 0.0;
+    while low < high {
+        let middle = low + (high - low) / 2;
+        candidates[low..high].select_nth_unstable(middle - low);
+        // The middle one is kept if those before it have less than `mass`.
+        let reached = before + mass_of(&candidates[low..middle]);
+        if reached < mass {
+            before = reached + scaled_of(candidates[middle]).exp();
+            low = middle + 1;
+        } else {
+            high = middle;
+        }
+    }
+    if low == 0 && !candidates.is_empty() {
+        candidates.select_nth_unstable(0);
+        low = 1;
+    }
+    &mut candidates[..low]
+}
+
+/// The largest sum of a score and its noise so far.
+struct Largest {
+    id: usize,
+    value: f64,
+}
+
+impl Default for Largest {
+    fn default() -> Self {
+        Self {
+            id: 0,
+            value: f64::NEG_INFINITY,
+        }
+    }
+}
+
+impl Largest {
+    /// Noise is only computed where it could matter.
+    #[inline(always)]
+    fn offer(&mut self, id: usize, score: f64, bits: u64) {
+        if score + gumbel_at_most(bits) > self.value {
+            let value = score + gumbel(bits);
+            if value > self.value {
+                *self = Self { id, value };
+            }
+        }
+    }
+}

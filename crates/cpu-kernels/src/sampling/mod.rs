@@ -1,0 +1,22 @@
+//! The next token of every row of scores.
+//!
+//! ```text
+//! peak       the largest of each 64 scores: what most of a row is skipped by
+//! noise      a pure function of (seed, choice, output index) and a counter
+//! draw       temperature, top_k, top_p, min_p and the choice
+//! logprobs   log-probabilities, ranks and the most likely tokens
+//! ```
+//!
+//! A row costs a pass or two over its scores: nothing is sorted but the few ids that may be kept,
+//! and of long flat tails only as much as decides where top_p ends.
+
+mod draw;
+mod logprobs;
+mod noise;
+mod peak;
+#[cfg(test)]
+mod tests;
+
+pub use draw::{Draw, draw};
+pub use logprobs::{TokenLogprobs, logprobs};
+pub use noise::row_key;
