@@ -64,3 +64,52 @@ vectorised! {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::level::Level;
+
+    #[test]
+    fn silu_and_mul_is_close_to_the_reference_from_one_extreme_to_the_other() {
+        let n = 1201;
+        let gate = (0..n).map(|i| bf16::from_f32((i as f32 - 600.0) / 3.0));
+        let row: Vec<bf16> = gate
+            .chain((0..n).map(|i| bf16::from_f32(i as f32 / 9.0)))
+            .collect();
+        let rows = row.repeat(5);
+        let mut all = Vec::new();
+        for level in Level::available() {
+            let cpu = Cpu::at_level(level, 2, 0).unwrap();
+            let mut out = vec![bf16::NAN; 5 * n];
+            silu_and_mul(&cpu, Rows::of(&rows, 2 * n), RowsMut::of(&mut out, n));
+            for (i, found) in out.iter().enumerate() {
+                let (gate, up) = (row[i % n].to_f64(), row[n + i % n].to_f64());
+                let right = gate / (1.0 + (-gate).exp()) * up;
+                let error = (found.to_f64() - right).abs();
+                assert!(error <= right.abs() / 120.0 + 1e-30, "{gate} {up}: {found}");
+            }
+            all.push(out);
+        }
+        assert!(all.windows(2).all(|pair| pair[0] == pair[1]));
+    }
+
+    #[test]
+    fn sums_are_rounded_once() {
+        let a: Vec<bf16> = (0..77).map(|i| bf16::from_f32(i as f32 * 0.37)).collect();
+        let b: Vec<bf16> = (0..77).map(|i| bf16::from_f32(1000.0 - i as f32)).collect();
+        for level in Level::available() {
+            let cpu = Cpu::at_level(level, 1, 0).unwrap();
+            let mut out = vec![bf16::NAN; 77];
+            add(
+                &cpu,
+                Rows::of(&a, 11),
+                Rows::of(&b, 11),
+                RowsMut::of(&mut out, 11),
+            );
+            for ((out, a), b) in out.iter().zip(&a).zip(&b) {
+                assert_eq!(*out, bf16::from_f32(a.to_f32() + b.to_f32()));
+            }
+        }
+    }
+}

@@ -44,3 +44,26 @@ pub fn gather(
     });
     Ok(())
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn rows_are_picked_by_id_and_ids_beyond_the_table_are_refused() {
+        let cpu = Cpu::new(2, 0).unwrap();
+        let table: Vec<bf16> = (0..30).map(|i| bf16::from_f32(i as f32)).collect();
+        let mut out = vec![bf16::ZERO; 9];
+        let pick = |ids: &[i64], out: &mut [bf16]| {
+            gather(&cpu, Rows::of(&table, 3), ids, RowsMut::of(out, 3))
+        };
+        assert_eq!(pick(&[9, 0, 9], &mut out), Ok(()));
+        let whole = |id: usize| table[3 * id..][..3].to_vec();
+        assert_eq!(out, [whole(9), whole(0), whole(9)].concat());
+        for id in [-1, 10, i64::MAX] {
+            assert_eq!(pick(&[1, id, 1], &mut out), Err(NoSuchRow { id, rows: 10 }));
+        }
+        assert_eq!(out[3..6], whole(0), "nothing was written");
+        assert_eq!(pick(&[], &mut []), Ok(()));
+    }
+}

@@ -103,3 +103,85 @@ fn inverse_rms(x: &[bf16], eps: f32) -> f32 {
     let sum: f32 = lanes.iter().sum();
     1.0 / (sum / x.len() as f32 + eps).sqrt()
 }
+
+#[cfg(test)]
+mod tests {
+    use rand::rngs::StdRng;
+    use rand::{RngExt, SeedableRng};
+
+    use super::*;
+    use crate::level::Level;
+
+    fn numbers(random: &mut StdRng, count: usize, size: f32) -> Vec<bf16> {
+        (0..count)
+            .map(|_| bf16::from_f32(random.random_range(-size..size)))
+            .collect()
+    }
+
+    #[test]
+    fn rows_are_close_to_the_reference_and_the_same_bits_alone_and_at_every_level() {
+        let mut random = StdRng::seed_from_u64(1);
+        for (rows, cols, size) in [(0, 8, 1.0), (1, 1, 1.0), (3, 19, 1e-3), (70, 1024, 1e4)] {
+            let x = numbers(&mut random, rows * cols, size);
+            let weight = numbers(&mut random, cols, 2.0);
+            let mut all = Vec::new();
+            for level in Level::available() {
+                let cpu = Cpu::at_level(level, 2, 0).unwrap();
+                let mut out = vec![bf16::NAN; rows * cols];
+                rms_norm(
+                    &cpu,
+                    Rows::of(&x, cols),
+                    &weight,
+                    1e-6,
+                    RowsMut::of(&mut out, cols),
+                );
+                for (x, found) in x.chunks(cols).zip(out.chunks(cols)) {
+                    let squares: f64 = x.iter().map(|x| x.to_f64().powi(2)).sum();
+                    let scale = 1.0 / (squares / cols as f64 + 1e-6).sqrt();
+                    for ((x, weight), found) in x.iter().zip(&weight).zip(found) {
+                        let right = x.to_f64() * scale * weight.to_f64();
+                        assert!((found.to_f64() - right).abs() <= right.abs() / 120.0);
+                    }
+                    let mut alone = vec![bf16::NAN; cols];
+                    let out = RowsMut::of(&mut alone, cols);
+                    rms_norm(&cpu, Rows::of(x, cols), &weight, 1e-6, out);
+                    assert_eq!(alone, found);
+                }
+                all.push(out);
+            }
+            assert!(all.windows(2).all(|pair| pair[0] == pair[1]));
+        }
+    }
+
+    #[test]
+    fn the_residual_is_the_rounded_sum_and_is_what_is_normalised() {
+        let mut random = StdRng::seed_from_u64(2);
+        let (x, before) = (numbers(&mut random, 90, 3.0), numbers(&mut random, 90, 3.0));
+        let weight = numbers(&mut random, 45, 2.0);
+        for level in Level::available() {
+            let cpu = Cpu::at_level(level, 2, 0).unwrap();
+            let (mut sum, mut out, mut right) =
+                (before.clone(), vec![bf16::NAN; 90], vec![bf16::NAN; 90]);
+            let residual = RowsMut::of(&mut sum, 45);
+            add_rms_norm(
+                &cpu,
+                Rows::of(&x, 45),
+                residual,
+                &weight,
+                1e-6,
+                RowsMut::of(&mut out, 45),
+            );
+            for ((sum, a), b) in sum.iter().zip(&x).zip(&before) {
+                assert_eq!(*sum, bf16::from_f32(a.to_f32() + b.to_f32()));
+            }
+            rms_norm(
+                &cpu,
+                Rows::of(&sum, 45),
+                &weight,
+                1e-6,
+                RowsMut::of(&mut right, 45),
+            );
+            assert_eq!(out, right);
+        }
+    }
+}

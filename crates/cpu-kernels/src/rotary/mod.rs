@@ -47,3 +47,46 @@ pub(crate) fn turn(head: &mut [bf16], angles: &[f32]) {
         *second = round(b * cos + a * sin);
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn angles_are_those_of_position_times_frequency() {
+        let cpu = Cpu::new(2, 0).unwrap();
+        let positions = [0, 1, 77, 40_000];
+        let frequencies = [1.0, 0.25, 0.001];
+        let mut out = vec![f32::NAN; 24];
+        angles(
+            &cpu,
+            &positions,
+            &frequencies,
+            1.5,
+            RowsMut::of(&mut out, 6),
+        );
+        for (row, position) in out.chunks(6).zip(positions) {
+            for (pair, frequency) in frequencies.iter().enumerate() {
+                let angle = f64::from(position as f32 * frequency);
+                assert!((f64::from(row[pair]) - 1.5 * angle.cos()).abs() < 1e-6);
+                assert!((f64::from(row[3 + pair]) - 1.5 * angle.sin()).abs() < 1e-6);
+            }
+        }
+    }
+
+    #[test]
+    fn turning_keeps_lengths_and_leaves_the_rest_alone() {
+        let before: Vec<bf16> = (0..10).map(|i| bf16::from_f32(i as f32 - 4.0)).collect();
+        let mut head = before.clone();
+        let angle = 0.7_f32;
+        let turned = [[angle.cos(); 3], [angle.sin(); 3]].concat();
+        turn(&mut head, &turned);
+        for i in 0..3 {
+            let (a, b) = (before[i].to_f32(), before[i + 3].to_f32());
+            let first = bf16::from_f32(a * angle.cos() - b * angle.sin());
+            let second = bf16::from_f32(b * angle.cos() + a * angle.sin());
+            assert_eq!((head[i], head[i + 3]), (first, second));
+        }
+        assert_eq!(head[6..], before[6..]);
+    }
+}
