@@ -133,7 +133,7 @@ class GatewayConfig:
     admin_key: tuple[str, ...] = setting(
         (),
         "Key for /admin/v1; without one it answers this machine alone",
-        ("serve", *_ACCOUNTS),
+        ("serve", "profile", *_ACCOUNTS),
         secret=True,
     )
     chat_template: str | None = setting(

@@ -28,7 +28,7 @@ from scalellm.bench.profile_told import (
 )
 from scalellm.bench.results import Row
 from scalellm.bench.serve import Options, run_bench
-from scalellm.bench.target import TargetClient
+from scalellm.bench.target import TargetClient, discover
 from scalellm.errors import ConfigError
 
 SCHEMA = 1
@@ -44,6 +44,7 @@ class ProfileOptions:
     workload: Workload = field(default_factory=Workload)
     model: str | None = None
     api_key: str = field(default="", repr=False)
+    admin_key: str = field(default="", repr=False)  # to be told the stages
     baseline: bool = True  # of a foreign endpoint: also measure ScaleLLM's front alone, beside it
 
 
@@ -108,19 +109,26 @@ def run_profile(options: ProfileOptions, console: Console) -> Profile:
                 f"requests: got {level.requests}, allowed: up to {MAX_REQUESTS - level.warmup}, "
                 "as many as a gateway keeps"
             )
-    client = TargetClient(options.url, options.api_key)
+    client = TargetClient(options.url, options.admin_key or options.api_key)
+    target = discover(TargetClient(options.url, options.api_key))
+    is_scalellm = target.owned_by == "scalellm"
     levels: list[LevelProfile] = []
     about: dict[str, Any] = {}
     for level in options.levels:
-        profile, about = _profile_level(options, level, client, console)
+        first = next_request(client, is_scalellm)
+        profile, about = _profile_level(options, level, client, first, console)
         levels.append(profile)
     return Profile(about["target"], about["machine"], about["workload"], tuple(levels))
 
 
 def _profile_level(
-    options: ProfileOptions, level: Level, client: TargetClient, console: Console
+    options: ProfileOptions,
+    level: Level,
+    client: TargetClient,
+    first: int | None,
+    console: Console,
 ) -> tuple[LevelProfile, dict[str, Any]]:
-    first, began_us = next_request(client), time.time_ns() // 1000
+    began_us = time.time_ns() // 1000
     bench = Options(
         options.url, (level,), options.workload, model=options.model, api_key=options.api_key
     )

@@ -33,12 +33,19 @@ class ReplicaSteps:
     problem: str | None
 
 
-def next_request(client: TargetClient) -> int | None:
-    """The number of the request that ends next; None where nothing is told: not a ScaleLLM."""
+def next_request(client: TargetClient, is_scalellm: bool) -> int | None:
+    """The number of the request that ends next; None where nothing is told: not a ScaleLLM.
+
+    Raises EndpointError where a ScaleLLM does not tell it to this client.
+    """
     try:
         told = client.call("GET", PATH)
         return int(told["next"])
-    except (EndpointError, KeyError, TypeError, ValueError):
+    except EndpointError as error:
+        if is_scalellm:
+            raise EndpointError(f"{error}; is it the endpoint's --admin-key?") from None
+        return None
+    except (KeyError, TypeError, ValueError):
         return None
 
 

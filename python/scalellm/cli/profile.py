@@ -82,7 +82,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     settings = resolve_arguments(arguments)
-    keys = settings["api_key"].value
+    keys, admin_keys = settings["api_key"].value, settings["admin_key"].value
     levels, workload = levels_of(arguments), workload_of(arguments)
 
     from rich.console import Console
@@ -101,6 +101,7 @@ def run(arguments: argparse.Namespace) -> int:
         workload=workload,
         model=arguments.profile_model,
         api_key=keys[0] if keys else "",
+        admin_key=admin_keys[0] if admin_keys else "",
         baseline=arguments.profile_baseline,
     )
     profile = run_profile(options, Console(stderr=True))
