@@ -5,26 +5,21 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from scalellm.bench.lengths import Fixed
+from scalellm.bench.shapes import Prompt
+from scalellm.bench.sources import Source, Synthetic
 from scalellm.errors import ConfigError
 
 Endpoint = Literal["chat", "completions"]
 ENDPOINTS: tuple[Endpoint, ...] = ("chat", "completions")
-ARRIVALS = ("poisson", "constant")
+# Arrivals that are not drawn for the level: each client's own, or those of a trace.
+CLIENTS, TRACE = "clients", "trace"
 # Different prompts kept for one level; a longer level sends them again, and says so.
 MAX_PROMPTS = 20_000
+# Tokens of all a level's different prompts; bounds the bench's memory (about 6 bytes each, twice).
+MAX_PROMPT_TOKENS = 20_000_000
 _MAX_DEFAULT_WARMUP = 16
 _MIN_REQUESTS = 8
-
-
-@dataclass(frozen=True, slots=True)
-class Prompt:
-    """One request's prompt: text, or token ids for the completions endpoint."""
-
-    text: str | None = None
-    token_ids: tuple[int, ...] | None = None
-
-    def fields(self) -> dict[str, Any]:
-        return {"text": self.text} if self.token_ids is None else {"token_ids": self.token_ids}
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,14 +47,9 @@ class Level:
         return f"{self.concurrency}" if self.rate is None else f"{self.rate:g}/s"
 
     def prompts_wanted(self) -> int:
-        """Different prompts that the level can use, bounded; a duration's number is a guess."""
-        if self.requests is not None:
-            wanted = self.requests
-        elif self.rate is not None:
-            wanted = round(self.rate * (self.duration_s or 1.0) * 1.2) + 1
-        else:
-            wanted = (self.concurrency or 1) * 64
-        return min(wanted + self.warmup, MAX_PROMPTS)
+        """Different prompts that a closed loop can use, bounded; a duration's number is a guess."""
+        wanted = (self.concurrency or 1) * 64 if self.requests is None else self.requests
+        return min(wanted, MAX_PROMPTS)
 
 
 def closed_level(
@@ -91,8 +81,18 @@ def open_level(
 
 
 @dataclass(frozen=True, slots=True)
+class Client:
+    """One of several kinds of users whose sum is the load; `rate` in requests per second."""
+
+    name: str
+    rate: float
+    arrivals: str
+    source: Source
+
+
+@dataclass(frozen=True, slots=True)
 class Workload:
-    """What every request of a run asks for."""
+    """What the requests of a run ask for: `source`, or else fixed lengths; or several clients."""
 
     endpoint: Endpoint = "completions"
     input_tokens: int = 128
@@ -104,17 +104,26 @@ class Workload:
     seed: int = 0
     record_gaps: bool = False
     extra_body: Mapping[str, Any] = field(default_factory=dict)
+    source: Source | None = None
+    clients: tuple[Client, ...] = ()
+
+    @property
+    def requests(self) -> Source:
+        if self.source is not None:
+            return self.source
+        return Synthetic(Fixed(self.input_tokens), Fixed(self.output_tokens))
 
     def plan_json(
         self,
         level: Level,
+        send_at_s: Sequence[float] | None,
         prompts: Sequence[Prompt],
         url: str,
         model: str,
         api_key: str,
         return_token_ids: bool,
     ) -> str:
-        """The load generator's plan for one level."""
+        """The load generator's plan for one level; `send_at_s` where it is an open loop."""
         return json.dumps(
             {
                 "url": url,
@@ -128,14 +137,13 @@ class Workload:
                 "temperature": self.temperature,
                 "extra_body": dict(self.extra_body),
                 "timeout_s": self.timeout_s,
-                "seed": self.seed,
                 "record_gaps": self.record_gaps,
                 "prompts": [prompt.fields() for prompt in prompts],
                 "levels": [
                     {
                         "concurrency": level.concurrency,
                         "rate": level.rate,
-                        "arrivals": level.arrivals,
+                        "send_at_s": send_at_s,
                         "requests": level.requests,
                         "duration_s": level.duration_s,
                         "warmup": level.warmup,

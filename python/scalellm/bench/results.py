@@ -32,6 +32,7 @@ class Result:
     rows: tuple[Row, ...]
     interrupted: bool
     started: str  # UTC, ISO 8601
+    find_max: Mapping[str, Any] | None = None  # where the highest rate was searched
 
     @property
     def failed(self) -> int:
@@ -50,6 +51,7 @@ class Result:
             "machine": dict(self.machine),
             "workload": dict(self.workload),
             "interrupted": self.interrupted,
+            **({} if self.find_max is None else {"find_max": dict(self.find_max)}),
             "rows": [dict(row) for row in self.rows],
         }
 
@@ -58,6 +60,29 @@ class Result:
         partial = path.with_name(f".{path.name}.{os.getpid()}")
         partial.write_text(_dump(self.to_json()), encoding="utf-8")
         partial.replace(path)
+
+
+def read_result(path: Path) -> Result:
+    """A result that was written before. Raises ConfigError if the file is not one."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        if found["schema"] != SCHEMA:
+            raise ConfigError(f"{path}: schema {found['schema']}, allowed: {SCHEMA}")
+        return Result(
+            found["target"],
+            found["machine"],
+            found["workload"],
+            tuple(found["rows"]),
+            bool(found["interrupted"]),
+            str(found["started"]),
+            found.get("find_max"),
+        )
+    except OSError as error:
+        raise ConfigError(f"{path}: {error.strerror}") from None
+    except (ValueError, KeyError, TypeError) as error:
+        if isinstance(error, ConfigError):
+            raise
+        raise ConfigError(f"{path}: not a result of `scalellm bench serve --json`") from None
 
 
 def _dump(document: Mapping[str, Any]) -> str:
@@ -71,11 +96,11 @@ def _dump(document: Mapping[str, Any]) -> str:
     return "{\n " + ",\n ".join([*fields, f'"rows": [\n  {rows}\n ]']) + "\n}\n"
 
 
-def check_writable(path: Path) -> None:
+def check_writable(path: Path, flag: str = "json") -> None:
     """Raise ConfigError now rather than after an hour of measuring."""
     if path.is_dir():
-        raise ConfigError(f"json: {path} is a folder")
+        raise ConfigError(f"{flag}: {path} is a folder")
     if not path.parent.is_dir():
-        raise ConfigError(f"json: there is no folder {path.parent}")
+        raise ConfigError(f"{flag}: there is no folder {path.parent}")
     if not os.access(path.parent, os.W_OK):
-        raise ConfigError(f"json: no permission to write in {path.parent}")
+        raise ConfigError(f"{flag}: no permission to write in {path.parent}")

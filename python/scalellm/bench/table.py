@@ -29,15 +29,39 @@ def _pair(summary: Row) -> str:
     return f"{milliseconds(summary['p50'])} / {milliseconds(summary['p99'])}"
 
 
+def row_line(row: Row) -> str:
+    """A row as one line."""
+    return (
+        f"{row_label(row)}: {row['completed']} done, {row['failed']} failed, "
+        f"{row['timed_out']} late; TTFT {_pair(row['ttft_ms'])} ms, TBT {_pair(row['tbt_ms'])} ms, "
+        f"{row['output_tok_s']:.1f} tok/s{_held(row)}"
+    )
+
+
+def _held(row: Row) -> str:
+    return f"; {row['slo']['share']:.0%} met the objectives" if "slo" in row else ""
+
+
+def _slo_cell(row: Row) -> str:
+    return f"{row['slo']['share']:.0%}{'' if row['slo']['held'] else ' missed'}"
+
+
 def result_table(rows: Sequence[Row], wide: bool = True) -> Table:
     """One line a level, p50 / p99 of each latency; narrow terminals get fewer columns."""
     table = Table(title="milliseconds: p50 / p99", title_justify="left", title_style="dim")
     first = "req/s" if rows and all(row["rate"] is not None for row in rows) else "open"
     for name in (first, "done", "failed", "late", "TTFT", "TBT", "tok/s"):
         table.add_column(name, justify="right", no_wrap=True)
-    if wide:
-        for name in ("ITL", "E2E", "max gap", "done/s"):
-            table.add_column(name, justify="right", no_wrap=True)
+    with_slo = any("slo" in row for row in rows)
+    # Beside the objectives there is no room for all latencies.
+    more = (
+        {"E2E": "e2e_ms"}
+        if with_slo
+        else {"ITL": "itl_ms", "E2E": "e2e_ms", "max gap": "max_gap_ms"}
+    )
+    names = [*more, "done/s"] if wide else []
+    for name in [*names, "SLO met", "goodput/s"] if with_slo else names:
+        table.add_column(name, justify="right", no_wrap=True)
     for row in rows:
         cells: list[str | Text] = [
             row_label(row),
@@ -49,8 +73,12 @@ def result_table(rows: Sequence[Row], wide: bool = True) -> Table:
             f"{row['output_tok_s']:.1f}",
         ]
         if wide:
-            cells += [_pair(row[name]) for name in ("itl_ms", "e2e_ms", "max_gap_ms")]
+            cells += [_pair(row[field]) for field in more.values()]
             cells.append(f"{row['request_s']:.2f}")
+        if with_slo:
+            held = row["slo"]["held"]
+            cells.append(Text(_slo_cell(row), style="green" if held else "red"))
+            cells.append(f"{row['slo']['goodput_request_s']:.2f}")
         table.add_row(*cells)
     return table
 
@@ -73,21 +101,42 @@ def notes(result: Result) -> list[Text]:
         if generator["bottleneck"]:
             text = f"{where}the load generator was the bottleneck: {generator['bottleneck_reason']}"
             lines.append(Text(text, style="yellow"))
-        lines += [Text(where + text, style="yellow") for text in _length_notes(result, row)]
+        lines += [Text(where + text, style="yellow") for text in _length_notes(row)]
+    if result.find_max is not None:
+        lines.append(_found_note(result.find_max))
+    prompts = result.workload["prompts"]
+    if prompts["method"] == "words":
+        text = "the target tells no token counts beforehand: prompt lengths are approximate"
+        lines.append(Text(text, style="yellow"))
+    if prompts["lengthened"]:
+        text = f"{prompts['lengthened']} prompts were made as long as the chat template asks for"
+        lines.append(Text(text, style="yellow"))
     if result.rows:
         lines.append(Text(_lag_note(result.rows), style="dim"))
     return lines
 
 
-def _length_notes(result: Result, row: Row) -> list[str]:
+def _found_note(found: Row) -> Text:
+    held, missed = found["rate"], found["missed_rate"]
+    if held is None:
+        text = "no rate held the objectives"
+        return Text(text + ("" if missed is None else f"; {missed:g}/s missed"), style="red")
+    text = f"highest rate that held the objectives: {held:g}/s"
+    if missed is None:
+        return Text(text + "; the search ended before one missed", style="yellow")
+    return Text(f"{text}; {missed:g}/s missed", style="green" if found["found"] else "yellow")
+
+
+def _length_notes(row: Row) -> list[str]:
     found: list[str] = []
     completed = row["completed"]
     if completed == 0:
         return found
     for what, field in (("prompts", "input_tokens"), ("answers", "output_tokens")):
-        asked, total = result.workload[field], row[field]
-        if total is not None and total != asked * completed:
-            found.append(f"{what} were {total / completed:.1f} tokens, asked for {asked}")
+        asked, total = row.get(f"asked_{field}"), row[field]
+        if None not in (asked, total) and total != asked:
+            text = f"{what} were {total / completed:.1f} tokens, asked for {asked / completed:.1f}"
+            found.append(text)
     if "chunks" in row["token_sources"]:
         found.append("the server tells no token counts: one chunk was counted as one token")
     if row.get("prompts_sent", 0) > row.get("prompts", 0):

@@ -67,6 +67,7 @@ class Target:
     owned_by: str | None
     version: str | None
     problem: str | None
+    max_model_len: int | None = None  # where it tells (vLLM does)
 
     @property
     def tells_token_ids(self) -> bool:
@@ -79,13 +80,15 @@ def discover(client: TargetClient) -> Target:
         entries = client.call("GET", "/v1/models")["data"]
         models = tuple(str(entry["id"]) for entry in entries)
         owners = [entry.get("owned_by") for entry in entries]
+        limits = [entry.get("max_model_len") for entry in entries]
     except EndpointError as error:
         return Target(client.url, (), None, None, str(error))
     except (KeyError, TypeError, AttributeError):
         problem = f"{client.url}/v1/models does not answer like an OpenAI endpoint"
         return Target(client.url, (), None, None, problem)
     owner = next((str(owner) for owner in owners if owner), None)
-    return Target(client.url, models, owner, _version(client), None)
+    limit = next((limit for limit in limits if isinstance(limit, int) and limit > 1), None)
+    return Target(client.url, models, owner, _version(client), None, limit)
 
 
 def _version(client: TargetClient) -> str | None:

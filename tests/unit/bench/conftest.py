@@ -23,6 +23,7 @@ class Behaviour:
     takes_ids: bool = True
     gives_usage: bool = True
     token_gap_s: float = 0.0
+    max_model_len: int | None = None
     hang_after: int | None = None  # requests
     bodies: list[dict[str, Any]] = field(default_factory=list)
 
@@ -68,7 +69,8 @@ class _Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         behaviour = self.endpoint.behaviour
         if self.path == "/v1/models":
-            entries = [{"id": name, "owned_by": behaviour.owned_by} for name in behaviour.models]
+            common = {"owned_by": behaviour.owned_by, "max_model_len": behaviour.max_model_len}
+            entries = [{"id": name, **common} for name in behaviour.models]
             self.answer(200, {"data": entries})
         else:
             self.answer(404, {"error": {"message": "no such path"}})
@@ -122,7 +124,8 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 def _text(body: dict[str, Any]) -> str:
-    return str(body["messages"][0]["content"] if "messages" in body else body.get("prompt"))
+    messages = body.get("messages", [{"content": body.get("prompt")}])
+    return " ".join(str(message["content"]) for message in messages)
 
 
 @pytest.fixture

@@ -4,7 +4,8 @@ import pytest
 
 from scalellm._core import run_load
 from scalellm.bench.machine import describe_machine
-from scalellm.bench.plan import Level, Prompt, Workload, closed_level, open_level
+from scalellm.bench.plan import Level, Workload, closed_level, open_level
+from scalellm.bench.shapes import Prompt
 from scalellm.bench.table import milliseconds
 from scalellm.errors import ConfigError
 
@@ -32,7 +33,7 @@ def test_a_level_is_closed_or_open_and_ends() -> None:
 def test_the_key_is_in_the_plan_and_nowhere_that_is_printed() -> None:
     prompts = [Prompt(text="a"), Prompt(token_ids=(1, 2))]
     level = Level(concurrency=1, requests=1)
-    plan = json.loads(Workload().plan_json(level, prompts, "http://h", "m", "secret", False))
+    plan = json.loads(Workload().plan_json(level, None, prompts, "http://h", "m", "secret", False))
     assert plan["api_key"] == "secret"
     assert plan["prompts"] == [{"text": "a"}, {"token_ids": [1, 2]}]
 
@@ -41,7 +42,7 @@ def test_the_load_generator_refuses_a_bad_plan_by_name() -> None:
     with pytest.raises(ValueError, match="timeout_s"):
         level = Level(concurrency=1, requests=1)
         prompts = [Prompt(text="a")]
-        run_load(Workload(timeout_s=-1).plan_json(level, prompts, "http://h", "m", "", False))
+        run_load(Workload(timeout_s=-1).plan_json(level, None, prompts, "http://h", "m", "", False))
 
 
 def test_an_error_in_the_progress_callback_ends_the_run_and_is_raised() -> None:
@@ -49,7 +50,9 @@ def test_an_error_in_the_progress_callback_ends_the_run_and_is_raised() -> None:
         raise RuntimeError("drawing failed")
 
     level = Level(concurrency=1, duration_s=600.0)
-    plan = Workload().plan_json(level, [Prompt(text="a")], "http://127.0.0.1:1", "m", "", False)
+    plan = Workload().plan_json(
+        level, None, [Prompt(text="a")], "http://127.0.0.1:1", "m", "", False
+    )
     with pytest.raises(RuntimeError, match="drawing failed"):
         run_load(plan, broken)
 
