@@ -15,12 +15,10 @@ use super::ahead::Ahead;
 #[cfg(target_arch = "x86_64")]
 use super::avx512;
 use super::batch::{Batch, Span};
-use super::layout::{Cache, KvType};
-use super::tile::{
-    self, Group, HEADER, LANES, ROWS, State, TILE, Tile, VECTORS, add_split, finish, widen_pair,
-};
+use super::layout::Cache;
+use super::source::{Source, converted_numbers};
+use super::tile::{self, Group, HEADER, ROWS, State, TILE, Tile, VECTORS, add_split, finish};
 use crate::cpu::Cpu;
-use crate::level::Level;
 use crate::rows::{Rows, RowsMut};
 use crate::vectorise::vectorised;
 
@@ -71,12 +69,10 @@ struct Unit<'a> {
 /// What every task of a call reads.
 struct Job<'a> {
     query: Rows<'a, bf16>,
-    cache: &'a Cache<'a>,
-    batch: &'a Batch<'a>,
+    source: Source<'a>,
     scoring: Scoring,
     /// Query heads of one kv head.
     group: usize,
-    level: Level,
     out: RowsMut<'a, bf16>,
 }
 
@@ -110,34 +106,33 @@ pub fn attend(
     assert!(scoring.window != Some(0), "an empty window");
     batch.check(cache);
     let level = cpu.level;
-    let job = Job {
-        query,
+    let source = Source {
         cache,
         batch,
+        level,
+    };
+    let job = Job {
+        query,
+        source,
         scoring,
         group,
-        level,
         out,
     };
     let (units, divided, states) = plan(&job, kv_heads);
 
     let stride = HEADER + dim;
     let unit_rows = (UNIT_ROWS / group).max(1) * group;
-    let own = 2 * unit_rows * stride + TILE * dim + 2 * TILE;
+    let own = 2 * unit_rows * stride + converted_numbers(dim);
     let threads = cpu.team.threads();
     let team = &cpu.team;
     let [own_bytes, state_bytes] = cpu.scratch.parts([4 * own * threads, 4 * stride * states]);
     let own = numbers(own_bytes, own);
     let states = numbers(state_bytes, stride);
     // As many heads as leave every thread a choice of tasks: what is read next is fetched ahead.
-    let mut heads = kv_heads;
-    while !kv_heads.is_multiple_of(heads) || units.len() * (kv_heads / heads) < 16 * threads {
-        heads -= 1;
-        if heads <= 1 {
-            break;
-        }
-    }
-    let heads = heads.max(1);
+    let enough = |heads: &usize| {
+        kv_heads.is_multiple_of(*heads) && units.len() * (kv_heads / heads) >= 16 * threads
+    };
+    let heads = (1..=kv_heads).rev().find(enough).unwrap_or(1);
     let tasks_of_unit = kv_heads / heads;
     team.run(units.len() * tasks_of_unit, |task, thread| {
         let first = task % tasks_of_unit * heads;
@@ -170,10 +165,10 @@ fn numbers(bytes: &mut [u8], cols: usize) -> RowsMut<'_, f32> {
 /// states these need.
 fn plan<'a>(job: &Job<'a>, kv_heads: usize) -> (Vec<Unit<'a>>, Vec<Unit<'a>>, usize) {
     let together = (UNIT_ROWS / job.group).max(1);
-    let mut units = Vec::with_capacity(job.batch.spans().len());
+    let mut units = Vec::with_capacity(job.source.batch.spans().len());
     let mut divided = Vec::new();
     let mut states = 0;
-    for span in job.batch.spans() {
+    for span in job.source.batch.spans() {
         for first in (span.start..span.end()).step_by(together) {
             let tokens = first..span.end().min(first + together);
             let splits = job.scoring.first(first) / SPLIT..(tokens.end - 1) / SPLIT + 1;
@@ -209,7 +204,7 @@ fn plan<'a>(job: &Job<'a>, kv_heads: usize) -> (Vec<Unit<'a>>, Vec<Unit<'a>>, us
 impl Job<'_> {
     /// Numbers of a row's state.
     fn stride(&self) -> usize {
-        HEADER + self.cache.layout().head_dim()
+        HEADER + self.source.cache.layout().head_dim()
     }
 
     fn run(
@@ -231,7 +226,7 @@ impl Job<'_> {
                 continue;
             }
             self.add_keys(unit, heads, split, tile, later);
-            add_states(self.level, sums, later, self.stride());
+            add_states(self.source.level, sums, later, self.stride());
         }
         for (row, sum) in sums.chunks_exact_mut(self.stride()).enumerate() {
             if let Some(first) = unit.states {
@@ -247,7 +242,7 @@ impl Job<'_> {
     /// Add the states of a unit whose splits were units of their own, in their order.
     fn add_up(&self, unit: &Unit, head: usize, states: &RowsMut<f32>) {
         let rows = unit.tokens.len() * self.group;
-        let kv_heads = self.cache.layout().kv_heads();
+        let kv_heads = self.source.cache.layout().kv_heads();
         let first = unit.states.unwrap_or_default();
         for row in 0..rows {
             let state = |split: usize| {
@@ -257,7 +252,7 @@ impl Job<'_> {
             };
             let sum = state(0);
             for split in 1..unit.splits.len() {
-                add_states(self.level, sum, state(split), self.stride());
+                add_states(self.source.level, sum, state(split), self.stride());
             }
             self.finish(unit, head, row, sum);
         }
@@ -273,7 +268,7 @@ impl Job<'_> {
 
     /// A row's query.
     fn query(&self, unit: &Unit, head: usize, row: usize) -> &[bf16] {
-        let dim = self.cache.layout().head_dim();
+        let dim = self.source.cache.layout().head_dim();
         let (position, head) = self.row(unit, head, row);
         let numbers = self
             .query
@@ -282,12 +277,12 @@ impl Job<'_> {
     }
 
     fn finish(&self, unit: &Unit, head: usize, row: usize, sum: &mut [f32]) {
-        let dim = self.cache.layout().head_dim();
+        let dim = self.source.cache.layout().head_dim();
         let (position, head) = self.row(unit, head, row);
         let row = unit.span.first_row + position - unit.span.start;
         // SAFETY: each row of each head is finished once.
         let out = unsafe { self.out.part(row, head * dim, dim) };
-        write_mean(self.level, sum, out);
+        write_mean(self.source.level, sum, out);
     }
 
     /// The first position that any row of a unit sees, and one more than the last.
@@ -318,13 +313,11 @@ impl Job<'_> {
         );
         for base in (first / TILE * TILE..end).step_by(TILE) {
             let seen = first.max(base) - base..end.min(base + TILE) - base;
-            let tile = match self.cache.layout().dtype() {
-                KvType::Bf16 => self.in_place(unit.span, heads.0, base, seen),
-                KvType::Int8 => self.converted(unit.span, heads.0, base, seen, numbers),
-            };
+            let tile = self.source.tile(unit.span, heads.0, base, seen, numbers);
+            let ahead = |head, base| self.source.ahead(unit.span, head, base, all.end);
             let mut ahead = match heads.1 {
-                _ if base + TILE < all.end => self.ahead(unit, heads.0, base + TILE),
-                Some(head) => self.ahead(unit, head, all.start / TILE * TILE),
+                _ if base + TILE < all.end => ahead(heads.0, base + TILE),
+                Some(head) => ahead(head, all.start / TILE * TILE),
                 None => Ahead::default(),
             };
             for (place, states) in states.chunks_mut(ROWS * self.stride()).enumerate() {
@@ -332,22 +325,6 @@ impl Job<'_> {
                 self.add_tile(&mut group, &tile, &mut ahead);
             }
         }
-    }
-
-    /// The memory of the tile at position `base`.
-    fn ahead(&self, unit: &Unit, head: usize, base: usize) -> Ahead<VECTORS> {
-        let layout = self.cache.layout();
-        let end = self.seen(unit).end;
-        // As many pieces of a head's part of a block as it has vectors of keys; together, all of it.
-        let bytes = layout.bytes_per_head() / (layout.block_tokens() / LANES);
-        Ahead::new(std::array::from_fn(|vector| {
-            let position = base + vector * LANES;
-            if position >= end {
-                return (std::ptr::null(), 0);
-            }
-            let (part, slot) = self.place(unit.span, head, position);
-            (part.cast_const().wrapping_add(slot / LANES * bytes), bytes)
-        }))
     }
 
     /// The rows from `first` on whose states are given, and what they see of the tile at `base`.
@@ -380,123 +357,13 @@ impl Job<'_> {
             return;
         }
         #[cfg(target_arch = "x86_64")]
-        if self.dot_products() {
+        if self.source.dot_products() {
             // SAFETY: a level above portable is only made where the processor has it.
             unsafe { avx512::add_tile(group, tile, ahead, &self.scoring) };
             return;
         }
         let _ = ahead;
-        add_tile(self.level, group, tile, &self.scoring);
-    }
-
-    /// Whether there are instructions for it that take heads of this size.
-    #[cfg(target_arch = "x86_64")]
-    fn dot_products(&self) -> bool {
-        self.level == Level::Avx512 && avx512::fits(self.cache.layout().head_dim())
-    }
-
-    /// Where a vector of keys at `position` lies: its head's part of a block, and its place there.
-    fn place(&self, span: &Span, head: usize, position: usize) -> (*mut u8, usize) {
-        let part = self.cache.head(self.batch.block(span, position), head);
-        (part, position % self.cache.layout().block_tokens())
-    }
-
-    /// The tile at position `base`, of bf16; vectors outside of `seen` are left out.
-    fn in_place(&self, span: &Span, head: usize, base: usize, seen: Range<usize>) -> Tile<'_> {
-        let layout = self.cache.layout();
-        let (dim, pairs) = (layout.head_dim(), layout.numbers() / 2);
-        let mut tile = Tile {
-            key_stride: layout.block_tokens(),
-            ..Tile::default()
-        };
-        for vector in seen.start / LANES..seen.end.div_ceil(LANES) {
-            let (part, slot) = self.place(span, head, base + vector * LANES);
-            // SAFETY: a head's part of a block is `pairs` pairs of keys, then as many of values,
-            // which nobody writes while `attend` runs.
-            let part = unsafe { std::slice::from_raw_parts(part.cast(), 2 * pairs) };
-            tile.keys[vector] = &part[slot..pairs];
-            tile.values[vector] = &part[pairs + slot / 2 * dim..][..LANES / 2 * dim];
-        }
-        tile
-    }
-
-    /// The tile at position `base`, of int8 made bf16 in `numbers`; vectors outside of `seen` are
-    /// left out.
-    fn converted<'a>(
-        &self,
-        span: &Span,
-        head: usize,
-        base: usize,
-        seen: Range<usize>,
-        numbers: &'a mut [f32],
-    ) -> Tile<'a> {
-        let layout = self.cache.layout();
-        let (block_tokens, dim) = (layout.block_tokens(), layout.head_dim());
-        let pairs = layout.numbers() / 2;
-        let (keys, numbers) = numbers.split_at_mut(TILE / 2 * dim);
-        let (values, scales) = numbers.split_at_mut(TILE / 2 * dim);
-        let (keys, values) = (as_pairs(keys), as_pairs(values));
-        let (key_scales, value_scales) = scales.as_chunks_mut::<TILE>().0.split_at_mut(1);
-        let (key_scales, value_scales) = (&mut key_scales[0], &mut value_scales[0]);
-        let vectors = seen.start / LANES..seen.end.div_ceil(LANES);
-        let pairs_of = |vector: usize| vector * LANES / 2 * dim..(vector + 1) * LANES / 2 * dim;
-        for vector in vectors.clone() {
-            let (part, slot) = self.place(span, head, base + vector * LANES);
-            // SAFETY: a head's part of a block is `pairs` pairs of keys, as many of values, then
-            // the scales of both, which nobody writes while `attend` runs.
-            let (whole, scales) = unsafe {
-                let scales = part.add(4 * pairs).cast::<f32>();
-                (
-                    std::slice::from_raw_parts(part.cast::<[i8; 2]>(), 2 * pairs),
-                    std::slice::from_raw_parts(scales, 2 * block_tokens),
-                )
-            };
-            let (old_keys, old_values) = whole.split_at(pairs);
-            let (old_keys, old_values) = (&old_keys[slot..], &old_values[slot / 2 * dim..]);
-            self.widen(old_keys, block_tokens, LANES, &mut keys[pairs_of(vector)]);
-            self.widen(old_values, dim, dim, &mut values[pairs_of(vector)]);
-            let into = vector * LANES..(vector + 1) * LANES;
-            key_scales[into.clone()].copy_from_slice(&scales[slot..][..LANES]);
-            value_scales[into].copy_from_slice(&scales[block_tokens + slot..][..LANES]);
-        }
-        let mut tile = Tile {
-            key_stride: LANES,
-            ..Tile::default()
-        };
-        for vector in vectors {
-            tile.keys[vector] = &keys[pairs_of(vector)];
-            tile.values[vector] = &values[pairs_of(vector)];
-        }
-        tile.scales = Some((key_scales, value_scales));
-        tile
-    }
-
-    /// Rows of `width` pairs, `stride` apart, as bf16.
-    fn widen(&self, old: &[[i8; 2]], stride: usize, width: usize, new: &mut [u32]) {
-        #[cfg(target_arch = "x86_64")]
-        if self.dot_products() {
-            for (old, new) in old.chunks(stride).zip(new.chunks_exact_mut(width)) {
-                let old = &old[..width];
-                // SAFETY: both are `width` pairs; the processor has the level.
-                unsafe { avx512::widen(old.as_ptr().cast(), new.as_mut_ptr().cast(), 2 * width) };
-            }
-            return;
-        }
-        widen_rows(self.level, old, stride, width, new);
-    }
-}
-
-/// The same memory as pairs of bf16.
-fn as_pairs(numbers: &mut [f32]) -> &mut [u32] {
-    // SAFETY: both are plain numbers of 4 bytes.
-    unsafe { std::slice::from_raw_parts_mut(numbers.as_mut_ptr().cast(), numbers.len()) }
-}
-
-vectorised! {
-    fn widen_rows(old: &[[i8; 2]], stride: usize, width: usize, new: &mut [u32]) {
-        for (old, new) in old.chunks(stride).zip(new.chunks_exact_mut(width)) {
-            new.iter_mut().zip(old).for_each(|(new, &pair)| *new = widen_pair(pair));
-        }
+        add_tile(self.source.level, group, tile, &self.scoring);
     }
 }
 

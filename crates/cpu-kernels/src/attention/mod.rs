@@ -6,6 +6,7 @@
 //! store    norm, rotary, and the step's keys and values into the cache
 //! attend   every row over its own sequence: what is computed where, and in which order
 //! tile     one tile of keys for some rows, at any level; avx512: the same with its dot products
+//! source   where tiles come from: the cache itself, or int8 made bf16
 //! ahead    fetches the next tile's memory meanwhile
 //! ```
 //!
@@ -21,6 +22,7 @@ mod attend;
 mod avx512;
 mod batch;
 mod layout;
+mod source;
 mod store;
 #[cfg(test)]
 mod tests;

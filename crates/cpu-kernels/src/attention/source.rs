@@ -1,0 +1,168 @@
+//! Where tiles come from: the cache itself, or int8 made bf16.
+
+use std::ops::Range;
+
+use super::ahead::Ahead;
+#[cfg(target_arch = "x86_64")]
+use super::avx512;
+use super::batch::{Batch, Span};
+use super::layout::{Cache, KvType};
+use super::tile::{LANES, TILE, Tile, VECTORS, widen_pair};
+use crate::level::Level;
+use crate::vectorise::vectorised;
+
+/// Numbers of f32 that a converted tile takes.
+pub(super) fn converted_numbers(dim: usize) -> usize {
+    TILE * dim + 2 * TILE
+}
+
+/// The keys and values of a batch.
+#[derive(Clone, Copy)]
+pub(super) struct Source<'a> {
+    pub cache: &'a Cache<'a>,
+    pub batch: &'a Batch<'a>,
+    pub level: Level,
+}
+
+impl Source<'_> {
+    /// The tile at position `base`; vectors outside of `seen` are left out. `numbers` are as many
+    /// as a converted tile takes.
+    pub fn tile<'a>(
+        &'a self,
+        span: &Span,
+        head: usize,
+        base: usize,
+        seen: Range<usize>,
+        numbers: &'a mut [f32],
+    ) -> Tile<'a> {
+        match self.cache.layout().dtype() {
+            KvType::Bf16 => self.in_place(span, head, base, seen),
+            KvType::Int8 => self.converted(span, head, base, seen, numbers),
+        }
+    }
+
+    /// The memory of the tile at position `base`, of positions below `end`.
+    pub fn ahead(&self, span: &Span, head: usize, base: usize, end: usize) -> Ahead<VECTORS> {
+        let layout = self.cache.layout();
+        // As many pieces of a head's part of a block as it has vectors of keys; together, all of it.
+        let bytes = layout.bytes_per_head() / (layout.block_tokens() / LANES);
+        Ahead::new(std::array::from_fn(|vector| {
+            let position = base + vector * LANES;
+            if position >= end {
+                return (std::ptr::null(), 0);
+            }
+            let (part, slot) = self.place(span, head, position);
+            (part.cast_const().wrapping_add(slot / LANES * bytes), bytes)
+        }))
+    }
+
+    /// Whether there are instructions for it that take heads of this size.
+    #[cfg(target_arch = "x86_64")]
+    pub fn dot_products(&self) -> bool {
+        self.level == Level::Avx512 && avx512::fits(self.cache.layout().head_dim())
+    }
+
+    /// Where a vector of keys at `position` lies: its head's part of a block, and its place there.
+    fn place(&self, span: &Span, head: usize, position: usize) -> (*mut u8, usize) {
+        let part = self.cache.head(self.batch.block(span, position), head);
+        (part, position % self.cache.layout().block_tokens())
+    }
+
+    /// The tile at position `base`, of bf16; vectors outside of `seen` are left out.
+    fn in_place(&self, span: &Span, head: usize, base: usize, seen: Range<usize>) -> Tile<'_> {
+        let layout = self.cache.layout();
+        let (dim, pairs) = (layout.head_dim(), layout.numbers() / 2);
+        let mut tile = Tile {
+            key_stride: layout.block_tokens(),
+            ..Tile::default()
+        };
+        for vector in seen.start / LANES..seen.end.div_ceil(LANES) {
+            let (part, slot) = self.place(span, head, base + vector * LANES);
+            // SAFETY: a head's part of a block is `pairs` pairs of keys, then as many of values,
+            // which nobody writes while `attend` runs.
+            let part = unsafe { std::slice::from_raw_parts(part.cast(), 2 * pairs) };
+            tile.keys[vector] = &part[slot..pairs];
+            tile.values[vector] = &part[pairs + slot / 2 * dim..][..LANES / 2 * dim];
+        }
+        tile
+    }
+
+    /// The tile at position `base`, of int8 made bf16 in `numbers`; vectors outside of `seen` are
+    /// left out.
+    fn converted<'a>(
+        &self,
+        span: &Span,
+        head: usize,
+        base: usize,
+        seen: Range<usize>,
+        numbers: &'a mut [f32],
+    ) -> Tile<'a> {
+        let layout = self.cache.layout();
+        let (block_tokens, dim) = (layout.block_tokens(), layout.head_dim());
+        let pairs = layout.numbers() / 2;
+        let (keys, numbers) = numbers.split_at_mut(TILE / 2 * dim);
+        let (values, scales) = numbers.split_at_mut(TILE / 2 * dim);
+        let (keys, values) = (as_pairs(keys), as_pairs(values));
+        let (key_scales, value_scales) = scales.as_chunks_mut::<TILE>().0.split_at_mut(1);
+        let (key_scales, value_scales) = (&mut key_scales[0], &mut value_scales[0]);
+        let vectors = seen.start / LANES..seen.end.div_ceil(LANES);
+        let pairs_of = |vector: usize| vector * LANES / 2 * dim..(vector + 1) * LANES / 2 * dim;
+        for vector in vectors.clone() {
+            let (part, slot) = self.place(span, head, base + vector * LANES);
+            // SAFETY: a head's part of a block is `pairs` pairs of keys, as many of values, then
+            // the scales of both, which nobody writes while `attend` runs.
+            let (whole, scales) = unsafe {
+                let scales = part.add(4 * pairs).cast::<f32>();
+                (
+                    std::slice::from_raw_parts(part.cast::<[i8; 2]>(), 2 * pairs),
+                    std::slice::from_raw_parts(scales, 2 * block_tokens),
+                )
+            };
+            let (old_keys, old_values) = whole.split_at(pairs);
+            let (old_keys, old_values) = (&old_keys[slot..], &old_values[slot / 2 * dim..]);
+            self.widen(old_keys, block_tokens, LANES, &mut keys[pairs_of(vector)]);
+            self.widen(old_values, dim, dim, &mut values[pairs_of(vector)]);
+            let into = vector * LANES..(vector + 1) * LANES;
+            key_scales[into.clone()].copy_from_slice(&scales[slot..][..LANES]);
+            value_scales[into].copy_from_slice(&scales[block_tokens + slot..][..LANES]);
+        }
+        let mut tile = Tile {
+            key_stride: LANES,
+            ..Tile::default()
+        };
+        for vector in vectors {
+            tile.keys[vector] = &keys[pairs_of(vector)];
+            tile.values[vector] = &values[pairs_of(vector)];
+        }
+        tile.scales = Some((key_scales, value_scales));
+        tile
+    }
+
+    /// Rows of `width` pairs, `stride` apart, as bf16.
+    fn widen(&self, old: &[[i8; 2]], stride: usize, width: usize, new: &mut [u32]) {
+        #[cfg(target_arch = "x86_64")]
+        if self.dot_products() {
+            for (old, new) in old.chunks(stride).zip(new.chunks_exact_mut(width)) {
+                let old = &old[..width];
+                // SAFETY: both are `width` pairs; the processor has the level.
+                unsafe { avx512::widen(old.as_ptr().cast(), new.as_mut_ptr().cast(), 2 * width) };
+            }
+            return;
+        }
+        widen_rows(self.level, old, stride, width, new);
+    }
+}
+
+/// The same memory as pairs of bf16.
+fn as_pairs(numbers: &mut [f32]) -> &mut [u32] {
+    // SAFETY: both are plain numbers of 4 bytes.
+    unsafe { std::slice::from_raw_parts_mut(numbers.as_mut_ptr().cast(), numbers.len()) }
+}
+
+vectorised! {
+    fn widen_rows(old: &[[i8; 2]], stride: usize, width: usize, new: &mut [u32]) {
+        for (old, new) in old.chunks(stride).zip(new.chunks_exact_mut(width)) {
+            new.iter_mut().zip(old).for_each(|(new, &pair)| *new = widen_pair(pair));
+        }
+    }
+}
