@@ -50,7 +50,12 @@ PICTURE = "peers-throughput.svg"
 SYSTEMS_SECTION, GATEWAYS_SECTION = "peers-qwen3-0.6b", "gateways"
 # Short answers in great number: a gateway's cost is per request and per chunk.
 GATEWAY_LOAD = Load(
-    timeout_s=60.0, input_tokens=64, output_tokens=16, rounds=100, fewest_requests=2000
+    timeout_s=60.0,
+    endpoint="chat",
+    input_tokens=64,
+    output_tokens=16,
+    rounds=100,
+    fewest_requests=2000,
 )
 
 

@@ -18,7 +18,7 @@ def _build(cache: Path, log: Path) -> None:
 
 def _launch(cache: Path, port: int, backend: Backend) -> Launch:
     upstream = {
-        "model": f"text-completion-openai/{MODEL}",
+        "model": f"openai/{MODEL}",
         "api_base": f"{backend.url}/v1",
         "api_key": "none",
     }

@@ -62,6 +62,7 @@ class Load:
     """What every request asks for, and how often each client asks. See `scalellm bench serve`."""
 
     timeout_s: float
+    endpoint: str = "completions"
     ignore_eos: bool = True
     input_tokens: int = 128
     output_tokens: int = 64
@@ -72,7 +73,8 @@ class Load:
         self, url: str, model: str | None, concurrency: int, seed: int, path: Path
     ) -> list[str]:
         """The bench's command line for one level, its result in `path`."""
-        numbers = {
+        values = {
+            "endpoint": self.endpoint,
             "concurrency": concurrency,
             "requests": max(concurrency * self.rounds, self.fewest_requests),
             "warmup": WARMUP_REQUESTS,
@@ -81,7 +83,7 @@ class Load:
             "output-tokens": self.output_tokens,
             "seed": seed,
         }
-        flags = [word for name, value in numbers.items() for word in (f"--{name}", str(value))]
+        flags = [word for name, value in values.items() for word in (f"--{name}", str(value))]
         flags.append("--ignore-eos" if self.ignore_eos else "--no-ignore-eos")
         if model is not None:
             flags += ["--model", model]
