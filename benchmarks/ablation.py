@@ -170,7 +170,13 @@ def main(arguments: list[str] | None = None) -> int:
     if unknown := set(systems) - set(SYSTEMS):
         parser.error(f"--systems: got {', '.join(sorted(unknown))}, allowed: {', '.join(SYSTEMS)}")
     levels = [int(number) for number in options.levels.split(",")]
-    load = Load(60.0, True, options.input_tokens, options.output_tokens, options.rounds, 8)
+    load = Load(
+        timeout_s=60.0,
+        input_tokens=options.input_tokens,
+        output_tokens=options.output_tokens,
+        rounds=options.rounds,
+        fewest_requests=8,
+    )
     console = Console(stderr=True)
     samples: list[Sample] = []
     with TemporaryDirectory(prefix="scalellm-ablation-") as folder:

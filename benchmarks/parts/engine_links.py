@@ -15,6 +15,8 @@ from scalellm.engine.v1 import engine_pb2_grpc as rpc
 MODEL = "demo"
 # A session acknowledges often enough that its engine need not keep much.
 _ACK_EVERY = 32
+# A socket's path is no authority that HTTP/2 allows.
+_OPTIONS = [("grpc.default_authority", "engine")]
 
 
 class EngineLink(Protocol):
@@ -73,7 +75,7 @@ class ConnectionPerRequest:
 
     async def generate(self, ids: list[int], max_tokens: int) -> AsyncIterator[list[int]]:
         # Channels of one process share connections unless told otherwise.
-        options = [("grpc.use_local_subchannel_pool", 1)]
+        options = [*_OPTIONS, ("grpc.use_local_subchannel_pool", 1)]
         async with grpc.aio.insecure_channel(self._engine, options=options) as channel:
             session = rpc.EngineStub(channel).Session()
             await session.write(_hello())
@@ -96,6 +98,7 @@ class SharedSession:
         self._session: Any = None
         self._reader: asyncio.Task[None] | None = None
         self._opening = asyncio.Lock()
+        self._writing = asyncio.Lock()  # a stream takes one write at a time
 
     async def generate(self, ids: list[int], max_tokens: int) -> AsyncIterator[list[int]]:
         await self._open()
@@ -103,7 +106,7 @@ class SharedSession:
         queue: asyncio.Queue[Any] = asyncio.Queue(max_tokens)
         self._queues[number] = queue
         try:
-            await self._session.write(_submit(number, ids, max_tokens))
+            await self._write(_submit(number, ids, max_tokens))
             while True:
                 output = await queue.get()
                 yield list(output.token_ids)
@@ -115,7 +118,7 @@ class SharedSession:
     async def _open(self) -> None:
         async with self._opening:
             if self._session is None:
-                channel = grpc.aio.insecure_channel(self._engine)
+                channel = grpc.aio.insecure_channel(self._engine, options=_OPTIONS)
                 self._session = rpc.EngineStub(channel).Session()
                 await self._session.write(_hello())
                 self._reader = asyncio.create_task(self._read())
@@ -127,7 +130,11 @@ class SharedSession:
                 if queue is not None:
                     queue.put_nowait(output)
             if frame.sequence and frame.sequence % _ACK_EVERY == 0:
-                await self._session.write(pb.ToEngine(ack=pb.Ack(sequence=frame.sequence)))
+                await self._write(pb.ToEngine(ack=pb.Ack(sequence=frame.sequence)))
+
+    async def _write(self, message: pb.ToEngine) -> None:
+        async with self._writing:
+            await self._session.write(message)
 
 
 LINKS = {"http": HttpLink, "request": ConnectionPerRequest, "pool": SharedSession}
