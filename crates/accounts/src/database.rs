@@ -1,11 +1,13 @@
 //! SQLite or PostgreSQL behind one pool. Every statement is written in what both understand.
 
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::time::Duration;
 
 use sqlx::any::{AnyPoolOptions, install_default_drivers};
 use sqlx::migrate::Migrator;
 use sqlx::{Any, AnyPool, Executor as _, Row as _, Transaction};
+use tokio::sync::OnceCell;
 
 use crate::error::{AccountsError, Result};
 
@@ -23,6 +25,7 @@ pub struct Database {
     pool: AnyPool,
     dialect: Dialect,
     timeout: Duration,
+    migrated: Arc<OnceCell<()>>,
 }
 
 pub type Tx = Transaction<'static, Any>;
@@ -87,17 +90,21 @@ impl Database {
             pool,
             dialect,
             timeout,
+            migrated: Arc::default(),
         })
     }
 
-    /// Brings the tables up to date.
+    /// Brings the tables up to date, once; whoever comes meanwhile waits.
     ///
     /// # Errors
     /// `Unavailable`.
     pub async fn migrate(&self) -> Result<()> {
         let run = async { Ok(MIGRATIONS.run(&self.pool).await?) };
         // A migration may take longer than a statement.
-        within(self.timeout * 15, run).await
+        let migrating = self
+            .migrated
+            .get_or_try_init(|| within(self.timeout * 15, run));
+        migrating.await.copied()
     }
 
     /// Runs `work` within the time limit.

@@ -23,7 +23,7 @@ pub async fn create_key(
     request: Request,
 ) -> Response {
     let made = async {
-        let accounts = accounts(&app)?;
+        let accounts = accounts(&app).await?;
         let new: NewKey = body::parsed(&app, &record, request, |bytes| {
             serde_json::from_slice(bytes).map_err(|error| ApiError::body(error.to_string()))
         })
@@ -36,7 +36,7 @@ pub async fn create_key(
 
 pub async fn list_keys(State(app): State<Arc<App>>) -> Response {
     let listed = async {
-        let keys = store::list(accounts(&app)?.database()).await;
+        let keys = store::list(accounts(&app).await?.database()).await;
         Ok(admin::keys(&keys.map_err(|e| refused(&e))?))
     };
     answer(listed.await)
@@ -44,7 +44,7 @@ pub async fn list_keys(State(app): State<Arc<App>>) -> Response {
 
 pub async fn revoke_key(State(app): State<Arc<App>>, Path(id): Path<String>) -> Response {
     let revoked = async {
-        let key = accounts(&app)?.revoke_key(&id).await;
+        let key = accounts(&app).await?.revoke_key(&id).await;
         Ok(serde_json::json!(key.map_err(|e| refused(&e))?))
     };
     answer(revoked.await)
@@ -78,7 +78,7 @@ pub async fn usage(
             since_ms: asked.since_ms,
             until_ms: asked.until_ms,
         };
-        let sums = report::usage(accounts(&app)?.database(), &query).await;
+        let sums = report::usage(accounts(&app).await?.database(), &query).await;
         Ok(admin::usage(&sums.map_err(|e| refused(&e))?))
     };
     answer(summed.await)
@@ -99,13 +99,16 @@ fn groups(text: &str) -> ApiResult<Vec<GroupBy>> {
         .collect()
 }
 
-fn accounts(app: &App) -> ApiResult<&Accounts> {
-    app.accounts.as_deref().ok_or_else(|| {
+/// The accounts, with their tables.
+async fn accounts(app: &App) -> ApiResult<&Accounts> {
+    let accounts = app.accounts.as_deref().ok_or_else(|| {
         ApiError::not_found(
             "no_database",
             "this gateway keeps no keys and no usage: it was started without database_url",
         )
-    })
+    })?;
+    let migrated = accounts.database().migrate().await;
+    migrated.map(|()| accounts).map_err(|e| refused(&e))
 }
 
 fn refused(error: &AccountsError) -> Box<ApiError> {

@@ -135,11 +135,11 @@ async fn quotas_really_refuse() {
     let stack = stack(says("hello")).await;
     let limits = json!({"requests_per_minute": 1000, "tokens_per_month": 100});
     let (_, secret) = new_key(&stack, json!({"limits": limits})).await;
-    // Five tokens of prompt, five of output, though fifty are reserved.
+    // Five tokens of prompt, six of output with the end of sequence, though fifty are reserved.
     let ask = json!({"prompt": "abcde", "max_tokens": 45});
     for n in 1..=5 {
         let reply = complete_as(&stack, &secret, ask.clone()).await;
-        assert_eq!(reply.ok()["usage"]["total_tokens"], 10);
+        assert_eq!(reply.ok()["usage"]["total_tokens"], 11);
         assert_eq!(reply.header("x-ratelimit-limit-requests"), "1000");
         assert_eq!(reply.header("x-ratelimit-limit-tokens"), "100");
         let left: i64 = reply
@@ -147,12 +147,11 @@ async fn quotas_really_refuse() {
             .parse()
             .unwrap();
         assert!(
-            left <= 100 - 10 * (n - 1),
+            left <= 100 - 11 * (n - 1),
             "{left} left before request {n} is settled"
         );
         assert!(reply.header("x-ratelimit-reset-requests").ends_with('s'));
     }
-    complete_as(&stack, &secret, ask.clone()).await.ok();
     let reply = complete_as(&stack, &secret, ask.clone()).await;
     let error = reply.error(429);
     assert_eq!(error["code"], "insufficient_quota");
