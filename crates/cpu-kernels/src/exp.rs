@@ -1,6 +1,6 @@
 //! The exponential, in a form that vectorises.
 
-use std::f32::consts::LOG2_E;
+use std::f32::consts::{LN_2, LOG2_E};
 
 /// ln 2 in two parts: the first has so few bits that its products with whole numbers are exact.
 const LN_2_HIGH: f32 = 0.693_359_4;
@@ -47,7 +47,7 @@ pub(crate) const fn exp2_coefficients() -> [f32; 7] {
         9.618_438e-3,
         5.550_332_5e-2,
         0.240_226_48,
-        0.693_147_2,
+        LN_2,
         1.0,
     ]
 }

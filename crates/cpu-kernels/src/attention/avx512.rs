@@ -252,11 +252,12 @@ impl<const R: usize> Products<'_, R> {
         let dim = self.dim;
         let at = |row: usize, n: usize| row * (HEADER + dim) + HEADER + place + n * LANES;
         let mut sums = [[_mm512_setzero_ps(); N]; R];
-        for row in 0..R {
-            for n in 0..N {
+        for (row, sums) in sums.iter_mut().enumerate() {
+            let shrink = _mm512_set1_ps(self.shrink[row]);
+            for (n, sum) in sums.iter_mut().enumerate() {
                 // SAFETY: within the state, as the caller promised.
                 let before = unsafe { _mm512_loadu_ps(self.sums.add(at(row, n))) };
-                sums[row][n] = _mm512_mul_ps(before, _mm512_set1_ps(self.shrink[row]));
+                *sum = _mm512_mul_ps(before, shrink);
             }
         }
         for vector in self.vectors.clone() {
@@ -268,48 +269,45 @@ impl<const R: usize> Products<'_, R> {
                     // SAFETY: within the values, as the caller promised.
                     *loaded = unsafe { _mm512_loadu_si512(self.values[vector].add(offset).cast()) };
                 }
-                for row in 0..R {
-                    let weight = self.weights[row][vector * LANES / 2 + pair] as i32;
+                for (weights, sums) in self.weights.iter().zip(&mut sums) {
+                    let weight = weights[vector * LANES / 2 + pair] as i32;
                     let weight = pairs(_mm512_set1_epi32(weight));
-                    for n in 0..N {
-                        sums[row][n] = _mm512_dpbf16_ps(sums[row][n], pairs(loaded[n]), weight);
+                    for (sum, &loaded) in sums.iter_mut().zip(&loaded) {
+                        *sum = _mm512_dpbf16_ps(*sum, pairs(loaded), weight);
                     }
                 }
             }
         }
-        for row in 0..R {
-            for n in 0..N {
+        for (row, sums) in sums.iter().enumerate() {
+            for (n, &sum) in sums.iter().enumerate() {
                 // SAFETY: as above.
-                unsafe { _mm512_storeu_ps(self.sums.add(at(row, n)), sums[row][n]) };
+                unsafe { _mm512_storeu_ps(self.sums.add(at(row, n)), sum) };
             }
         }
     }
 }
 
-/// Widen 32 whole numbers at a time to bf16, which holds all of int8's, and as many as are left.
-///
-/// # Safety
-/// `old` and `new` are `count` numbers.
+/// Rows of `width` pairs of whole numbers, `stride` apart, as bf16, which holds all of int8's.
 #[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
-pub(super) unsafe fn widen(old: *const i8, new: *mut u16, count: usize) {
-    let mut place = 0;
-    while place + 2 * LANES <= count {
-        // SAFETY: 32 numbers from `place` on are within both.
-        unsafe {
-            let half = |part: usize| {
-                let bytes = _mm_loadu_si128(old.add(place + part * LANES).cast());
-                _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(bytes))
-            };
-            let rounded = _mm512_cvtne2ps_pbh(half(1), half(0));
-            let bits = std::mem::transmute::<__m512bh, __m512i>(rounded);
-            _mm512_storeu_si512(new.add(place).cast(), bits);
+pub(super) fn widen(old: &[[i8; 2]], stride: usize, width: usize, new: &mut [u32]) {
+    assert!(width.is_multiple_of(LANES), "whole vectors");
+    for (old, new) in old.chunks(stride).zip(new.chunks_exact_mut(width)) {
+        for (old, new) in old[..width]
+            .as_chunks::<LANES>()
+            .0
+            .iter()
+            .zip(new.as_chunks_mut::<LANES>().0)
+        {
+            // SAFETY: both are 16 pairs.
+            unsafe {
+                let bytes = _mm256_loadu_si256(old.as_ptr().cast());
+                let low = _mm512_cvtepi8_epi32(_mm256_castsi256_si128(bytes));
+                let high = _mm512_cvtepi8_epi32(_mm256_extracti128_si256::<1>(bytes));
+                let both = _mm512_cvtne2ps_pbh(_mm512_cvtepi32_ps(high), _mm512_cvtepi32_ps(low));
+                let bits = std::mem::transmute::<__m512bh, __m512i>(both);
+                _mm512_storeu_si512(new.as_mut_ptr().cast(), bits);
+            }
         }
-        place += 2 * LANES;
-    }
-    while place < count {
-        // SAFETY: `place` is within both.
-        unsafe { *new.add(place) = (f32::from(*old.add(place)).to_bits() >> 16) as u16 };
-        place += 1;
     }
 }
 

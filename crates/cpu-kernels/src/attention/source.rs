@@ -142,11 +142,8 @@ impl Source<'_> {
     fn widen(&self, old: &[[i8; 2]], stride: usize, width: usize, new: &mut [u32]) {
         #[cfg(target_arch = "x86_64")]
         if self.dot_products() {
-            for (old, new) in old.chunks(stride).zip(new.chunks_exact_mut(width)) {
-                let old = &old[..width];
-                // SAFETY: both are `width` pairs; the processor has the level.
-                unsafe { avx512::widen(old.as_ptr().cast(), new.as_mut_ptr().cast(), 2 * width) };
-            }
+            // SAFETY: a level above portable is only made where the processor has it.
+            unsafe { avx512::widen(old, stride, width, new) };
             return;
         }
         widen_rows(self.level, old, stride, width, new);

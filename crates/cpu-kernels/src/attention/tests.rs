@@ -344,7 +344,7 @@ fn norms_and_rotary_are_applied_before_storing() {
         }
         let half = |i: usize| {
             let pair = memory[i / 2];
-            bf16::from_bits(if i % 2 == 0 {
+            bf16::from_bits(if i.is_multiple_of(2) {
                 pair as u16
             } else {
                 (pair >> 16) as u16
