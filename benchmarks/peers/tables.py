@@ -67,7 +67,8 @@ def gateway_tables(record: Record, gateways: Sequence[Gateway], load: Load) -> s
         return lambda name, at: _figure(_samples(record, name, at), number)
 
     texts = [
-        f"{load.input_tokens} tokens in, {load.output_tokens} out, {load.endpoint}, {_GATEWAYS_LOAD}",
+        f"{load.endpoint}, {load.input_tokens} tokens in, {load.output_tokens} out,",
+        _GATEWAYS_LOAD,
         f"{_about(record)}\n",
         "Requests a second by concurrent requests:\n",
         _table("gateway", rows, levels, figure(requests_s)),
