@@ -87,8 +87,8 @@ fn median(mut what: impl FnMut()) -> f64 {
 #[cfg(target_arch = "x86_64")]
 mod peak {
     use std::arch::x86_64::{
-        __m512bh, __m512i, _mm512_dpbf16_ps, _mm512_dpbusd_epi32, _mm512_set1_epi8,
-        _mm512_setzero_ps, _mm512_setzero_si512,
+        __m512bh, __m512i, _mm512_dpbf16_ps, _mm512_dpbusd_epi32, _mm512_loadu_si512,
+        _mm512_set1_epi8, _mm512_setzero_ps, _mm512_setzero_si512, _mm512_xor_si512,
     };
     use std::hint::black_box;
 
@@ -106,6 +106,19 @@ mod peak {
         for _ in 0..iterations {
             for sum in &mut sums {
                 *sum = _mm512_dpbusd_epi32(*sum, w, x);
+            }
+        }
+        black_box(sums);
+    }
+
+    #[target_feature(enable = "avx512f")]
+    pub fn read(bytes: &[u8]) {
+        let mut sums = [_mm512_setzero_si512(); 8];
+        for lines in bytes.as_chunks::<512>().0 {
+            for (sum, line) in sums.iter_mut().zip(lines.as_chunks::<64>().0) {
+                // SAFETY: 64 bytes are there.
+                let line = unsafe { _mm512_loadu_si512(line.as_ptr().cast()) };
+                *sum = _mm512_xor_si512(*sum, line);
             }
         }
         black_box(sums);
@@ -152,13 +165,13 @@ fn read(cpu: &Cpu, bytes: &[u8]) -> f64 {
     let parts: Vec<_> = bytes.chunks(PART).collect();
     let seconds = median(|| {
         cpu.team.run(parts.len(), |index, _| {
-            let mut sums = [0_u64; 32];
-            for line in parts[index].as_chunks::<256>().0 {
-                for (sum, word) in sums.iter_mut().zip(line.as_chunks().0) {
-                    *sum ^= u64::from_ne_bytes(*word);
-                }
+            #[cfg(target_arch = "x86_64")]
+            if cpu.level == Level::Avx512 {
+                // SAFETY: the level was detected.
+                unsafe { peak::read(parts[index]) };
+                return;
             }
-            black_box(sums);
+            black_box(parts[index].iter().fold(0, |a, b| a ^ b));
         });
     });
     bytes.len() as f64 / seconds
@@ -216,8 +229,10 @@ fn main() -> Result<(), Box<dyn Error>> {
             .map(|_| bf16::from_f32(rng.random::<f32>() - 0.5))
             .collect();
         let mut pages = Pages::new(copies * layout.bytes());
-        for bytes in pages.bytes().chunks_exact_mut(layout.bytes()) {
-            pack(&cpu, &layout, Rows::of(&weight, k), bytes);
+        let (first, others) = pages.bytes().split_at_mut(layout.bytes());
+        pack(&cpu, &layout, Rows::of(&weight, k), first);
+        for bytes in others.chunks_exact_mut(layout.bytes()) {
+            bytes.copy_from_slice(first);
         }
         let bytes = pages.bytes().chunks_exact(layout.bytes());
         let weights = bytes

@@ -50,6 +50,7 @@ impl Tiles {
     }
 
     /// First row and number of rows of a tile.
+    #[inline]
     pub(super) fn tile(self, index: usize) -> (usize, usize) {
         let (size, larger) = (self.rows / self.count, self.rows % self.count);
         let first = index * size + index.min(larger);
@@ -144,6 +145,7 @@ impl<'a> Activations<'a> {
         row_sizes(&self.layout).0
     }
 
+    #[inline]
     pub(super) fn tile(&self, index: usize) -> Tile<'a> {
         let (first, rows) = self.tiles.tile(index);
         let (value_bytes, scales, offsets) = row_sizes(&self.layout);
@@ -194,29 +196,32 @@ fn quantise(layout: &Layout, x: Rows<bf16>, tile: TileMut, span: usize, excess: 
             tile.scales[group * rows + row] = scale;
             let values = &mut tile.values[group * group_bytes..][..group_bytes];
             let offsets = &mut tile.offsets[group * layout.offsets() * rows..];
-            let mut units = values.as_chunks_mut::<UNIT_BYTES>().0[row..].iter_mut();
-            for (index, chunk) in x.chunks(CHUNK).enumerate() {
-                let (quantised, sum) = match chunk.try_into() {
-                    Ok(whole) => round(whole, inverse),
-                    Err(_) => round(&padded(chunk), inverse),
-                };
-                offsets[index * CHUNK / span * rows + row] -= excess * sum;
+            let units = values.as_chunks_mut::<UNIT_BYTES>().0;
+            let mut at = row;
+            let (whole, rest) = x.as_chunks::<CHUNK>();
+            let last = padded(rest);
+            for (index, x) in whole.iter().chain([&last]).enumerate() {
+                let (quantised, sum) = round(x, inverse);
+                if let Some(offset) = offsets.get_mut(index * CHUNK / span * rows + row) {
+                    *offset -= excess * sum;
+                }
                 for unit in quantised.as_chunks::<UNIT_BYTES>().0 {
-                    let Some(to) = units.next() else { break };
-                    *to = unit.map(|q| q as u8);
-                    if rows > 1 {
-                        units.nth(rows - 2);
+                    if let Some(to) = units.get_mut(at) {
+                        *to = *unit;
                     }
+                    at += rows;
                 }
             }
-            // Scale groups that are padding from their first input on.
-            for to in units.step_by(rows) {
+            // What is left of the last scale group is padding.
+            while let Some(to) = units.get_mut(at) {
                 *to = [0; UNIT_BYTES];
+                at += rows;
             }
         }
     }
 }
 
+#[inline(always)]
 fn padded(chunk: &[bf16]) -> [bf16; CHUNK] {
     let mut whole = [bf16::ZERO; CHUNK];
     whole[..chunk.len()].copy_from_slice(chunk);
@@ -249,13 +254,15 @@ pub(super) fn nearest(x: f32, inverse: f32) -> i8 {
 }
 
 #[inline(always)]
-fn round(x: &[bf16; CHUNK], inverse: f32) -> ([i8; CHUNK], i32) {
+fn round(x: &[bf16; CHUNK], inverse: f32) -> ([u8; CHUNK], i32) {
     let mut quantised = [0; CHUNK];
-    for (to, x) in quantised.iter_mut().zip(x) {
-        let wide = f32::from_bits(u32::from(x.to_bits()) << 16);
-        *to = nearest(wide, inverse);
+    let mut sum = 0;
+    for (lane, to) in quantised.iter_mut().enumerate() {
+        let wide = f32::from_bits(u32::from(x[lane].to_bits()) << 16);
+        let integer = nearest(wide, inverse);
+        *to = integer.cast_unsigned();
+        sum += i32::from(integer);
     }
-    let sum = quantised.iter().map(|&q| i32::from(q)).sum();
     (quantised, sum)
 }
 
@@ -268,13 +275,15 @@ fn interleave(layout: &Layout, x: Rows<bf16>, tile: TileMut) {
         for (x, values) in all.chunks(group_k).zip(tile.values.chunks_mut(group_bytes)) {
             let units = values.as_chunks_mut::<UNIT_BYTES>().0;
             let (pairs, rest) = x.as_chunks::<2>();
-            for (to, [a, b]) in units[row..].iter_mut().step_by(rows).zip(pairs) {
+            let mut at = row;
+            for &[a, b] in pairs {
                 let ([a0, a1], [b0, b1]) = (a.to_ne_bytes(), b.to_ne_bytes());
-                *to = [a0, a1, b0, b1];
+                units[at] = [a0, a1, b0, b1];
+                at += rows;
             }
             if let [a] = rest {
                 let [a0, a1] = a.to_ne_bytes();
-                units[pairs.len() * rows + row] = [a0, a1, 0, 0];
+                units[at] = [a0, a1, 0, 0];
             }
         }
     }

@@ -9,14 +9,14 @@
 //! x[row 1]            +  +      ...
 //! ```
 //!
-//! Meanwhile the next panel is fetched into the second-level cache, spread evenly over the steps.
+//! Meanwhile the block after this one is fetched into the second-level cache.
 
 use std::arch::x86_64::{
-    __m512, __m512bh, __m512i, _MM_HINT_T1, _mm_prefetch, _mm512_add_ps, _mm512_and_si512,
-    _mm512_castsi512_si256, _mm512_cvtepi32_ps, _mm512_cvtepu16_epi32, _mm512_dpbf16_ps,
-    _mm512_dpbusd_epi32, _mm512_extracti64x4_epi64, _mm512_fmadd_ps, _mm512_load_ps,
-    _mm512_load_si512, _mm512_mul_ps, _mm512_set1_epi8, _mm512_set1_epi32, _mm512_set1_ps,
-    _mm512_setzero_ps, _mm512_slli_epi32, _mm512_srli_epi16, _mm512_store_ps,
+    __m256i, __m512, __m512bh, __m512i, _MM_HINT_T1, _mm_prefetch, _mm512_add_ps, _mm512_and_si512,
+    _mm512_castsi512_ps, _mm512_castsi512_si256, _mm512_cvtepi32_ps, _mm512_cvtepu16_epi32,
+    _mm512_dpbf16_ps, _mm512_dpbusd_epi32, _mm512_extracti64x4_epi64, _mm512_fmadd_ps,
+    _mm512_load_ps, _mm512_load_si512, _mm512_mul_ps, _mm512_set1_epi8, _mm512_set1_epi32,
+    _mm512_set1_ps, _mm512_setzero_ps, _mm512_slli_epi32, _mm512_srli_epi16, _mm512_store_ps,
 };
 
 use super::layout::{BF16_SCALES, CHANNELS, F32_SCALES, Format};
@@ -37,31 +37,38 @@ const BF16: u8 = 0;
 const INT8: u8 = 1;
 const INT4: u8 = 2;
 
-/// What to fetch while a block is computed: `bytes` more at each step.
-#[derive(Clone, Copy)]
-struct Ahead {
-    start: *const u8,
-    bytes: usize,
+/// Fetches memory while a block is computed, evenly over its steps.
+struct Ahead<'a> {
+    rest: &'a [u8],
+    /// Steps from one fetch to the next, lines fetched at each, and steps until the next.
+    every: usize,
+    lines: usize,
+    wait: usize,
 }
 
-impl Ahead {
-    /// This tile's part of the next panel's block.
-    fn new(work: &Work, group: usize, steps: usize) -> Self {
-        let block = work.weight.block(group, work.next);
-        let part = block.len() / work.parts;
+impl<'a> Ahead<'a> {
+    #[inline(always)]
+    fn new(work: &Work<'a>, steps: usize) -> Self {
+        let lines = work.ahead.len().div_ceil(64).max(1);
         Self {
-            start: block[part * work.part..].as_ptr(),
-            bytes: part.div_ceil(steps),
+            rest: work.ahead,
+            every: (steps / lines).max(1),
+            lines: lines.div_ceil(steps),
+            wait: 1,
         }
     }
 
     #[inline(always)]
-    fn fetch(self, step: usize) {
-        let at = self.start.wrapping_add(step * self.bytes);
-        // SAFETY: fetching has no effect but on caches, whatever the address.
-        unsafe {
-            _mm_prefetch::<_MM_HINT_T1>(at.cast());
-            _mm_prefetch::<_MM_HINT_T1>(at.wrapping_add(64).cast());
+    fn step(&mut self) {
+        self.wait -= 1;
+        if self.wait == 0 {
+            self.wait = self.every;
+            for _ in 0..self.lines {
+                let at = self.rest.as_ptr().cast();
+                // SAFETY: fetching has no effect but on caches, whatever the address.
+                unsafe { _mm_prefetch::<_MM_HINT_T1>(at) };
+                self.rest = self.rest.get(64..).unwrap_or_default();
+            }
         }
     }
 }
@@ -87,26 +94,28 @@ pub(super) unsafe fn product(work: &Work, tree: &mut Tree) {
 
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx512bf16")]
 fn tile<const R: usize, const FORMAT: u8>(work: &Work, tree: &mut Tree) {
-    for group in 0..work.weight.layout().k_groups() {
-        let mut sums = match FORMAT {
-            BF16 => bf16::<R>(work, group),
-            INT8 => int8::<R>(work, group),
-            _ => int4::<R>(work, group),
-        };
-        let level = group.trailing_ones() as usize;
-        for left in &tree.0[..level] {
-            for (sums, left) in sums.iter_mut().zip(&left.0) {
-                for (sum, left) in sums.iter_mut().zip(left.as_chunks::<16>().0) {
-                    // SAFETY: 16 floats at 64 bytes.
-                    *sum = _mm512_add_ps(*sum, unsafe { _mm512_load_ps(left.as_ptr()) });
-                }
+    let mut sums = match FORMAT {
+        BF16 => bf16::<R>(work),
+        INT8 => int8::<R>(work),
+        _ => int4::<R>(work),
+    };
+    let level = work.group.trailing_ones() as usize;
+    for left in &tree.0[..level] {
+        let left = left.rows::<R>();
+        for (row, sums) in sums.iter_mut().enumerate() {
+            let left = &left[row];
+            // SAFETY: 32 floats at 64 bytes.
+            unsafe {
+                sums[0] = _mm512_add_ps(sums[0], _mm512_load_ps(left.as_ptr()));
+                sums[1] = _mm512_add_ps(sums[1], _mm512_load_ps(left[16..].as_ptr()));
             }
         }
-        for (sums, to) in sums.into_iter().zip(&mut tree.0[level].0) {
-            for (sum, to) in sums.into_iter().zip(to.as_chunks_mut::<16>().0) {
-                // SAFETY: as above.
-                unsafe { _mm512_store_ps(to.as_mut_ptr(), sum) };
-            }
+    }
+    for (row, to) in tree.0[level].rows_mut::<R>().iter_mut().enumerate() {
+        // SAFETY: as above.
+        unsafe {
+            _mm512_store_ps(to.as_mut_ptr(), sums[row][0]);
+            _mm512_store_ps(to[16..].as_mut_ptr(), sums[row][1]);
         }
     }
 }
@@ -119,7 +128,12 @@ fn tile<const R: usize, const FORMAT: u8>(work: &Work, tree: &mut Tree) {
 #[target_feature(enable = "avx512f")]
 unsafe fn pair(from: *const u8) -> [__m512i; 2] {
     // SAFETY: as promised by the caller.
-    unsafe { [0, 64].map(|offset| _mm512_load_si512(from.add(offset).cast())) }
+    unsafe {
+        [
+            _mm512_load_si512(from.cast()),
+            _mm512_load_si512(from.add(64).cast()),
+        ]
+    }
 }
 
 /// The unit of activations at `from`, in all lanes.
@@ -135,19 +149,19 @@ unsafe fn broadcast(from: *const u8) -> __m512i {
 
 #[inline]
 #[target_feature(enable = "avx512f,avx512bf16")]
-fn bf16<const R: usize>(work: &Work, group: usize) -> Vectors<__m512, R> {
-    let (weights, values) = (work.block(group), work.values(group));
+fn bf16<const R: usize>(work: &Work) -> Vectors<__m512, R> {
+    let (weights, values) = (work.block(), work.values());
     let steps = weights.len() / PAIR;
     assert_eq!(values.len(), steps * R * 4, "activations of a group");
-    let ahead = Ahead::new(work, group, steps);
+    let mut ahead = Ahead::new(work, steps);
     let mut sums = [[_mm512_setzero_ps(); 2]; R];
     for step in 0..steps {
-        ahead.fetch(step);
+        ahead.step();
         // SAFETY: `step` is below the number of pairs of `weights`, a block aligned to 64, and
         // `values` has R units for each; vectors of integers and of bf16 are the same bits.
         unsafe {
             let w = pair(weights.as_ptr().add(step * PAIR));
-            let w: [__m512bh; 2] = w.map(|w| std::mem::transmute::<__m512i, __m512bh>(w));
+            let w = std::mem::transmute::<[__m512i; 2], [__m512bh; 2]>(w);
             for (row, sums) in sums.iter_mut().enumerate() {
                 let x = broadcast(values.as_ptr().add((step * R + row) * 4));
                 let x = std::mem::transmute::<__m512i, __m512bh>(x);
@@ -161,18 +175,18 @@ fn bf16<const R: usize>(work: &Work, group: usize) -> Vectors<__m512, R> {
 
 #[inline]
 #[target_feature(enable = "avx512f,avx512vnni")]
-fn int8<const R: usize>(work: &Work, group: usize) -> Vectors<__m512, R> {
-    let (weights, values) = (&work.block(group)[F32_SCALES..], work.values(group));
-    let (scales, offsets) = (work.scales(group), work.offsets(group));
+fn int8<const R: usize>(work: &Work) -> Vectors<__m512, R> {
+    let (weights, values) = (&work.block()[F32_SCALES..], work.values());
+    let offsets = &work.offsets().as_chunks::<R>().0[0];
     let steps = weights.len() / PAIR;
     assert_eq!(values.len(), steps * R * 4, "activations of a group");
-    let ahead = Ahead::new(work, group, steps);
+    let mut ahead = Ahead::new(work, steps);
     let mut sums = [[_mm512_set1_epi32(0); 2]; R];
-    for (sums, &offset) in sums.iter_mut().zip(offsets) {
-        *sums = [_mm512_set1_epi32(offset); 2];
+    for (row, sums) in sums.iter_mut().enumerate() {
+        *sums = [_mm512_set1_epi32(offsets[row]); 2];
     }
     for step in 0..steps {
-        ahead.fetch(step);
+        ahead.step();
         // SAFETY: `step` is below the number of pairs of `weights`, which begin 128 bytes into a
         // block aligned to 64, and `values` has R units for each.
         unsafe {
@@ -184,53 +198,52 @@ fn int8<const R: usize>(work: &Work, group: usize) -> Vectors<__m512, R> {
             }
         }
     }
-    scaled(sums, scales)
-}
-
-/// Integer sums as floats, times the scale of the row's activations.
-#[inline]
-#[target_feature(enable = "avx512f")]
-fn scaled<const R: usize>(sums: Vectors<__m512i, R>, scales: &[f32]) -> Vectors<__m512, R> {
+    let scales = &work.scales().as_chunks::<R>().0[0];
     let mut out = [[_mm512_setzero_ps(); 2]; R];
-    for ((out, sums), &scale) in out.iter_mut().zip(sums).zip(scales) {
-        let scale = _mm512_set1_ps(scale);
-        *out = sums.map(|sum| _mm512_mul_ps(_mm512_cvtepi32_ps(sum), scale));
+    for (row, out) in out.iter_mut().enumerate() {
+        let scale = _mm512_set1_ps(scales[row]);
+        out[0] = _mm512_mul_ps(_mm512_cvtepi32_ps(sums[row][0]), scale);
+        out[1] = _mm512_mul_ps(_mm512_cvtepi32_ps(sums[row][1]), scale);
     }
     out
 }
 
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
-fn int4<const R: usize>(work: &Work, group: usize) -> Vectors<__m512, R> {
+fn int4<const R: usize>(work: &Work) -> Vectors<__m512, R> {
     let Format::Int4 { group: span } = work.weight.layout().format() else {
         unreachable!("int4 weights")
     };
     let pairs = span / 8;
     let size = BF16_SCALES + pairs * PAIR;
-    let (weights, values) = (work.block(group), work.values(group));
+    let (weights, values) = (work.block(), work.values());
     let parts = weights.len() / size;
-    let offsets = work.offsets(group);
+    let offsets = work.offsets().as_chunks::<R>().0;
     assert_eq!(values.len(), parts * span * R, "activations of a group");
-    assert_eq!(offsets.len(), parts * R, "offsets of a group");
-    let ahead = Ahead::new(work, group, parts * pairs);
+    assert_eq!(offsets.len(), parts, "offsets of a group");
+    let mut ahead = Ahead::new(work, parts * pairs);
     let low = _mm512_set1_epi8(0x0f);
     let mut total = [[_mm512_setzero_ps(); 2]; R];
     for part in 0..parts {
         let mut sums = [[_mm512_set1_epi32(0); 2]; R];
-        for (sums, &offset) in sums.iter_mut().zip(&offsets[part * R..]) {
-            *sums = [_mm512_set1_epi32(offset); 2];
+        let offsets = &offsets[part];
+        for (row, sums) in sums.iter_mut().enumerate() {
+            *sums = [_mm512_set1_epi32(offsets[row]); 2];
         }
         // SAFETY: `part` is below the number of parts of `weights`, each 64 bytes of scales and
         // `pairs` pairs in a block aligned to 64; `values` has 2 R units for each pair.
         unsafe {
             let block = weights.as_ptr().add(part * size);
             for step in 0..pairs {
-                ahead.fetch(part * pairs + step);
+                ahead.step();
                 let w = pair(block.add(BF16_SCALES + step * PAIR));
                 let x = values.as_ptr().add((part * pairs + step) * 2 * R * 4);
                 let halves = [
-                    w.map(|w| _mm512_and_si512(w, low)),
-                    w.map(|w| _mm512_and_si512(_mm512_srli_epi16::<4>(w), low)),
+                    [_mm512_and_si512(w[0], low), _mm512_and_si512(w[1], low)],
+                    [
+                        _mm512_and_si512(_mm512_srli_epi16::<4>(w[0]), low),
+                        _mm512_and_si512(_mm512_srli_epi16::<4>(w[1]), low),
+                    ],
                 ];
                 for (half, w) in halves.iter().enumerate() {
                     for (row, sums) in sums.iter_mut().enumerate() {
@@ -242,22 +255,31 @@ fn int4<const R: usize>(work: &Work, group: usize) -> Vectors<__m512, R> {
             }
             let scales = _mm512_load_si512(block.cast());
             let scales = [
-                _mm512_castsi512_si256(scales),
-                _mm512_extracti64x4_epi64::<1>(scales),
-            ]
-            .map(|half| {
-                let bits = _mm512_slli_epi32::<16>(_mm512_cvtepu16_epi32(half));
-                std::mem::transmute::<__m512i, __m512>(bits)
-            });
-            for (total, sums) in total.iter_mut().zip(sums) {
-                for ((total, sum), scale) in total.iter_mut().zip(sums).zip(scales) {
-                    *total = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum), scale, *total);
-                }
+                wide(_mm512_castsi512_si256(scales)),
+                wide(_mm512_extracti64x4_epi64::<1>(scales)),
+            ];
+            for (row, total) in total.iter_mut().enumerate() {
+                let sums = [
+                    _mm512_cvtepi32_ps(sums[row][0]),
+                    _mm512_cvtepi32_ps(sums[row][1]),
+                ];
+                total[0] = _mm512_fmadd_ps(sums[0], scales[0], total[0]);
+                total[1] = _mm512_fmadd_ps(sums[1], scales[1], total[1]);
             }
         }
     }
-    for (total, &scale) in total.iter_mut().zip(work.scales(group)) {
-        *total = total.map(|total| _mm512_mul_ps(total, _mm512_set1_ps(scale)));
+    let scales = &work.scales().as_chunks::<R>().0[0];
+    for (row, total) in total.iter_mut().enumerate() {
+        let scale = _mm512_set1_ps(scales[row]);
+        total[0] = _mm512_mul_ps(total[0], scale);
+        total[1] = _mm512_mul_ps(total[1], scale);
     }
     total
+}
+
+/// 16 bf16 as f32.
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn wide(x: __m256i) -> __m512 {
+    _mm512_castsi512_ps(_mm512_slli_epi32::<16>(_mm512_cvtepu16_epi32(x)))
 }

@@ -100,9 +100,11 @@ impl<'a> Finish<'a> {
         }
         let mut biases = [0.0; CHANNELS];
         if let Some(bias) = self.epilogue.bias {
-            for (lane, to) in biases.iter_mut().enumerate() {
-                if let Some(channel) = layout.channel(panel, lane) {
-                    *to = bias[channel].to_f32();
+            let width = layout.panel_columns();
+            let parts = bias.chunks(layout.columns()).zip(biases.chunks_mut(width));
+            for (bias, to) in parts {
+                for (to, &bias) in to.iter_mut().zip(&bias[panel * width..]) {
+                    *to = widen(bias);
                 }
             }
         }
@@ -123,12 +125,12 @@ impl<'a> Finish<'a> {
         for (index, sums) in sums.0[..rows].iter().enumerate() {
             let row = first + index;
             let mut values = *sums;
-            for ((value, scale), bias) in values.iter_mut().zip(scales).zip(biases) {
-                *value = *value * scale + bias;
+            for (lane, value) in values.iter_mut().enumerate() {
+                *value = *value * scales[lane] + biases[lane];
             }
-            // SAFETY (of the parts): the caller answers for this row and panel.
             match &self.out {
                 Output::Bf16(out) => {
+                    // SAFETY: the caller answers for this row and panel.
                     let out = unsafe { out.part(row, column, columns) };
                     match self.epilogue.residual {
                         Residual::None => {}
@@ -143,33 +145,55 @@ impl<'a> Finish<'a> {
                     if let Residual::Rows(residual) = self.epilogue.residual {
                         add(&mut values, &residual.row(row)[column..][..columns]);
                     }
+                    // SAFETY: as above.
                     let out = unsafe { out.part(row, column, columns) };
                     out.copy_from_slice(&values[..columns]);
                 }
                 Output::SiluMul(out) => {
-                    let (gate, up) = values.split_at_mut(CHANNELS / 2);
-                    for (gate, up) in gate.iter_mut().zip(up) {
-                        *gate = silu(*gate) * *up;
+                    const WIDTH: usize = CHANNELS / 2;
+                    let mut products = [0.0; WIDTH];
+                    for (lane, product) in products.iter_mut().enumerate() {
+                        *product = silu(values[lane]) * values[lane + WIDTH];
                     }
-                    narrow(&values, unsafe { out.part(row, column, columns) });
+                    // SAFETY: as above.
+                    narrow(&products, unsafe { out.part(row, column, columns) });
                 }
             }
         }
     }
 }
 
+/// Add a residual, of as many columns as are not padding.
 #[inline(always)]
 fn add(values: &mut [f32; CHANNELS], residual: &[bf16]) {
-    for (value, residual) in values.iter_mut().zip(residual) {
-        *value += f32::from_bits(u32::from(residual.to_bits()) << 16);
+    if let Ok(residual) = <&[bf16; CHANNELS]>::try_from(residual) {
+        for (lane, value) in values.iter_mut().enumerate() {
+            *value += widen(residual[lane]);
+        }
+    } else {
+        for (lane, &residual) in residual.iter().enumerate() {
+            values[lane] += widen(residual);
+        }
+    }
+}
+
+/// Store as many columns as are not padding.
+#[inline(always)]
+fn narrow<const N: usize>(values: &[f32; N], out: &mut [bf16]) {
+    let mut narrow = [bf16::ZERO; N];
+    for (lane, to) in narrow.iter_mut().enumerate() {
+        *to = to_bf16(values[lane]);
+    }
+    if let Ok(out) = <&mut [bf16; N]>::try_from(&mut *out) {
+        *out = narrow;
+    } else {
+        out.copy_from_slice(&narrow[..out.len()]);
     }
 }
 
 #[inline(always)]
-fn narrow(values: &[f32; CHANNELS], out: &mut [bf16]) {
-    for (to, &value) in out.iter_mut().zip(values) {
-        *to = to_bf16(value);
-    }
+fn widen(value: bf16) -> f32 {
+    f32::from_bits(u32::from(value.to_bits()) << 16)
 }
 
 /// To the nearest bf16, ties to even.

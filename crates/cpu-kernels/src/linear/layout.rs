@@ -156,16 +156,19 @@ impl Layout {
         self.k_groups * self.panels() * self.block_bytes()
     }
 
+    #[inline]
     pub(super) fn panels(&self) -> usize {
         self.columns().div_ceil(self.panel_columns())
     }
 
     /// Columns of the product that a panel computes.
+    #[inline]
     pub(super) fn panel_columns(&self) -> usize {
         if self.gated { CHANNELS / 2 } else { CHANNELS }
     }
 
     /// The row of the weight that a panel's lane holds, if that lane is not padding.
+    #[inline]
     pub(super) fn channel(&self, panel: usize, lane: usize) -> Option<usize> {
         let width = self.panel_columns();
         let column = panel * width + lane % width;
@@ -173,11 +176,13 @@ impl Layout {
     }
 
     /// Inputs of a group, without padding.
+    #[inline]
     pub(super) fn group_k(&self) -> usize {
         self.k / self.k_groups
     }
 
     /// Inputs of a group, with padding.
+    #[inline]
     pub(super) fn block_k(&self) -> usize {
         self.group_k().next_multiple_of(match self.format {
             Format::Bf16 => 2,
@@ -186,6 +191,7 @@ impl Layout {
         })
     }
 
+    #[inline]
     pub(super) fn block_bytes(&self) -> usize {
         let k = self.block_k();
         match self.format {
@@ -196,6 +202,7 @@ impl Layout {
     }
 
     /// Sums of activations that undo the offset of unsigned weights, for each group.
+    #[inline]
     pub(super) fn offsets(&self) -> usize {
         match self.format {
             Format::Bf16 => 0,
@@ -282,6 +289,7 @@ impl<'a> Packed<'a> {
     }
 
     /// The block of a panel in a group.
+    #[inline]
     pub(super) fn block(&self, group: usize, panel: usize) -> &'a [u8] {
         let size = self.layout.block_bytes();
         &self.bytes[(group * self.layout.panels() + panel) * size..][..size]

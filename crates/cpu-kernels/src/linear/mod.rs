@@ -6,8 +6,9 @@
 //! activations  quantises and interleaves a batch's rows
 //! tile         what a kernel computes: sums of one panel (32 channels) and one tile of rows
 //! schedule     divides a product into tasks
-//! portable, avx512   the kernels of each level
+//! portable, avx2, avx512   the kernels of each level
 //! epilogue     from sums to outputs
+//! greedy       from sums to the most likely id
 //! levels       one source compiled for every level
 //! ```
 //!
@@ -21,8 +22,11 @@
 
 mod activations;
 #[cfg(target_arch = "x86_64")]
+mod avx2;
+#[cfg(target_arch = "x86_64")]
 mod avx512;
 mod epilogue;
+mod greedy;
 mod layout;
 mod levels;
 mod pack;
@@ -34,6 +38,7 @@ mod tile;
 mod tests;
 
 pub use epilogue::{Epilogue, Output, Residual};
+pub use greedy::greedy;
 pub use layout::{Format, Layout, LinearError, Packed, VERSION};
 pub use pack::{pack, pack_f32};
 
@@ -57,7 +62,7 @@ use crate::rows::Rows;
 pub fn linear(cpu: &mut Cpu, x: Rows<bf16>, weight: &Packed, epilogue: Epilogue, out: Output) {
     let level = cpu.level;
     let finish = &Finish::new(weight, x.rows(), epilogue, out);
-    product(cpu, x, weight, |panel, first, rows, sums| {
+    product(cpu, x, weight, |panel, _, first, rows, sums| {
         compiled_for!(level, store(finish: &Finish, panel: usize, first: usize, rows: usize, sums: &Sums));
     });
 }
@@ -68,12 +73,12 @@ fn store(finish: &Finish, panel: usize, first: usize, rows: usize, sums: &Sums) 
     unsafe { finish.store(panel, first, rows, sums) }
 }
 
-/// Call `done(panel, first row, rows, sums)` for every panel and tile of rows.
+/// Call `done(panel, thread, first row, rows, sums)` for every panel and tile of rows.
 fn product(
     cpu: &mut Cpu,
     x: Rows<bf16>,
     weight: &Packed,
-    done: impl Fn(usize, usize, usize, &Sums) + Sync,
+    done: impl Fn(usize, usize, usize, usize, &Sums) + Sync,
 ) {
     let layout = weight.layout();
     assert_eq!(x.cols(), layout.k(), "inputs of the weight");
@@ -89,28 +94,33 @@ fn product(
     let x = Activations::prepare(team, *level, scratch, layout, x, most_rows);
     let (rows, tiles) = (x.rows(), x.tiles.count());
     let schedule = Schedule::new(layout, rows, x.row_bytes(), tiles, team.threads());
-    team.run(schedule.tasks(), |index, _| {
+    let groups = layout.k_groups();
+    team.run(schedule.tasks(), |index, thread| {
         let task = schedule.task(index);
-        let mut tree = Tree::new();
+        let mut trees = vec![Tree::new(); task.tiles.len()];
         for panel in task.panels.clone() {
-            let after = panel + 1;
-            let next = if after < task.panels.end {
-                after
-            } else {
-                task.next
-            };
-            for index in task.tiles.clone() {
-                let work = Work {
-                    weight: *weight,
-                    panel,
-                    tile: x.tile(index),
-                    next,
-                    part: index - task.tiles.start,
-                    parts: task.tiles.len(),
+            let after = task.after(panel);
+            for group in 0..groups {
+                let ahead = if group + 1 < groups {
+                    weight.block(group + 1, panel)
+                } else {
+                    weight.block(0, after)
                 };
-                kernel(&work, &mut tree);
-                let (first, rows) = x.tiles.tile(index);
-                done(panel, first, rows, tree.sums(layout.k_groups()));
+                let mut ahead = ahead.chunks(ahead.len().div_ceil(task.tiles.len()));
+                for (tile, tree) in task.tiles.clone().zip(&mut trees) {
+                    let work = Work {
+                        weight: *weight,
+                        panel,
+                        group,
+                        tile: x.tile(tile),
+                        ahead: ahead.next().unwrap_or_default(),
+                    };
+                    kernel(&work, tree);
+                }
+            }
+            for (tile, tree) in task.tiles.clone().zip(&trees) {
+                let (first, rows) = x.tiles.tile(tile);
+                done(panel, thread, first, rows, tree.sums(groups));
             }
         }
     });
@@ -128,6 +138,11 @@ fn kernel(level: Level, format: Format) -> (usize, fn(&Work, &mut Tree)) {
             // SAFETY: `Cpu` only has levels that `Level::detect` found.
             (rows, |work, tree| unsafe { avx512::product(work, tree) })
         }
+        // SAFETY: as above.
+        #[cfg(target_arch = "x86_64")]
+        Level::Avx2 => (avx2::ROWS, |work, tree| unsafe {
+            avx2::product(work, tree)
+        }),
         _ => (portable::ROWS, portable::product),
     }
 }

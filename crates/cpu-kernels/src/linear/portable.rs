@@ -10,29 +10,27 @@ pub(super) const ROWS: usize = 4;
 
 pub(super) fn product(work: &Work, tree: &mut Tree) {
     let layout = work.weight.layout();
-    for group in 0..layout.k_groups() {
-        for row in 0..work.tile.rows {
-            let sums = match layout.format() {
-                Format::Bf16 => bf16_row(work, group, row),
-                Format::Int8 => int8_row(work, group, row),
-                Format::Int4 { group: span } => int4_row(work, group, row, span),
-            };
-            tree.add(group, row, sums);
-        }
+    for row in 0..work.tile.rows {
+        let sums = match layout.format() {
+            Format::Bf16 => bf16_row(work, row),
+            Format::Int8 => int8_row(work, row),
+            Format::Int4 { group } => int4_row(work, row, group),
+        };
+        tree.add(work.group, row, sums);
     }
 }
 
 /// A row's units of four bytes in a group.
-fn units<'a>(work: &Work<'a>, group: usize, row: usize) -> impl Iterator<Item = &'a [u8; 4]> {
-    let units = work.values(group).as_chunks::<4>().0;
+fn units<'a>(work: &Work<'a>, row: usize) -> impl Iterator<Item = &'a [u8; 4]> {
+    let units = work.values().as_chunks::<4>().0;
     units[row..].iter().step_by(work.tile.rows)
 }
 
-fn bf16_row(work: &Work, group: usize, row: usize) -> [f32; CHANNELS] {
+fn bf16_row(work: &Work, row: usize) -> [f32; CHANNELS] {
     let mut sums = [0.0; CHANNELS];
     let wide = |a, b| bf16::from_ne_bytes([a, b]).to_f32();
-    let steps = work.block(group).as_chunks::<{ CHANNELS * 4 }>().0;
-    for (step, x) in steps.iter().zip(units(work, group, row)) {
+    let steps = work.block().as_chunks::<{ CHANNELS * 4 }>().0;
+    for (step, x) in steps.iter().zip(units(work, row)) {
         let (x0, x1) = (wide(x[0], x[1]), wide(x[2], x[3]));
         for (sum, w) in sums.iter_mut().zip(step.as_chunks::<4>().0) {
             *sum = x0.mul_add(wide(w[0], w[1]), *sum);
@@ -51,22 +49,20 @@ fn dot(sums: &mut [i32; CHANNELS], step: &[u8; CHANNELS * 4], x: [u8; 4]) {
     }
 }
 
-fn int8_row(work: &Work, group: usize, row: usize) -> [f32; CHANNELS] {
-    let mut sums = [work.offsets(group)[row]; CHANNELS];
-    let steps = work.block(group)[F32_SCALES..]
-        .as_chunks::<{ CHANNELS * 4 }>()
-        .0;
-    for (step, x) in steps.iter().zip(units(work, group, row)) {
+fn int8_row(work: &Work, row: usize) -> [f32; CHANNELS] {
+    let mut sums = [work.offsets()[row]; CHANNELS];
+    let steps = work.block()[F32_SCALES..].as_chunks::<{ CHANNELS * 4 }>().0;
+    for (step, x) in steps.iter().zip(units(work, row)) {
         dot(&mut sums, step, *x);
     }
-    sums.map(|sum| sum as f32 * work.scales(group)[row])
+    sums.map(|sum| sum as f32 * work.scales()[row])
 }
 
-fn int4_row(work: &Work, group: usize, row: usize, span: usize) -> [f32; CHANNELS] {
+fn int4_row(work: &Work, row: usize, span: usize) -> [f32; CHANNELS] {
     let mut total = [0.0_f32; CHANNELS];
-    let mut x = units(work, group, row);
-    let offsets = work.offsets(group)[row..].iter().step_by(work.tile.rows);
-    let parts = work.block(group).chunks(BF16_SCALES + span * CHANNELS / 2);
+    let mut x = units(work, row);
+    let offsets = work.offsets()[row..].iter().step_by(work.tile.rows);
+    let parts = work.block().chunks(BF16_SCALES + span * CHANNELS / 2);
     for (part, &offset) in parts.zip(offsets) {
         let mut sums = [offset; CHANNELS];
         let (scales, values) = part.split_at(BF16_SCALES);
@@ -81,5 +77,5 @@ fn int4_row(work: &Work, group: usize, row: usize, span: usize) -> [f32; CHANNEL
             *total = (sum as f32).mul_add(bf16::from_ne_bytes(*scale).to_f32(), *total);
         }
     }
-    total.map(|total| total * work.scales(group)[row])
+    total.map(|total| total * work.scales()[row])
 }

@@ -34,7 +34,19 @@ pub(super) struct Task {
     pub(super) panels: std::ops::Range<usize>,
     pub(super) tiles: std::ops::Range<usize>,
     /// The first panel of the run that this thread will probably take next.
-    pub(super) next: usize,
+    next: usize,
+}
+
+impl Task {
+    /// The panel that this thread will probably compute after `panel`.
+    pub(super) fn after(&self, panel: usize) -> usize {
+        let after = panel + 1;
+        if after < self.panels.end {
+            after
+        } else {
+            self.next
+        }
+    }
 }
 
 impl Schedule {

@@ -228,7 +228,7 @@ fn bits(values: &[f32]) -> Vec<u32> {
 }
 
 fn few() -> ProptestConfig {
-    ProptestConfig::with_cases(if cfg!(debug_assertions) { 24 } else { 200 })
+    ProptestConfig::with_cases(if cfg!(debug_assertions) { 8 } else { 60 })
 }
 
 proptest! {
@@ -449,6 +449,36 @@ fn adding_in_place_equals_adding_rows() {
         linear(&mut cpu, x, &packed, epilogue, view);
         let found: Vec<_> = out.iter().map(|x| x.to_f32()).collect();
         assert_eq!(found, expected);
+    }
+}
+
+#[test]
+fn the_most_likely_id_is_the_first_of_the_largest_logits() {
+    for format in FORMATS {
+        for mut cpu in cpus() {
+            let case = plain(format, 29, 300, 64, 1);
+            let mut operands = Operands::normal(&case);
+            // Every logit twice.
+            operands.w.copy_within(..150 * 64, 150 * 64);
+            operands.x[3 * 64..4 * 64].fill(bf16::NAN);
+            operands.x[5 * 64..6 * 64].fill(bf16::ZERO);
+            let logits = operands.run(&case, &mut cpu, true);
+            let mut bytes = operands.packed(&case, &cpu);
+            let packed = Packed::new(case.layout(), bytes.bytes()).unwrap();
+            let mut found = [(0.0, 7); 29];
+            greedy(&mut cpu, Rows::of(&operands.x, 64), &packed, &mut found);
+            for (row, (logit, id)) in found.into_iter().enumerate() {
+                let logits = &logits[row * 300..][..300];
+                let largest = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+                let first = logits.iter().position(|&logit| logit == largest);
+                assert_eq!(
+                    (logit, id as usize),
+                    (largest, first.unwrap_or(0)),
+                    "row {row}"
+                );
+            }
+            greedy(&mut cpu, Rows::of(&operands.x[..0], 64), &packed, &mut []);
+        }
     }
 }
 

@@ -11,6 +11,19 @@ pub(super) const MAX_ROWS: usize = 13;
 #[repr(C, align(64))]
 pub(super) struct Sums(pub(super) [[f32; CHANNELS]; MAX_ROWS]);
 
+impl Sums {
+    /// The first R rows, of which there are at most `MAX_ROWS`.
+    #[inline(always)]
+    pub(super) fn rows<const R: usize>(&self) -> &[[f32; CHANNELS]; R] {
+        &self.0.as_chunks::<R>().0[0]
+    }
+
+    #[inline(always)]
+    pub(super) fn rows_mut<const R: usize>(&mut self) -> &mut [[f32; CHANNELS]; R] {
+        &mut self.0.as_chunks_mut::<R>().0[0]
+    }
+}
+
 /// Adds what a row's groups contribute, pair by pair, always in the same order:
 ///
 /// ```text
@@ -21,6 +34,7 @@ pub(super) struct Sums(pub(super) [[f32; CHANNELS]; MAX_ROWS]);
 /// ```
 ///
 /// A level holds the last left side that waits for its right side; the top of the tree is the sum.
+#[derive(Clone)]
 pub(super) struct Tree(pub(super) [Sums; TREE_DEPTH]);
 
 impl Tree {
@@ -29,6 +43,7 @@ impl Tree {
     }
 
     /// After the last of `groups` groups: a power of two.
+    #[inline]
     pub(super) fn sums(&self, groups: usize) -> &Sums {
         &self.0[groups.ilog2() as usize]
     }
@@ -46,36 +61,39 @@ impl Tree {
     }
 }
 
-/// One panel and one tile of rows.
+/// One group of a panel, and one tile of rows.
 pub(super) struct Work<'a> {
     pub(super) weight: Packed<'a>,
     pub(super) panel: usize,
+    pub(super) group: usize,
     pub(super) tile: Tile<'a>,
-    /// The panel that will be wanted next, and which part of how many of it to fetch meanwhile.
-    pub(super) next: usize,
-    pub(super) part: usize,
-    pub(super) parts: usize,
+    /// What will be read from memory soon: fetched into a cache meanwhile.
+    pub(super) ahead: &'a [u8],
 }
 
 impl<'a> Work<'a> {
-    pub(super) fn block(&self, group: usize) -> &'a [u8] {
-        self.weight.block(group, self.panel)
+    #[inline]
+    pub(super) fn block(&self) -> &'a [u8] {
+        self.weight.block(self.group, self.panel)
     }
 
-    /// The tile's activations of a group.
-    pub(super) fn values(&self, group: usize) -> &'a [u8] {
+    /// The tile's activations of the group.
+    #[inline]
+    pub(super) fn values(&self) -> &'a [u8] {
         let size = self.tile.values.len() / self.weight.layout().k_groups();
-        &self.tile.values[group * size..][..size]
+        &self.tile.values[self.group * size..][..size]
     }
 
-    /// The scales of the tile's rows in a group.
-    pub(super) fn scales(&self, group: usize) -> &'a [f32] {
-        &self.tile.scales[group * self.tile.rows..][..self.tile.rows]
+    /// The scales of the tile's rows in the group.
+    #[inline]
+    pub(super) fn scales(&self) -> &'a [f32] {
+        &self.tile.scales[self.group * self.tile.rows..][..self.tile.rows]
     }
 
-    /// The offsets of the tile's rows in a group: `[offsets][rows]`.
-    pub(super) fn offsets(&self, group: usize) -> &'a [i32] {
+    /// The offsets of the tile's rows in the group: `[offsets][rows]`.
+    #[inline]
+    pub(super) fn offsets(&self) -> &'a [i32] {
         let size = self.weight.layout().offsets() * self.tile.rows;
-        &self.tile.offsets[group * size..][..size]
+        &self.tile.offsets[self.group * size..][..size]
     }
 }
