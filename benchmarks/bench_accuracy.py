@@ -33,7 +33,7 @@ from scalellm.errors import EndpointError
 
 MODEL = Path(scalellm.demo.__file__).parent / "model"
 TTFT_MS, TBT_MS = 50.0, 10.0
-STALL_MS = 2000.0
+STALL_MS = 2000
 START_S = 60.0
 PARTS = ("delays", "stall", "capacity")
 
