@@ -3,7 +3,8 @@
 /// Bytes of a cache line.
 const LINE: usize = 64;
 
-/// Some pieces of memory, fetched line by line in their order.
+/// Some pieces of memory, fetched line by line in their order into the second-level cache (into the
+/// first, which a tile alone fills, it is no better than nothing).
 ///
 /// A core's own prefetching follows one stream at a time and not beyond a page, and a sequence's
 /// blocks are anywhere: without this a core waits for each of them anew.
@@ -50,8 +51,8 @@ fn fetch(line: *const u8) {
     #[cfg(target_arch = "x86_64")]
     // SAFETY: a prefetch of any address does nothing that can be observed.
     unsafe {
-        use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
-        _mm_prefetch::<_MM_HINT_T0>(line.cast());
+        use std::arch::x86_64::{_MM_HINT_T1, _mm_prefetch};
+        _mm_prefetch::<_MM_HINT_T1>(line.cast());
     }
     #[cfg(not(target_arch = "x86_64"))]
     let _ = line;
