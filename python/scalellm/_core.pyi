@@ -163,3 +163,107 @@ def accounts_request(url: str, request: str) -> str:
 
 def run_load(plan_json: str, on_progress: Callable[[str], bool] | None = None) -> str:
     """Drive an endpoint as `plan_json` says, return the results as JSON; without the GIL."""
+
+# --------------------------------------------------------------------------- crates/cpu-kernels
+# Memory is given by address; Python answers for what it points to, sizes are checked.
+
+_RowsAt = tuple[int, int, int]  # address, rows, elements from one row to the next
+_SliceAt = tuple[int, int]  # address, elements
+_View = tuple[int, int, int]  # of a plan: buffer, first column, columns
+
+def cpu_level() -> str:
+    """The best instructions of this processor that kernels use: portable, avx2 or avx512."""
+
+def cpu_start(threads: int, nice: int) -> None:
+    """Start the threads that kernels run on, the caller's included; a former set ends."""
+
+def cpu_matrix_bytes(code: list[int]) -> int:
+    """Bytes of a packed matrix. Raises ValueError for a layout that there is not."""
+
+def cpu_matrix_pack(code: list[int], weight: int, out: int, size: int) -> None: ...
+def cpu_linear(
+    code: list[int], mode: int, x: _RowsAt, weight: _SliceAt, bias: int, out: int
+) -> None: ...
+def cpu_kv_block_bytes(code: list[int]) -> int:
+    """Bytes of one KV block of one layer. Raises ValueError for a layout that there is not."""
+
+def cpu_attention(
+    qkv: _RowsAt,
+    heads: int,
+    norms: tuple[int, int],
+    eps: float,
+    angles: _SliceAt,
+    cache: _SliceAt,
+    kv: list[int],
+    span_rows: _SliceAt,
+    tables: _SliceAt,
+    scale: float,
+    window: int,
+    out: int,
+) -> None: ...
+def cpu_experts(
+    x: _SliceAt,
+    logits: int,
+    experts: list[tuple[_SliceAt, _SliceAt]],
+    codes: tuple[list[int], list[int]],
+    top: int,
+    normalise: bool,
+    out: int,
+) -> None: ...
+def cpu_rms_norm(x: _RowsAt, weight: _SliceAt, eps: float, out: int) -> None: ...
+def cpu_rotary_angles(
+    positions: _SliceAt, frequencies: list[float], factor: float, out: int
+) -> None: ...
+
+class CpuPlan:
+    """A recorded step; `scalellm.executor.recording` makes them."""
+
+    def __init__(self) -> None: ...
+    def __len__(self) -> int: ...
+    def buffer(self, cols: int, f32: bool, outputs: bool) -> int: ...
+    def embed(self, table: _RowsAt, out: _View) -> None: ...
+    def pick(self, x: _View, out: _View) -> None: ...
+    def angles(self, frequencies: list[float], factor: float, out: _View) -> None: ...
+    def rms_norm(self, x: _View, weight: int, eps: float, out: _View) -> None: ...
+    def add(self, a: _View, b: _View, out: _View) -> None: ...
+    def linear(
+        self, x: _View, code: list[int], weight: _SliceAt, bias: int, out: _View
+    ) -> None: ...
+    def logits(self, x: _View, code: list[int], weight: _SliceAt, bias: int) -> None: ...
+    def attention(
+        self,
+        qkv: _View,
+        heads: int,
+        norms: tuple[int, int],
+        eps: float,
+        angles: _View,
+        cache: _SliceAt,
+        kv: list[int],
+        scale: float,
+        window: int,
+        out: _View,
+    ) -> None: ...
+    def experts(
+        self,
+        x: _View,
+        logits: _View,
+        experts: list[tuple[list[int], _SliceAt, list[int], _SliceAt]],
+        top: int,
+        normalise: bool,
+        out: _View,
+    ) -> None: ...
+    def finish(self) -> None: ...
+    def run(
+        self,
+        token_ids: _SliceAt,
+        positions: int,
+        logit_rows: _SliceAt,
+        span_rows: _SliceAt,
+        tables: _SliceAt,
+        vocab_size: int,
+        logits: int,
+    ) -> None:
+        """Raises ValueError for a step that contradicts itself."""
+
+    def times_ms(self) -> dict[str, float]:
+        """What each kind of operation took in the last step."""

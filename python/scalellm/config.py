@@ -45,15 +45,15 @@ class EngineConfig:
     )
     quantization: str = setting(
         "none",
-        "Weights quantised at load",
-        choices=("none",),
-        later=("int8", "int4", "fp8"),
+        "Weights quantised at load, and inputs as they come: on a CPU",
+        choices=("none", "int8", "int4"),
+        later=("fp8",),
     )
     kv_cache_dtype: str = setting(
         "auto",
         "Type of the KV cache; `auto`: the model's",
-        choices=("auto", "float32", "bfloat16"),
-        later=("int8", "fp8"),
+        choices=("auto", "float32", "bfloat16", "int8"),
+        later=("fp8",),
     )
     max_model_len: int | None = setting(
         None, "Prompt and output tokens of one request; default: the model's limit", minimum=1
@@ -87,6 +87,9 @@ class EngineConfig:
     )
     cpu_threads: int | None = setting(
         None, "Threads of one replica on a CPU; default: all cores", minimum=1, maximum=1024
+    )
+    enforce_eager: bool = setting(
+        False, "Run every operation of a step from Python, not a recorded plan"
     )
     compute_nice: int = setting(
         5,

@@ -7,6 +7,7 @@ use pyo3::prelude::*;
 mod accounts;
 mod fake_engine;
 mod gateway;
+mod kernels;
 mod listener;
 mod load_generator;
 mod text;
@@ -18,6 +19,7 @@ fn _core(module: &Bound<'_, PyModule>) -> PyResult<()> {
     listener::register(module)?;
     fake_engine::register(module)?;
     gateway::register(module)?;
+    kernels::register(module)?;
     load_generator::register(module)?;
     text::register(module)?;
     Ok(())

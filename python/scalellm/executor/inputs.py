@@ -5,13 +5,17 @@ import torch
 from torch import Tensor
 
 from scalellm.executor.batch import Batch
-from scalellm.kernels.attention import KVCache, KVGeometry, plan_attention
+from scalellm.kernels.attention import KVCache, KVGeometry, PackedKVCache, pack_step, plan_attention
 from scalellm.kernels.attention.step import SpanLayout
 from scalellm.layers.step import Step
 
 
 def build_step(
-    batch: Batch, cache: KVCache, geometry: KVGeometry, dtype: torch.dtype, device: torch.device
+    batch: Batch,
+    cache: KVCache | PackedKVCache,
+    geometry: KVGeometry,
+    dtype: torch.dtype,
+    device: torch.device,
 ) -> tuple[Tensor, Step]:
     """Token ids [T] int64 and the step of a batch of at least one token.
 
@@ -38,7 +42,9 @@ def build_step(
     step = Step(
         positions=torch.from_numpy(np.concatenate(positions)).to(device),
         cache=cache,
-        attention=plan_attention(
+        attention=pack_step(layouts)
+        if isinstance(cache, PackedKVCache)
+        else plan_attention(
             layouts, geometry, cache.block_size, dtype, device, cache.layers[0].keys.dtype
         ),
         logit_rows=torch.from_numpy(np.concatenate(rows)).to(device),

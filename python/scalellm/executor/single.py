@@ -1,5 +1,6 @@
 """Runs batches on one device."""
 
+import os
 import time
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -8,17 +9,21 @@ from typing import Self
 import torch
 from torch import Tensor
 
+from scalellm import _core
 from scalellm.config import EngineConfig
 from scalellm.executor.batch import Batch
 from scalellm.executor.inputs import build_step
-from scalellm.kernels.attention import KVCache
+from scalellm.executor.recording import NotRecordableError, record, run_plan
+from scalellm.kernels.attention import KVCache, PackedKVCache
 from scalellm.loader.load import (
     LoadedModel,
     Progress,
     available_device_bytes,
     check_max_model_len,
+    kv_block_bytes,
     kv_dtype,
     load_model,
+    packed_kv_type,
 )
 from scalellm.loader.memory import CPU_KV_SHARE, KVSize, gib, size_kv_cache
 from scalellm.models.config import ModelConfig
@@ -27,7 +32,14 @@ from scalellm.models.config import ModelConfig
 class SingleExecutor:
     """One model and its KV cache. Not thread-safe: one loop owns it."""
 
-    def __init__(self, loaded: LoadedModel, cache: KVCache, max_model_len: int) -> None:
+    def __init__(
+        self,
+        loaded: LoadedModel,
+        cache: KVCache | PackedKVCache,
+        max_model_len: int,
+        plan: _core.CpuPlan | None = None,
+    ) -> None:
+        """`plan`: runs a step in place of the model's Python; it points into both."""
         self.model_config: ModelConfig = loaded.config
         self.device = loaded.device
         self.dtype = loaded.dtype
@@ -37,6 +49,7 @@ class SingleExecutor:
         self._model = loaded.model
         self._geometry = loaded.geometry
         self._cache = cache
+        self._plan = plan
 
     @classmethod
     def load(cls, config: EngineConfig, progress: Progress | None = None) -> Self:
@@ -56,17 +69,19 @@ class SingleExecutor:
         report = progress or (lambda _phase, _seconds: None)
         if config.cpu_threads is not None:
             torch.set_num_threads(config.cpu_threads)
+        _core.cpu_start(config.cpu_threads or os.cpu_count() or 1, config.compute_nice)
         loaded = load_model(config, report)
         started = time.monotonic()
         size, cache = _allocate(config, loaded)
         tokens = size.num_blocks * config.block_size
-        held = gib(tokens * loaded.geometry.bytes_per_token(kv_dtype(config, loaded.dtype)))
+        held = gib(size.num_blocks * _block_bytes(config, loaded))
         phase = f"KV cache: {held}, {size.num_blocks} blocks, {tokens} tokens"
         limit = config.max_model_len or check_max_model_len(None, loaded.config)
         if size.max_model_len < limit:
             phase += f"; max_model_len {size.max_model_len}, as {limit} needs more memory"
         report(phase, time.monotonic() - started)
-        return cls(loaded, cache, size.max_model_len)
+        plan = _record(config, loaded, cache, report)
+        return cls(loaded, cache, size.max_model_len, plan)
 
     @property
     def block_size(self) -> int:
@@ -91,21 +106,34 @@ class SingleExecutor:
             token_ids, step = build_step(
                 batch, self._cache, self._geometry, self.dtype, self.device
             )
-            self.last_forward_ms = {"prepare": (time.perf_counter() - began) * 1e3}
-            return self._model.forward(token_ids, step)
+            prepare_ms = (time.perf_counter() - began) * 1e3
+            if self._plan is None:
+                self.last_forward_ms = {"prepare": prepare_ms}
+                return self._model.forward(token_ids, step)
+            logits = run_plan(self._plan, token_ids, step, self.vocab_size)
+            self.last_forward_ms = {"prepare": prepare_ms, **self._plan.times_ms()}
+            return logits
+
+    @property
+    def recorded(self) -> bool:
+        """Whether steps run as a recorded plan."""
+        return self._plan is not None
 
     def close(self) -> None:
         """Give the memory back; the executor is of no use afterwards. May be called again."""
-        for name in ("_model", "_cache"):
+        for name in ("_plan", "_model", "_cache"):
             self.__dict__.pop(name, None)
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
 
-def _allocate(config: EngineConfig, loaded: LoadedModel) -> tuple[KVSize, KVCache]:
-    dtype = kv_dtype(config, loaded.dtype)
+def _block_bytes(config: EngineConfig, loaded: LoadedModel) -> int:
+    return kv_block_bytes(config, loaded.geometry, loaded.dtype, loaded.packed)
+
+
+def _allocate(config: EngineConfig, loaded: LoadedModel) -> tuple[KVSize, KVCache | PackedKVCache]:
     size = size_kv_cache(
-        kv_bytes_per_token=loaded.geometry.bytes_per_token(dtype),
+        block_bytes=_block_bytes(config, loaded),
         block_size=config.block_size,
         max_model_len=config.max_model_len,
         model_limit=check_max_model_len(config.max_model_len, loaded.config),
@@ -113,10 +141,30 @@ def _allocate(config: EngineConfig, loaded: LoadedModel) -> tuple[KVSize, KVCach
         kv_cache_memory_bytes=config.kv_cache_memory_bytes,
         budget_bytes=_kv_budget(config, loaded.device),
     )
-    cache = KVCache.allocate(
+    if loaded.packed:
+        return size, PackedKVCache.allocate(
+            loaded.geometry, size.num_blocks, config.block_size, packed_kv_type(config)
+        )
+    dtype = kv_dtype(config, loaded.dtype)
+    return size, KVCache.allocate(
         loaded.geometry, size.num_blocks, config.block_size, dtype, loaded.device
     )
-    return size, cache
+
+
+def _record(
+    config: EngineConfig, loaded: LoadedModel, cache: KVCache | PackedKVCache, report: Progress
+) -> _core.CpuPlan | None:
+    """The recorded step of a packed model, unless it is to run, or can only run, eagerly."""
+    if config.enforce_eager or not isinstance(cache, PackedKVCache):
+        return None
+    started = time.monotonic()
+    try:
+        plan = record(loaded.model, cache)
+    except NotRecordableError as reason:
+        report(f"step: eager, as {reason}", time.monotonic() - started)
+        return None
+    report(f"step: recorded, {len(plan)} operations", time.monotonic() - started)
+    return plan
 
 
 def _kv_budget(config: EngineConfig, device: torch.device) -> int:

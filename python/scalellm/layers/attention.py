@@ -2,15 +2,12 @@
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
-from scalellm.kernels.attention import paged_attention, write_kv
-from scalellm.kernels.rotary import apply_rotary
+from scalellm.kernels.attention import HeadNorm, Heads, attention
 from scalellm.layers.linear import Linear
-from scalellm.layers.norm import RMSNorm
-from scalellm.layers.step import Angles, Step
-from scalellm.layers.weights import WeightSource
+from scalellm.layers.step import Step
+from scalellm.layers.weights import Use, WeightSource, take
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,42 +34,27 @@ class Attention:
         layer: int,
         window: int | None,
     ) -> None:
-        self.shape = shape
         self.layer = layer
-        self.window = window
-        d = shape.head_dim
-        self.qkv = Linear.load_merged(
-            source,
-            {
-                f"{name}.q_proj": shape.num_heads * d,
-                f"{name}.k_proj": shape.num_kv_heads * d,
-                f"{name}.v_proj": shape.num_kv_heads * d,
-            },
-            shape.hidden_size,
-            shape.qkv_bias,
-        )
+        d, hidden = shape.head_dim, shape.hidden_size
+        widths = {
+            f"{name}.q_proj": shape.num_heads * d,
+            f"{name}.k_proj": shape.num_kv_heads * d,
+            f"{name}.v_proj": shape.num_kv_heads * d,
+        }
+        self.qkv = Linear.load(source, widths, hidden, Use.COLUMN, shape.qkv_bias)
         self.output = Linear.load(
-            source, f"{name}.o_proj", shape.num_heads * d, shape.hidden_size, shape.output_bias
+            source, {f"{name}.o_proj": hidden}, shape.num_heads * d, Use.ROW, shape.output_bias
         )
-        self.query_norm: RMSNorm | None = None
-        self.key_norm: RMSNorm | None = None
+        norm: HeadNorm | None = None
         if shape.qk_norm_eps is not None:
-            self.query_norm = RMSNorm(source, f"{name}.q_norm", d, shape.qk_norm_eps)
-            self.key_norm = RMSNorm(source, f"{name}.k_norm", d, shape.qk_norm_eps)
+            norm = HeadNorm(
+                take(source, f"{name}.q_norm.weight", d),
+                take(source, f"{name}.k_norm.weight", d),
+                shape.qk_norm_eps,
+            )
+        self.heads = Heads(shape.num_heads, shape.num_kv_heads, d, window, norm)
 
-    def __call__(self, x: Tensor, step: Step, angles: Angles) -> Tensor:
-        shape, tokens = self.shape, x.shape[0]
-        heads = self.qkv(x).view(tokens, -1, shape.head_dim)
-        sizes = [shape.num_heads, shape.num_kv_heads, shape.num_kv_heads]
-        query, key, value = torch.split(heads, sizes, dim=1)
-        if self.query_norm is not None and self.key_norm is not None:
-            query, key = self.query_norm(query), self.key_norm(key)
-        query = apply_rotary(query, angles.cos, angles.sin)
-        key = apply_rotary(key, angles.cos, angles.sin)
-
+    def __call__(self, x: Tensor, step: Step, angles: Tensor) -> Tensor:
+        """`angles` [T, r] fp32: cos and sin of the step's positions, from Rotary."""
         cache = step.cache.layers[self.layer]
-        write_kv(cache, key, value, step.attention)
-        attended = paged_attention(
-            query, cache, step.attention, scale=shape.head_dim**-0.5, window=self.window
-        )
-        return self.output(attended.view(tokens, -1))
+        return self.output(attention(self.qkv(x), self.heads, angles, cache, step.attention))

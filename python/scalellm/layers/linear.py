@@ -1,43 +1,64 @@
 """Linear layers, also several that share an input and are multiplied as one."""
 
 from collections.abc import Mapping
+from typing import Self
 
 import torch
 from torch import Tensor
 
-from scalellm.kernels.linear import linear
-from scalellm.layers.weights import WeightSource, take
+from scalellm.kernels.linear import Matrix, linear, linear_silu_and_mul, logits
+from scalellm.layers.weights import MatrixSpec, Use, WeightSource, take
 
 
 class Linear:
     """y = x W^T + b: [T, k] -> [T, n]."""
 
-    def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
+    def __init__(self, weight: Matrix, bias: Tensor | None = None) -> None:
         self.weight = weight  # [n, k]
         self.bias = bias  # [n]
 
     @classmethod
-    def load(cls, source: WeightSource, name: str, k: int, n: int, bias: bool = False) -> "Linear":
-        return cls.load_merged(source, {name: n}, k, bias)
-
-    @classmethod
-    def load_merged(
-        cls, source: WeightSource, parts: Mapping[str, int], k: int, bias: bool = False
-    ) -> "Linear":
+    def load(
+        cls,
+        source: WeightSource,
+        parts: Mapping[str, int],
+        k: int,
+        use: Use,
+        bias: bool = False,
+    ) -> Self:
         """Stack the layers `parts` (name: output width) along their outputs, in their order."""
-        n = sum(parts.values())
-        weight = torch.empty(n, k, dtype=source.dtype, device=source.device)
-        biases = torch.empty(n, dtype=source.dtype, device=source.device) if bias else None
-        first = 0
-        for name, width in parts.items():
-            source.fill(weight[first : first + width], f"{name}.weight")
-            if biases is not None:
-                source.fill(biases[first : first + width], f"{name}.bias")
-            first += width
-        return cls(weight, biases)
+        spec = MatrixSpec(tuple(parts.items()), k, use)
+        biases: Tensor | None = None
+        if bias:
+            biases = torch.empty(spec.n, dtype=source.dtype, device=source.device)
+            first = 0
+            for name, outputs in spec.parts:
+                source.fill(biases[first : first + outputs], f"{name}.bias")
+                first += outputs
+        return cls(source.matrix(spec), biases)
 
     def __call__(self, x: Tensor) -> Tensor:
         return linear(x, self.weight, self.bias)
+
+
+class GatedLinear(Linear):
+    """silu(gate x) * (up x), gate and up multiplied as one: [T, k] -> [T, n / 2]."""
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return linear_silu_and_mul(x, self.weight, self.bias)
+
+
+class OutputLayer:
+    """Hidden states to logits: [n, k] -> [n, vocab_size] fp32."""
+
+    def __init__(
+        self, source: WeightSource, name: str, vocab_size: int, k: int, tied: Tensor | None
+    ) -> None:
+        """`tied`: the embedding's table, where the model has but one for both."""
+        self.weight = source.matrix(MatrixSpec(((name, vocab_size),), k, Use.OUTPUT), tied)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return logits(x, self.weight)
 
 
 class Embedding:

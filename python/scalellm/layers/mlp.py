@@ -2,9 +2,8 @@
 
 from torch import Tensor
 
-from scalellm.kernels.silu_and_mul import silu_and_mul
-from scalellm.layers.linear import Linear
-from scalellm.layers.weights import WeightSource
+from scalellm.layers.linear import GatedLinear, Linear
+from scalellm.layers.weights import Use, WeightSource
 
 
 class GatedMLP:
@@ -18,13 +17,11 @@ class GatedMLP:
         intermediate_size: int,
         bias: bool = False,
     ) -> None:
-        self.gate_up = Linear.load_merged(
-            source,
-            {f"{name}.gate_proj": intermediate_size, f"{name}.up_proj": intermediate_size},
-            hidden_size,
-            bias,
+        gate_and_up = dict.fromkeys((f"{name}.gate_proj", f"{name}.up_proj"), intermediate_size)
+        self.gate_up = GatedLinear.load(source, gate_and_up, hidden_size, Use.GATED, bias)
+        self.down = Linear.load(
+            source, {f"{name}.down_proj": hidden_size}, intermediate_size, Use.ROW, bias
         )
-        self.down = Linear.load(source, f"{name}.down_proj", intermediate_size, hidden_size, bias)
 
     def __call__(self, x: Tensor) -> Tensor:
-        return self.down(silu_and_mul(self.gate_up(x)))
+        return self.down(self.gate_up(x))

@@ -10,10 +10,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from scalellm.kernels.linear import linear
-from scalellm.kernels.silu_and_mul import silu_and_mul
-from scalellm.layers.linear import Linear
-from scalellm.layers.weights import WeightSource
+from scalellm.kernels.linear import all_packed
+from scalellm.kernels.moe import experts
+from scalellm.layers.linear import GatedLinear, Linear
+from scalellm.layers.weights import Use, WeightSource
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,35 +36,51 @@ class MoeShape:
     normalize_weights: bool  # whether a token's chosen weights are scaled to sum to one
 
 
+@dataclass(frozen=True, slots=True)
+class Expert:
+    gate_up: GatedLinear
+    down: Linear
+
+
 class SparseMoE:
     """[T, hidden] -> [T, hidden]."""
 
     def __init__(self, source: WeightSource, names: ExpertNames, shape: MoeShape) -> None:
         self.shape = shape
         hidden, inner = shape.hidden_size, shape.intermediate_size
-        self.router = Linear.load(source, names.router, hidden, shape.num_experts)
-        experts, dtype, device = shape.num_experts, source.dtype, source.device
-        self.gate_up = torch.empty(experts, 2 * inner, hidden, dtype=dtype, device=device)
-        self.down = torch.empty(experts, hidden, inner, dtype=dtype, device=device)
-        for index in range(experts):
+        self.router = Linear.load(source, {names.router: shape.num_experts}, hidden, Use.ROUTER)
+        self.experts = []
+        for index in range(shape.num_experts):
             expert = f"{names.experts}.{index}"
-            source.fill(self.gate_up[index, :inner], f"{expert}.{names.gate}.weight")
-            source.fill(self.gate_up[index, inner:], f"{expert}.{names.up}.weight")
-            source.fill(self.down[index], f"{expert}.{names.down}.weight")
+            gate_and_up = dict.fromkeys((f"{expert}.{names.gate}", f"{expert}.{names.up}"), inner)
+            self.experts.append(
+                Expert(
+                    GatedLinear.load(source, gate_and_up, hidden, Use.GATED),
+                    Linear.load(source, {f"{expert}.{names.down}": hidden}, inner, Use.ROW),
+                )
+            )
 
     def __call__(self, x: Tensor) -> Tensor:
-        weights, experts = self._route(x)
+        gate_ups = [expert.gate_up.weight for expert in self.experts]
+        downs = [expert.down.weight for expert in self.experts]
+        if all_packed(gate_ups) and all_packed(downs):
+            top, normalise = self.shape.experts_per_token, self.shape.normalize_weights
+            return experts(x, self.router(x), gate_ups, downs, top, normalise)
+        return self._by_torch(x)
+
+    def _by_torch(self, x: Tensor) -> Tensor:
+        weights, chosen = self._route(x)
         top = self.shape.experts_per_token
-        by_expert = experts.flatten().argsort(stable=True)  # [T * top]: choices, grouped by expert
+        by_expert = chosen.flatten().argsort(stable=True)  # [T * top]: choices, grouped by expert
         tokens = by_expert // top
-        counts = torch.bincount(experts.flatten(), minlength=self.shape.num_experts).tolist()
+        counts = torch.bincount(chosen.flatten(), minlength=self.shape.num_experts).tolist()
         computed = x.new_empty(len(by_expert), x.shape[1])
         first = 0
         for expert, count in enumerate(counts):
             if count:
                 rows = slice(first, first + count)
-                inner = silu_and_mul(linear(x[tokens[rows]], self.gate_up[expert]))
-                computed[rows] = linear(inner, self.down[expert])
+                one = self.experts[expert]
+                computed[rows] = one.down(one.gate_up(x[tokens[rows]]))
                 first += count
         computed *= weights.flatten()[by_expert, None]
         return torch.zeros_like(x).index_add_(0, tokens, computed)
@@ -72,7 +88,7 @@ class SparseMoE:
     def _route(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Each token's experts [T, top] int64 and their weights [T, top], best first."""
         likelihood = torch.softmax(self.router(x).float(), dim=-1)
-        weights, experts = likelihood.topk(self.shape.experts_per_token, dim=-1)
+        weights, chosen = likelihood.topk(self.shape.experts_per_token, dim=-1)
         if self.shape.normalize_weights:
             weights = weights / weights.sum(-1, keepdim=True)
-        return weights.to(x.dtype), experts
+        return weights.to(x.dtype), chosen

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from scalellm.kernels.rotary import rotary_angles
+
 
 @dataclass(frozen=True, slots=True)
 class RopeConfig:
@@ -34,11 +36,9 @@ class Rotary:
         self.frequencies = rope_frequencies(config).to(device)
         self.attention_factor = config.attention_factor
 
-    def __call__(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """[T] int64 -> cos and sin [T, dim / 2] of `dtype`; the angles are taken in fp32."""
-        angles = positions[:, None].float() * self.frequencies
-        cos, sin = angles.cos(), angles.sin()
-        return (cos * self.attention_factor).to(dtype), (sin * self.attention_factor).to(dtype)
+    def __call__(self, positions: Tensor) -> Tensor:
+        """[T] int64 -> [T, dim] fp32: cos of each pair's angle, then sin."""
+        return rotary_angles(positions, self.frequencies, self.attention_factor)
 
 
 def rope_frequencies(config: RopeConfig) -> Tensor:

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from scalellm.kernels.attention import AttentionStep, KVCache
+from scalellm.kernels.attention import AttentionStep, KVCache, PackedKVCache, PackedStep
 
 
 @dataclass(frozen=True, slots=True)
@@ -12,14 +12,6 @@ class Step:
     """T tokens of several sequences, concatenated in the batch's order."""
 
     positions: Tensor  # [T] int64: each token's position in its sequence
-    cache: KVCache
-    attention: AttentionStep
+    cache: KVCache | PackedKVCache
+    attention: AttentionStep | PackedStep
     logit_rows: Tensor  # [n] int64: rows of the batch whose logits are asked for
-
-
-@dataclass(frozen=True, slots=True)
-class Angles:
-    """The rotary angles of a step's positions, the same in every layer."""
-
-    cos: Tensor  # [T, r / 2]
-    sin: Tensor  # [T, r / 2]

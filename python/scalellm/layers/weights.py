@@ -1,15 +1,42 @@
 """Where layers get their weights from.
 
 A layer asks for its tensors by their checkpoint name while it is made. What answers decides what
-happens: the loader's checkpoint copies from files, its dummy draws random numbers, and its
-inventory only takes notes, on torch's meta device, to know a model's tensors and size before memory
-is spent.
+happens: the loader's checkpoint copies from files, its dummy draws random numbers, its packer lays
+matrices out for the CPU's kernels, and its inventory only takes notes, on torch's meta device, to
+know a model's tensors and size before memory is spent.
 """
 
+from dataclasses import dataclass
+from enum import Enum
 from typing import Protocol
 
 import torch
 from torch import Tensor
+
+from scalellm.kernels.linear import Matrix
+
+
+class Use(Enum):
+    """What a matrix does in its layer; it decides how the matrix is packed and divided."""
+
+    COLUMN = "column"  # devices divide its outputs
+    ROW = "row"  # devices divide its inputs: what a COLUMN or GATED one before it put out
+    GATED = "gated"  # gate rows, then as many up rows: silu(gate x) * (up x)
+    OUTPUT = "output"  # hidden state to logits
+    ROUTER = "router"  # hidden state to experts: small, and every device has it whole
+
+
+@dataclass(frozen=True, slots=True)
+class MatrixSpec:
+    """One matrix [n, k] made of checkpoint matrices stacked along their outputs."""
+
+    parts: tuple[tuple[str, int], ...]  # (name without ".weight", outputs) in their order
+    k: int
+    use: Use
+
+    @property
+    def n(self) -> int:
+        return sum(outputs for _, outputs in self.parts)
 
 
 class WeightSource(Protocol):
@@ -23,6 +50,32 @@ class WeightSource(Protocol):
 
     def fill(self, out: Tensor, name: str) -> None:
         """Write the tensor `name`, of exactly out's shape, into `out`."""
+
+    def matrix(self, spec: MatrixSpec, tied: Tensor | None = None) -> Matrix:
+        """The matrix that `spec` describes, in whatever form its kernel wants it.
+
+        `tied`: it is this one, already in memory, and its names may be in no checkpoint.
+        """
+
+
+class PlainMatrices:
+    """Gives every matrix as one tensor [n, k], filled part by part."""
+
+    dtype: torch.dtype
+    device: torch.device
+
+    def fill(self, out: Tensor, name: str) -> None:
+        raise NotImplementedError
+
+    def matrix(self, spec: MatrixSpec, tied: Tensor | None = None) -> Matrix:
+        if tied is not None:
+            return tied
+        weight = torch.empty(spec.n, spec.k, dtype=self.dtype, device=self.device)
+        first = 0
+        for name, outputs in spec.parts:
+            self.fill(weight[first : first + outputs], f"{name}.weight")
+            first += outputs
+        return weight
 
 
 def take(source: WeightSource, name: str, *shape: int) -> Tensor:

@@ -13,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from scalellm.errors import ModelFileError, ModelNotFoundError, UnsupportedModelError
+from scalellm.layers.weights import PlainMatrices
 from scalellm.loader.config import read_json
 
 INDEX = "model.safetensors.index.json"
@@ -91,7 +92,7 @@ class Checkpoint:
                 )
 
 
-class CheckpointSource:
+class CheckpointSource(PlainMatrices):
     """A WeightSource that copies from a checkpoint; a context manager that holds its files open."""
 
     def __init__(self, checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -> None:

@@ -8,12 +8,14 @@ import torch
 
 from scalellm.config import EngineConfig
 from scalellm.errors import ConfigError
-from scalellm.kernels.attention import KVGeometry
+from scalellm.kernels.attention import KVGeometry, PackedKVCache
+from scalellm.layers.weights import WeightSource
 from scalellm.loader.checkpoint import Checkpoint, CheckpointSource
 from scalellm.loader.config import read_model_config
 from scalellm.loader.device import choose_device, choose_dtype
 from scalellm.loader.fallback import count_numbers, load_fallback
 from scalellm.loader.memory import LEAST_MODEL_LEN, available_cpu_bytes, check_fits, gib
+from scalellm.loader.packing import Packing, PackingSource
 from scalellm.loader.sources import DummySource, InventorySource
 from scalellm.models.config import ModelConfig
 from scalellm.models.decoder import CausalLM
@@ -30,6 +32,7 @@ class LoadedModel:
     dtype: torch.dtype
     device: torch.device
     weight_bytes: int
+    packed: bool  # its matrices are laid out for the CPU's kernels
 
     @property
     def geometry(self) -> KVGeometry:
@@ -54,7 +57,8 @@ def load_model(
     checkpoint = None if dummy else Checkpoint.open(folder)
     if checkpoint is not None and model_config.tie_word_embeddings:
         model_config = replace(model_config, tie_word_embeddings=_really_tied(checkpoint))
-    inventory = InventorySource(dtype)
+    packing = choose_packing(config, model_config, dtype, device)
+    inventory = InventorySource(dtype, packing)
     if model_config.family == "transformers":
         numbers = (
             checkpoint.numbers if checkpoint else count_numbers(folder, model_config.architecture)
@@ -68,7 +72,10 @@ def load_model(
             checkpoint.check(inventory.shapes, ignored=tied)
     check_fits(
         weight_bytes=weight_bytes,
-        kv_bytes_per_token=model_config.kv_geometry.bytes_per_token(kv_dtype(config, dtype)),
+        kv_bytes_per_token=kv_block_bytes(
+            config, model_config.kv_geometry, dtype, packing is not None
+        )
+        // config.block_size,
         max_model_len=config.max_model_len or min(LEAST_MODEL_LEN, limit),
         kv_cache_memory_bytes=config.kv_cache_memory_bytes,
         available_bytes=available_device_bytes(device)
@@ -84,13 +91,50 @@ def load_model(
         seed = config.seed if dummy else None
         model = load_fallback(folder, model_config, dtype, device, seed)
     elif checkpoint is None:
-        model = build(model_config, DummySource(config.seed, dtype, device))
+        model = _build(model_config, DummySource(config.seed, dtype, device), packing)
     else:
         with CheckpointSource(checkpoint, dtype, device) as source:
-            model = build(model_config, source)
+            model = _build(model_config, source, packing)
     kind = "random weights" if dummy else "weights"
+    if packing is not None and packing.quantization != "none":
+        kind = f"{packing.quantization} {kind}"
     _done(progress, f"{kind}: {gib(weight_bytes)} on {device}", started)
-    return LoadedModel(model, model_config, dtype, device, weight_bytes)
+    return LoadedModel(model, model_config, dtype, device, weight_bytes, packing is not None)
+
+
+def choose_packing(
+    config: EngineConfig, model: ModelConfig, dtype: torch.dtype, device: torch.device
+) -> Packing | None:
+    """How the CPU's kernels want this model, None if torch is to run it.
+
+    Raises ConfigError where quantisation is asked for and they cannot run it.
+    """
+    obstacle = None
+    if device.type != "cpu":
+        obstacle = f"runs on a CPU here, and the model is on {device.type}"
+    elif model.family == "transformers":
+        obstacle = f"has no kernels for {model.architecture}, which transformers' code runs"
+    elif dtype != torch.bfloat16:
+        obstacle = f"needs --dtype bfloat16, not {_name(dtype)}"
+    elif config.kv_cache_dtype == "float32":
+        obstacle = "needs a KV cache of bfloat16 or int8"
+    elif config.block_size % 16:
+        obstacle = f"needs a --block-size that 16 divides, not {config.block_size}"
+    elif model.head_dim % 2:
+        obstacle = f"needs heads of even width, not {model.head_dim}"
+    if obstacle is None:
+        return Packing(config.quantization)
+    for flag, value in (
+        ("quantization", config.quantization),
+        ("kv-cache-dtype", config.kv_cache_dtype),
+    ):
+        if value in ("int8", "int4"):
+            raise ConfigError(f"--{flag} {value} {obstacle}")
+    return None
+
+
+def _build(config: ModelConfig, source: WeightSource, packing: Packing | None) -> CausalLM:
+    return build(config, source if packing is None else PackingSource(source, packing))
 
 
 def _really_tied(checkpoint: Checkpoint) -> bool:
@@ -123,6 +167,20 @@ def kv_dtype(config: EngineConfig, model_dtype: torch.dtype) -> torch.dtype:
     """The type of cached keys and values."""
     named = {"float32": torch.float32, "bfloat16": torch.bfloat16}
     return named.get(config.kv_cache_dtype, model_dtype)
+
+
+def packed_kv_type(config: EngineConfig) -> str:
+    """The type of keys and values in a PackedKVCache."""
+    return "int8" if config.kv_cache_dtype == "int8" else "bf16"
+
+
+def kv_block_bytes(
+    config: EngineConfig, geometry: KVGeometry, model_dtype: torch.dtype, packed: bool
+) -> int:
+    """Bytes of one KV block in all layers."""
+    if packed:
+        return PackedKVCache.block_bytes(geometry, config.block_size, packed_kv_type(config))
+    return geometry.bytes_per_token(kv_dtype(config, model_dtype)) * config.block_size
 
 
 def available_device_bytes(device: torch.device) -> int:

@@ -107,7 +107,7 @@ def check_fits(
 
 def size_kv_cache(
     *,
-    kv_bytes_per_token: int,
+    block_bytes: int,
     block_size: int,
     max_model_len: int | None,
     model_limit: int,
@@ -122,7 +122,6 @@ def size_kv_cache(
     prefixes worth keeping. Raises OutOfMemoryError if not even one request of `max_model_len`
     tokens fits.
     """
-    block_bytes = kv_bytes_per_token * block_size
     wanted = model_limit if max_model_len is None else max_model_len
     useful = 2 * max_num_seqs * -(-wanted // block_size)
     num_blocks = min((kv_cache_memory_bytes or budget_bytes) // block_bytes, useful)

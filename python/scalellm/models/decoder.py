@@ -5,10 +5,10 @@ from typing import Protocol
 from torch import Tensor
 
 from scalellm.kernels.attention import KVGeometry
-from scalellm.layers.linear import Embedding, Linear
+from scalellm.layers.linear import Embedding, OutputLayer
 from scalellm.layers.norm import RMSNorm
 from scalellm.layers.rotary import Rotary
-from scalellm.layers.step import Angles, Step
+from scalellm.layers.step import Step
 from scalellm.layers.weights import WeightSource
 from scalellm.models.config import ModelConfig
 
@@ -27,7 +27,7 @@ class CausalLM(Protocol):
 class Block(Protocol):
     """One layer of a family: residual stream [T, hidden] -> [T, hidden]."""
 
-    def __call__(self, x: Tensor, step: Step, angles: Angles) -> Tensor: ...
+    def __call__(self, x: Tensor, step: Step, angles: Tensor) -> Tensor: ...
 
 
 class BlockFactory(Protocol):
@@ -45,14 +45,12 @@ class Decoder:
         self.rotary = Rotary(config.rope, source.device)
         self.blocks = [block(config, source, layer) for layer in range(config.num_layers)]
         self.norm = RMSNorm(source, "model.norm", config.hidden_size, config.norm_eps)
-        if config.tie_word_embeddings:
-            self.output = Linear(self.embedding.weight)
-        else:
-            self.output = Linear.load(source, "lm_head", config.hidden_size, config.vocab_size)
+        tied = self.embedding.weight if config.tie_word_embeddings else None
+        self.output = OutputLayer(source, "lm_head", config.vocab_size, config.hidden_size, tied)
 
     def forward(self, token_ids: Tensor, step: Step) -> Tensor:
         x = self.embedding(token_ids)
-        angles = Angles(*self.rotary(step.positions, x.dtype))
+        angles = self.rotary(step.positions)
         for block in self.blocks:
             x = block(x, step, angles)
-        return self.output(self.norm(x.index_select(0, step.logit_rows))).float()
+        return self.output(self.norm(x.index_select(0, step.logit_rows)))

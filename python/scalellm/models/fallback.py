@@ -18,8 +18,10 @@ from torch import Tensor
 
 from scalellm.errors import UnsupportedModelError
 from scalellm.kernels.attention import (
+    AttentionStep,
     KVCache,
     KVGeometry,
+    LayerCache,
     paged_attention,
     plan_attention,
     write_kv,
@@ -107,13 +109,14 @@ def _attention(
     )
     if isinstance(scalellm_step, Probe):
         return scalellm_step.attend(module.layer_idx, query, key, value, options), None
-    step = scalellm_step
-    cache = step.cache.layers[module.layer_idx]
-    write_kv(cache, key[0].transpose(0, 1), value[0].transpose(0, 1), step.attention)
+    cache, plan = scalellm_step.cache.layers[module.layer_idx], scalellm_step.attention
+    if not isinstance(cache, LayerCache) or not isinstance(plan, AttentionStep):
+        raise TypeError("transformers' models are run on torch's KV cache")
+    write_kv(cache, key[0].transpose(0, 1), value[0].transpose(0, 1), plan)
     attended = paged_attention(
         query[0].transpose(0, 1),
         cache,
-        step.attention,
+        plan,
         scale=options.scale,
         window=options.window,
         softcap=options.softcap,

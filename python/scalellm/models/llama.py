@@ -5,7 +5,7 @@ from torch import Tensor
 from scalellm.layers.attention import Attention
 from scalellm.layers.mlp import GatedMLP
 from scalellm.layers.norm import RMSNorm
-from scalellm.layers.step import Angles, Step
+from scalellm.layers.step import Step
 from scalellm.layers.weights import WeightSource
 from scalellm.models.config import ModelConfig
 
@@ -25,6 +25,6 @@ class LlamaBlock:
             source, f"{name}.mlp", hidden, config.intermediate_size, config.mlp_bias
         )
 
-    def __call__(self, x: Tensor, step: Step, angles: Angles) -> Tensor:
+    def __call__(self, x: Tensor, step: Step, angles: Tensor) -> Tensor:
         x = x + self.attention(self.attention_norm(x), step, angles)
         return x + self.mlp(self.mlp_norm(x))

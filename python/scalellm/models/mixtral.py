@@ -5,7 +5,7 @@ from torch import Tensor
 from scalellm.layers.attention import Attention
 from scalellm.layers.moe import ExpertNames, MoeShape, SparseMoE
 from scalellm.layers.norm import RMSNorm
-from scalellm.layers.step import Angles, Step
+from scalellm.layers.step import Step
 from scalellm.layers.weights import WeightSource
 from scalellm.models.config import ModelConfig
 
@@ -31,6 +31,6 @@ class MixtralBlock:
             raise ValueError("a Mixtral configuration has experts")
         return config.experts
 
-    def __call__(self, x: Tensor, step: Step, angles: Angles) -> Tensor:
+    def __call__(self, x: Tensor, step: Step, angles: Tensor) -> Tensor:
         x = x + self.attention(self.attention_norm(x), step, angles)
         return x + self.experts(self.experts_norm(x))

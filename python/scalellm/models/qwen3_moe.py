@@ -6,7 +6,7 @@ from scalellm.layers.attention import Attention
 from scalellm.layers.mlp import GatedMLP
 from scalellm.layers.moe import ExpertNames, SparseMoE
 from scalellm.layers.norm import RMSNorm
-from scalellm.layers.step import Angles, Step
+from scalellm.layers.step import Step
 from scalellm.layers.weights import WeightSource
 from scalellm.models.config import ModelConfig
 
@@ -36,6 +36,6 @@ class Qwen3MoeBlock:
         else:
             self.mlp = GatedMLP(source, mlp, hidden, config.intermediate_size)
 
-    def __call__(self, x: Tensor, step: Step, angles: Angles) -> Tensor:
+    def __call__(self, x: Tensor, step: Step, angles: Tensor) -> Tensor:
         x = x + self.attention(self.attention_norm(x), step, angles)
         return x + self.mlp(self.mlp_norm(x))

@@ -116,7 +116,7 @@ def test_bf16_is_not_advised_to_who_has_it():
 def size(**changes):
     return size_kv_cache(
         **{
-            "kv_bytes_per_token": 1000,
+            "block_bytes": 16_000,
             "block_size": 16,
             "max_model_len": None,
             "model_limit": 4096,

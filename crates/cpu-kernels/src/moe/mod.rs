@@ -1,5 +1,7 @@
 //! Which experts each token goes to (Shazeer et al., 2017).
 
+mod experts;
+
 use std::ops::Range;
 
 use half::bf16;
@@ -8,6 +10,8 @@ use crate::bfloat::widen;
 use crate::cpu::Cpu;
 use crate::rows::{Rows, RowsMut};
 use crate::share;
+
+pub use experts::{Expert, Workspace, mix};
 
 /// Choose each row's `top` most likely experts, best first, the lowest id on ties.
 ///
@@ -46,7 +50,7 @@ fn choose(logits: &[bf16], normalise: bool, weights: &mut [f32], chosen: &mut [u
         .map(widen)
         .fold(f32::NEG_INFINITY, f32::max);
     let total: f32 = logits.iter().map(|&x| (widen(x) - best).exp()).sum();
-    for place in 0..chosen.len() {
+    for (place, weight) in weights.iter_mut().enumerate() {
         let (taken, rest) = chosen.split_at_mut(place);
         let mut found: Option<(u32, f32)> = None;
         for (id, &x) in (0..).zip(logits) {
@@ -56,7 +60,7 @@ fn choose(logits: &[bf16], normalise: bool, weights: &mut [f32], chosen: &mut [u
         }
         let (id, logit) = found.unwrap_or_default();
         rest[0] = id;
-        weights[place] = (logit - best).exp() / total;
+        *weight = (logit - best).exp() / total;
     }
     if normalise {
         let sum: f32 = weights.iter().sum();
@@ -115,5 +119,56 @@ impl Groups {
     #[must_use]
     pub fn of(&self, expert: usize) -> Range<usize> {
         self.starts[expert] as usize..self.starts[expert + 1] as usize
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn each_row_gets_its_most_likely_experts_best_first_and_the_lowest_id_on_ties() {
+        let cpu = Cpu::new(2, 0).unwrap();
+        let rows = [
+            [0.0, 2.0, 1.0, 2.0],
+            [3.0, 3.0, 3.0, 3.0],
+            [-90.0, 90.0, -90.0, 0.0],
+        ];
+        let logits = rows.concat();
+        let logits: Vec<bf16> = logits.into_iter().map(bf16::from_f32).collect();
+        for normalise in [false, true] {
+            let (mut weights, mut chosen) = (vec![0.0; 6], vec![9; 6]);
+            route(
+                &cpu,
+                Rows::of(&logits, 4),
+                normalise,
+                RowsMut::of(&mut weights, 2),
+                RowsMut::of(&mut chosen, 2),
+            );
+            assert_eq!(chosen, [1, 3, 0, 1, 1, 3]);
+            for ((row, weights), chosen) in rows.iter().zip(weights.chunks(2)).zip(chosen.chunks(2))
+            {
+                let power = |id: &u32| f64::from(row[*id as usize]).exp();
+                let total: f64 = if normalise {
+                    chosen.iter().map(power).sum()
+                } else {
+                    (0..4).map(|id| power(&id)).sum()
+                };
+                for (weight, id) in weights.iter().zip(chosen) {
+                    assert!((f64::from(*weight) - power(id) / total).abs() < 1e-6);
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn pairs_are_grouped_by_expert_in_their_order() {
+        let mut groups = Groups::default();
+        groups.regroup(&[2, 0, 2, 3, 0, 2], 5);
+        assert_eq!(groups.pairs, [1, 4, 0, 2, 5, 3]);
+        let of: Vec<_> = (0..5).map(|expert| groups.of(expert)).collect();
+        assert_eq!(of, [0..2, 2..2, 2..5, 5..6, 6..6]);
+        groups.regroup(&[], 2);
+        assert_eq!((groups.pairs.len(), groups.of(1)), (0, 0..0));
     }
 }

@@ -71,8 +71,8 @@ class KVCache:
         return cls(
             tuple(
                 LayerCache(
-                    _zeros((*shape, geometry.key_dim), dtype, device),
-                    _zeros((*shape, geometry.value_dim), dtype, device),
+                    zeros((*shape, geometry.key_dim), dtype, device),
+                    zeros((*shape, geometry.value_dim), dtype, device),
                 )
                 for _ in range(geometry.num_layers)
             ),
@@ -81,7 +81,8 @@ class KVCache:
         )
 
 
-def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+def zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Zeros; on a CPU of pages that are committed as they are first written."""
     if device.type != "cpu":
         return torch.zeros(shape, dtype=dtype, device=device)
     # numpy's zeros come from the kernel untouched; torch.zeros would write, and so commit, all.

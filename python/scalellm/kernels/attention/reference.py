@@ -5,7 +5,28 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from scalellm.kernels.attention.cache import LayerCache
+from scalellm.kernels.attention.heads import Heads
 from scalellm.kernels.attention.step import AttentionStep, DecodeChunk, PrefillSpan
+from scalellm.kernels.rms_norm import rms_norm
+from scalellm.kernels.rotary import apply_rotary
+
+
+def attention(
+    qkv: Tensor, heads: Heads, angles: Tensor, cache: LayerCache, step: AttentionStep
+) -> Tensor:
+    """[T, (heads + 2 kv heads) * head_dim] -> [T, heads * head_dim]."""
+    tokens = qkv.shape[0]
+    sizes = [heads.num_heads, heads.num_kv_heads, heads.num_kv_heads]
+    query, key, value = torch.split(qkv.view(tokens, -1, heads.head_dim), sizes, dim=1)
+    if heads.norm is not None:
+        query = rms_norm(query, heads.norm.query_weight, heads.norm.eps)
+        key = rms_norm(key, heads.norm.key_weight, heads.norm.eps)
+    cos, sin = angles.to(qkv.dtype).chunk(2, dim=-1)
+    write_kv(cache, apply_rotary(key, cos, sin), value, step)
+    attended = paged_attention(
+        apply_rotary(query, cos, sin), cache, step, scale=heads.scale, window=heads.window
+    )
+    return attended.view(tokens, -1)
 
 
 def write_kv(cache: LayerCache, key: Tensor, value: Tensor, step: AttentionStep) -> None:

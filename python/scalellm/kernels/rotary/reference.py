@@ -8,6 +8,15 @@ import torch
 from torch import Tensor
 
 
+def rotary_angles(positions: Tensor, frequencies: Tensor, factor: float) -> Tensor:
+    """`positions` [T] int64, `frequencies` [r / 2] fp32, radians per position.
+
+    Returns [T, r] fp32: factor * cos of each angle, then factor * sin.
+    """
+    angles = positions[:, None].float() * frequencies
+    return torch.cat([angles.cos(), angles.sin()], dim=-1).mul_(factor)
+
+
 def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Turn each head of `x` [T, heads, d] by its position's angles.
 

@@ -1,0 +1,177 @@
+//! A model's step, recorded once as a list of operations and run as often as needed.
+//!
+//! ```text
+//! embed -> angles -> [ norm -> linear -> attention -> linear -> add -> norm -> ... ] -> pick
+//!                                                                     -> norm -> logits
+//! ```
+//!
+//! One call runs all of them, for any number of tokens and logit rows. Weights, tables and caches
+//! belong to whoever records the plan, and outlive it.
+
+mod buffers;
+mod op;
+
+use std::time::{Duration, Instant};
+
+use crate::attention::{Batch, BatchError, Span};
+use crate::cpu::Cpu;
+use crate::moe::Workspace;
+use crate::rows::RowsMut;
+
+pub use buffers::{Element, Extent, View};
+pub use op::{Attention, AttentionViews, Experts, ExpertsViews, Kind, Linear, Op, Table};
+
+use buffers::Buffers;
+
+/// Why a plan cannot be recorded or run.
+#[derive(Debug, thiserror::Error)]
+pub enum PlanError {
+    #[error("operation {op} uses {what}")]
+    Op { op: usize, what: String },
+    #[error("the plan is not finished")]
+    NotFinished,
+    #[error("{0}")]
+    Batch(#[from] BatchError),
+    #[error("token id {id}, where the vocabulary has {rows}")]
+    Token { id: i64, rows: usize },
+    #[error("logits of row {row}, where the step has {rows}")]
+    LogitRow { row: i64, rows: usize },
+    #[error("spans of {spans} rows, where the step has {rows} tokens")]
+    Rows { spans: usize, rows: usize },
+}
+
+/// What one step computes.
+pub struct Step<'a> {
+    pub token_ids: &'a [i64],
+    /// Of each token in its sequence.
+    pub positions: &'a [i64],
+    /// Rows whose logits are asked for.
+    pub logit_rows: &'a [i64],
+    pub spans: &'a [Span],
+    pub tables: &'a [i32],
+}
+
+/// Operations, the buffers between them, and how long each kind took in the last step.
+#[derive(Default)]
+pub struct Plan {
+    ops: Vec<Op>,
+    buffers: Buffers,
+    finished: bool,
+    /// Shapes that every step's batch is checked against: tokens of a block and blocks.
+    blocks: Option<(usize, usize)>,
+    vocabulary: usize,
+    experts: Workspace,
+    times: [Duration; Kind::ALL.len()],
+}
+
+impl Plan {
+    /// A buffer of rows of `cols` numbers, not yet used.
+    pub fn buffer(&mut self, cols: usize, element: Element, extent: Extent) -> usize {
+        self.buffers.add(cols, element, extent)
+    }
+
+    /// Append an operation.
+    ///
+    /// # Errors
+    /// If it uses what is not in a buffer, or shapes that do not fit together.
+    ///
+    /// # Safety
+    /// What it points to holds what it says, stays where it is as long as the plan lives, and the
+    /// KV cache is nobody else's while `run` runs.
+    pub unsafe fn push(&mut self, op: Op) -> Result<(), PlanError> {
+        let index = self.ops.len();
+        op.check(&mut self.buffers, index)
+            .map_err(|what| PlanError::Op { op: index, what })?;
+        match &op {
+            Op::Attention(attention, _) => {
+                let held = (attention.kv.block_tokens(), attention.blocks);
+                if *self.blocks.get_or_insert(held) != held {
+                    let what = format!("a cache of {held:?}, another had {:?}", self.blocks);
+                    return Err(PlanError::Op { op: index, what });
+                }
+            }
+            Op::Embed { table, .. } => self.vocabulary = table.rows,
+            _ => {}
+        }
+        self.finished = false;
+        self.ops.push(op);
+        Ok(())
+    }
+
+    /// Place the buffers; operations may no longer be appended without another `finish`.
+    pub fn finish(&mut self) {
+        self.buffers.place();
+        self.finished = true;
+    }
+
+    #[must_use]
+    pub fn ops(&self) -> &[Op] {
+        &self.ops
+    }
+
+    /// How long each kind of operation took in the last step, all of that kind together.
+    pub fn times(&self) -> impl Iterator<Item = (Kind, Duration)> + '_ {
+        Kind::ALL.into_iter().zip(self.times)
+    }
+
+    /// Compute a step and the logits [logit rows, vocabulary] of its rows, if they are wanted.
+    ///
+    /// # Errors
+    /// If the step contradicts itself; nothing has been written then.
+    pub fn run(
+        &mut self,
+        cpu: &mut Cpu,
+        step: &Step,
+        mut logits: Option<RowsMut<f32>>,
+    ) -> Result<(), PlanError> {
+        let (block_tokens, blocks) = self.blocks.unwrap_or((16, 0));
+        let batch = Batch::new(step.spans, step.tables, block_tokens, blocks)?;
+        self.check(step)?;
+        self.buffers
+            .open(step.token_ids.len(), step.logit_rows.len());
+        self.times = [Duration::ZERO; Kind::ALL.len()];
+        let mut began = Instant::now();
+        for op in &self.ops {
+            // SAFETY: `push` was promised what it points to; `check` has seen ids and rows.
+            unsafe {
+                op.run(
+                    cpu,
+                    &self.buffers,
+                    &mut self.experts,
+                    step,
+                    &batch,
+                    &mut logits,
+                )
+            };
+            let ended = Instant::now();
+            self.times[op.kind() as usize] += ended - began;
+            began = ended;
+        }
+        Ok(())
+    }
+
+    fn check(&self, step: &Step) -> Result<(), PlanError> {
+        if !self.finished {
+            return Err(PlanError::NotFinished);
+        }
+        let tokens = step.token_ids.len();
+        let spans = step.spans.iter().map(|span| span.count).sum();
+        let positions = step.positions.len();
+        if spans != tokens || positions != tokens {
+            return Err(PlanError::Rows {
+                spans: if spans == tokens { positions } else { spans },
+                rows: tokens,
+            });
+        }
+        let inside = |value: i64, end: usize| usize::try_from(value).is_ok_and(|at| at < end);
+        let rows = self.vocabulary;
+        if let Some(&id) = step.token_ids.iter().find(|&&id| !inside(id, rows)) {
+            return Err(PlanError::Token { id, rows });
+        }
+        let rows = tokens;
+        if let Some(&row) = step.logit_rows.iter().find(|&&row| !inside(row, rows)) {
+            return Err(PlanError::LogitRow { row, rows });
+        }
+        Ok(())
+    }
+}

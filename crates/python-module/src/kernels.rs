@@ -1,0 +1,648 @@
+//! `_core.cpu_*` and `_core.CpuPlan`: the kernels of crates/cpu-kernels, on memory that torch owns.
+//!
+//! Memory comes as integers: an address, or (address, rows, stride) and the like. Python answers for
+//! what it points to; sizes are checked here before any pointer is followed.
+
+use std::sync::{Arc, OnceLock};
+
+use parking_lot::Mutex;
+use pyo3::exceptions::{PyOSError, PyValueError};
+use pyo3::prelude::*;
+use pyo3::types::PyDict;
+use scalellm_cpu_kernels::attention::{
+    self, Batch, Cache, HeadNorms, KvLayout, KvType, Scoring, Span,
+};
+use scalellm_cpu_kernels::bf16;
+use scalellm_cpu_kernels::cpu::Cpu;
+use scalellm_cpu_kernels::level::Level;
+use scalellm_cpu_kernels::linear::{self, Epilogue, Format, Layout, Output, Packed, Residual};
+use scalellm_cpu_kernels::moe::{self, Expert, Workspace};
+use scalellm_cpu_kernels::plan::{
+    Attention, AttentionViews, Element, Experts, ExpertsViews, Extent, Linear, Op, Plan, Step,
+    Table, View,
+};
+use scalellm_cpu_kernels::rows::{Rows, RowsMut};
+use scalellm_cpu_kernels::{norm, rotary};
+
+/// Add the classes and functions of this file to `module`.
+pub fn register(module: &Bound<'_, PyModule>) -> PyResult<()> {
+    module.add_class::<CpuPlan>()?;
+    module.add_function(wrap_pyfunction!(cpu_level, module)?)?;
+    module.add_function(wrap_pyfunction!(cpu_start, module)?)?;
+    module.add_function(wrap_pyfunction!(cpu_matrix_bytes, module)?)?;
+    module.add_function(wrap_pyfunction!(cpu_matrix_pack, module)?)?;
+    module.add_function(wrap_pyfunction!(cpu_linear, module)?)?;
+    module.add_function(wrap_pyfunction!(cpu_kv_block_bytes, module)?)?;
+    module.add_function(wrap_pyfunction!(cpu_attention, module)?)?;
+    module.add_function(wrap_pyfunction!(cpu_experts, module)?)?;
+    module.add_function(wrap_pyfunction!(cpu_rms_norm, module)?)?;
+    module.add_function(wrap_pyfunction!(cpu_rotary_angles, module)?)
+}
+
+/// Address, rows, elements from one row to the next.
+type RowsAt = (usize, usize, usize);
+/// Address and number of elements.
+type SliceAt = (usize, usize);
+
+fn refused(error: impl ToString) -> PyErr {
+    PyValueError::new_err(error.to_string())
+}
+
+// ------------------------------------------------------------------ the team
+
+/// The process's one set of threads; like torch's own, it belongs to nobody in particular.
+static CPU: OnceLock<Mutex<Arc<Mutex<Cpu>>>> = OnceLock::new();
+
+fn all_cores() -> usize {
+    std::thread::available_parallelism().map_or(1, std::num::NonZero::get)
+}
+
+fn shared(threads: Option<usize>, nice: i32) -> PyResult<Arc<Mutex<Cpu>>> {
+    if let (Some(cpu), None) = (CPU.get(), threads) {
+        return Ok(Arc::clone(&cpu.lock()));
+    }
+    let threads = threads.unwrap_or_else(all_cores);
+    let made = Cpu::new(threads, nice).map_err(|error| PyOSError::new_err(error.to_string()))?;
+    let made = Arc::new(Mutex::new(made));
+    let held = CPU.get_or_init(|| Mutex::new(Arc::clone(&made)));
+    *held.lock() = Arc::clone(&made);
+    Ok(made)
+}
+
+/// Run `work` on the team, without the GIL.
+fn on_cpu<T: Send>(py: Python<'_>, work: impl FnOnce(&mut Cpu) -> T + Send) -> PyResult<T> {
+    let cpu = shared(None, 0)?;
+    Ok(py.detach(|| work(&mut cpu.lock())))
+}
+
+/// The best instructions of this processor that kernels use: "portable", "avx2" or "avx512".
+#[pyfunction]
+fn cpu_level() -> String {
+    Level::detect().to_string()
+}
+
+/// Start the threads that kernels run on, the caller's included; a former set ends.
+#[pyfunction]
+fn cpu_start(threads: usize, nice: i32) -> PyResult<()> {
+    shared(Some(threads), nice).map(drop)
+}
+
+// ------------------------------------------------------------------ matrices
+
+fn layout(code: &[usize]) -> PyResult<Layout> {
+    let &[format, scale_group, n, k, groups, gated] = code else {
+        return Err(refused("a matrix layout is six numbers"));
+    };
+    let format = match format {
+        0 => Format::Bf16,
+        1 => Format::Int8,
+        2 => Format::Int4 { group: scale_group },
+        _ => return Err(refused(format!("matrix format {format}"))),
+    };
+    Layout::new(format, n, k, groups, gated != 0).map_err(refused)
+}
+
+#[pyfunction]
+fn cpu_matrix_bytes(code: Vec<usize>) -> PyResult<usize> {
+    Ok(layout(&code)?.bytes())
+}
+
+/// Pack a contiguous bf16 matrix [n, k] at `weight` into the `size` bytes at `out`.
+#[pyfunction]
+fn cpu_matrix_pack(
+    py: Python<'_>,
+    code: Vec<usize>,
+    weight: usize,
+    out: usize,
+    size: usize,
+) -> PyResult<()> {
+    let layout = layout(&code)?;
+    if size != layout.bytes() || !out.is_multiple_of(64) {
+        return Err(refused(format!("{size} bytes at {out:#x} for {layout:?}")));
+    }
+    on_cpu(py, |cpu| {
+        // SAFETY: the caller's tensor has n * k numbers.
+        let weight =
+            unsafe { Rows::from_raw(weight as *const bf16, layout.n(), layout.k(), layout.k()) };
+        // SAFETY: the caller's tensor has `size` bytes, nobody else's.
+        let out = unsafe { std::slice::from_raw_parts_mut(out as *mut u8, size) };
+        linear::pack(cpu, &layout, weight, out);
+    })
+}
+
+/// y = x W^T + b. `mode` 0: bf16, 1: silu(gate) * up in bf16, 2: f32; `out` is contiguous.
+#[pyfunction]
+fn cpu_linear(
+    py: Python<'_>,
+    code: Vec<usize>,
+    mode: u8,
+    x: RowsAt,
+    weight: SliceAt,
+    bias: usize,
+    out: usize,
+) -> PyResult<()> {
+    let layout = layout(&code)?;
+    let (rows, columns) = (x.1, layout.columns());
+    if x.2 < layout.k() {
+        return Err(refused(format!("rows of {} for k = {}", x.2, layout.k())));
+    }
+    if layout.gated() != (mode == 1) {
+        return Err(refused(
+            "gated weights are for silu(gate) * up, and others are not",
+        ));
+    }
+    on_cpu(py, |cpu| {
+        // SAFETY: the caller's tensors have these sizes.
+        let bytes = unsafe { std::slice::from_raw_parts(weight.0 as *const u8, weight.1) };
+        let packed = Packed::new(layout, bytes).map_err(refused)?;
+        // SAFETY: as above.
+        let x = unsafe { Rows::from_raw(x.0 as *const bf16, rows, layout.k(), x.2) };
+        // SAFETY: as above.
+        let bias = (bias != 0)
+            .then(|| unsafe { std::slice::from_raw_parts(bias as *const bf16, layout.n()) });
+        let epilogue = Epilogue {
+            bias,
+            residual: Residual::None,
+        };
+        // SAFETY: as above, and `out` is nobody else's.
+        let out = unsafe {
+            match mode {
+                0 => Output::Bf16(RowsMut::from_raw(out as *mut bf16, rows, columns, columns)),
+                1 => Output::SiluMul(RowsMut::from_raw(out as *mut bf16, rows, columns, columns)),
+                2 => Output::F32(RowsMut::from_raw(out as *mut f32, rows, columns, columns)),
+                _ => return Err(refused(format!("mode {mode}"))),
+            }
+        };
+        linear::linear(cpu, x, &packed, epilogue, out);
+        Ok(())
+    })?
+}
+
+// ------------------------------------------------------------------ attention
+
+fn kv_layout(code: &[usize]) -> PyResult<KvLayout> {
+    let &[dtype, block_tokens, kv_heads, head_dim] = code else {
+        return Err(refused("a KV layout is four numbers"));
+    };
+    let dtype = match dtype {
+        0 => KvType::Bf16,
+        1 => KvType::Int8,
+        _ => return Err(refused(format!("KV type {dtype}"))),
+    };
+    KvLayout::new(block_tokens, kv_heads, head_dim, dtype).map_err(refused)
+}
+
+/// Bytes of one block of one layer.
+#[pyfunction]
+fn cpu_kv_block_bytes(code: Vec<usize>) -> PyResult<usize> {
+    Ok(kv_layout(&code)?.bytes_per_block())
+}
+
+/// # Safety
+/// `at` has that many rows of four numbers.
+unsafe fn spans(at: SliceAt) -> PyResult<Vec<Span>> {
+    // SAFETY: by the caller's promise.
+    let rows = unsafe { slice::<[i64; 4]>(at) };
+    let number = |value: i64| usize::try_from(value).map_err(|_| refused(format!("span {value}")));
+    rows.iter()
+        .map(|&[first_row, start, count, table_first]| {
+            Ok(Span {
+                first_row: number(first_row)?,
+                start: number(start)?,
+                count: number(count)?,
+                table_first: number(table_first)?,
+            })
+        })
+        .collect()
+}
+
+/// # Safety
+/// `at` has that many elements; with none its address means nothing.
+unsafe fn slice<'a, T>((start, count): SliceAt) -> &'a [T] {
+    if count == 0 {
+        return &[];
+    }
+    // SAFETY: by the caller's promise.
+    unsafe { std::slice::from_raw_parts(start as *const T, count) }
+}
+
+fn heads_fit(cols: usize, heads: usize, kv: KvLayout, angles: usize) -> PyResult<()> {
+    let (d, kv_heads) = (kv.head_dim(), kv.kv_heads());
+    let fits = heads.is_multiple_of(kv_heads) && heads > 0 && cols >= (heads + 2 * kv_heads) * d;
+    if fits && angles <= d && angles.is_multiple_of(2) {
+        return Ok(());
+    }
+    Err(refused(format!(
+        "{heads} heads of {kv:?} in rows of {cols}, {angles} angles"
+    )))
+}
+
+/// Norm, rotary, store, attend: the eager form of a plan's attention. A `window` of 0 is none.
+#[pyfunction]
+#[expect(clippy::too_many_arguments, reason = "one torch operator's arguments")]
+fn cpu_attention(
+    py: Python<'_>,
+    qkv: RowsAt,
+    heads: usize,
+    norms: (usize, usize),
+    eps: f32,
+    angles: SliceAt,
+    cache: SliceAt,
+    kv: Vec<usize>,
+    span_rows: SliceAt,
+    tables: SliceAt,
+    scale: f32,
+    window: usize,
+    out: usize,
+) -> PyResult<()> {
+    let kv = kv_layout(&kv)?;
+    let d = kv.head_dim();
+    heads_fit(qkv.2, heads, kv, angles.1)?;
+    // SAFETY: the caller's tensors have these sizes.
+    let (spans, tables) = unsafe { (spans(span_rows)?, slice::<i32>(tables)) };
+    let blocks = cache.1 / kv.bytes_per_block();
+    let batch = Batch::new(&spans, tables, kv.block_tokens(), blocks).map_err(refused)?;
+    if spans
+        .last()
+        .is_some_and(|span| span.first_row + span.count > qkv.1)
+    {
+        return Err(refused("spans beyond the rows"));
+    }
+    on_cpu(py, |cpu| {
+        // SAFETY: the caller's tensors have these sizes, and nobody else uses them meanwhile.
+        unsafe {
+            let norms = (norms.0 != 0).then(|| HeadNorms {
+                query: slice((norms.0, d)),
+                key: slice((norms.1, d)),
+                eps,
+            });
+            let mut cache = Cache::from_raw(kv, cache.0 as *mut u8, blocks);
+            let cols = (heads + 2 * kv.kv_heads()) * d;
+            let rows = RowsMut::from_raw(qkv.0 as *mut bf16, qkv.1, cols, qkv.2);
+            let angles = Rows::from_raw(angles.0 as *const f32, qkv.1, angles.1, angles.1);
+            attention::store(cpu, rows, norms, angles, &mut cache, &batch);
+            let query = Rows::from_raw(qkv.0 as *const bf16, qkv.1, heads * d, qkv.2);
+            let out = RowsMut::from_raw(out as *mut bf16, qkv.1, heads * d, heads * d);
+            let window = (window > 0).then_some(window);
+            let scoring = Scoring {
+                scale,
+                window,
+                softcap: None,
+            };
+            attention::attend(cpu, query, &cache, &batch, scoring, out);
+        }
+    })
+}
+
+// ------------------------------------------------------------------ rows
+
+/// `weight` is (address, width); `out` is contiguous.
+#[pyfunction]
+fn cpu_rms_norm(py: Python<'_>, x: RowsAt, weight: SliceAt, eps: f32, out: usize) -> PyResult<()> {
+    let width = weight.1;
+    if x.2 < width && x.1 > 1 {
+        return Err(refused(format!("rows of {} for a width of {width}", x.2)));
+    }
+    on_cpu(py, |cpu| {
+        // SAFETY: the caller's tensors have these sizes.
+        unsafe {
+            let x = Rows::from_raw(x.0 as *const bf16, x.1, width, x.2.max(width));
+            let out = RowsMut::from_raw(out as *mut bf16, x.rows(), width, width);
+            norm::rms_norm(cpu, x, slice(weight), eps, out);
+        }
+    })
+}
+
+/// cos, then sin, of `positions` times each frequency, times `factor`; `out` is contiguous.
+#[pyfunction]
+fn cpu_rotary_angles(
+    py: Python<'_>,
+    positions: SliceAt,
+    frequencies: Vec<f32>,
+    factor: f32,
+    out: usize,
+) -> PyResult<()> {
+    on_cpu(py, |cpu| {
+        let width = 2 * frequencies.len();
+        // SAFETY: the caller's tensors have these sizes.
+        let (positions, out) = unsafe {
+            let out = RowsMut::from_raw(out as *mut f32, positions.1, width, width);
+            (slice::<i64>(positions), out)
+        };
+        rotary::angles(cpu, positions, &frequencies, factor, out);
+    })
+}
+
+/// Gate and up, then down, of one expert: address and bytes of each packed weight.
+type ExpertAt = (SliceAt, SliceAt);
+
+/// A sparse layer behind its router; `codes` are the layouts of gate and up, and of down. `x` and
+/// `logits` are contiguous.
+#[pyfunction]
+#[expect(clippy::too_many_arguments, reason = "one torch operator's arguments")]
+fn cpu_experts(
+    py: Python<'_>,
+    x: SliceAt,
+    logits: usize,
+    experts: Vec<ExpertAt>,
+    codes: (Vec<usize>, Vec<usize>),
+    top: usize,
+    normalise: bool,
+    out: usize,
+) -> PyResult<()> {
+    let (gate_up, down) = (layout(&codes.0)?, layout(&codes.1)?);
+    let (tokens, hidden) = (x.1, gate_up.k());
+    let fits = gate_up.gated() && gate_up.columns() == down.k() && down.columns() == hidden;
+    if !fits || !(1..=experts.len()).contains(&top) {
+        return Err(refused(format!(
+            "{top} of {} experts of {gate_up:?}, {down:?}",
+            experts.len()
+        )));
+    }
+    on_cpu(py, |cpu| {
+        // SAFETY: the caller's tensors have these sizes.
+        unsafe {
+            let weights = |(a, b): &ExpertAt| {
+                Ok(Expert {
+                    gate_up: Packed::new(gate_up, slice(*a)).map_err(refused)?,
+                    down: Packed::new(down, slice(*b)).map_err(refused)?,
+                })
+            };
+            let experts = experts.iter().map(weights).collect::<PyResult<Vec<_>>>()?;
+            let x = Rows::from_raw(x.0 as *const bf16, tokens, hidden, hidden);
+            let choices = experts.len();
+            let logits = Rows::from_raw(logits as *const bf16, tokens, choices, choices);
+            let out = RowsMut::from_raw(out as *mut bf16, tokens, hidden, hidden);
+            let mut workspace = Workspace::default();
+            moe::mix(
+                cpu,
+                &mut workspace,
+                x,
+                logits,
+                &experts,
+                top,
+                normalise,
+                out,
+            );
+            Ok(())
+        }
+    })?
+}
+
+// ------------------------------------------------------------------ plans
+
+/// Buffer, first column, columns.
+type ViewAt = (usize, usize, usize);
+
+fn view((buffer, first, cols): ViewAt) -> View {
+    View {
+        buffer,
+        first,
+        cols,
+    }
+}
+
+fn matrix(code: &[usize], weight: SliceAt, bias: usize) -> PyResult<Linear> {
+    let layout = layout(code)?;
+    if weight.1 != layout.bytes() {
+        return Err(refused(format!("{} bytes for {layout:?}", weight.1)));
+    }
+    Ok(Linear {
+        layout,
+        weight: weight.0 as *const u8,
+        bias: (bias != 0).then_some(bias as *const bf16),
+    })
+}
+
+/// A recorded step; `scalellm.executor.recording` makes them.
+#[pyclass(module = "scalellm._core")]
+struct CpuPlan {
+    plan: Plan,
+}
+
+impl CpuPlan {
+    fn push(&mut self, op: Op) -> PyResult<()> {
+        // SAFETY: the recorder keeps what the ops point to for as long as the plan.
+        unsafe { self.plan.push(op) }.map_err(refused)
+    }
+}
+
+#[pymethods]
+impl CpuPlan {
+    #[new]
+    fn new() -> Self {
+        Self {
+            plan: Plan::default(),
+        }
+    }
+
+    fn __len__(&self) -> usize {
+        self.plan.ops().len()
+    }
+
+    /// A buffer of rows of `cols` numbers, bf16 or f32, one a token or one a logit row.
+    fn buffer(&mut self, cols: usize, f32: bool, outputs: bool) -> usize {
+        let element = if f32 { Element::F32 } else { Element::Bf16 };
+        let extent = if outputs {
+            Extent::Output
+        } else {
+            Extent::Token
+        };
+        self.plan.buffer(cols, element, extent)
+    }
+
+    fn embed(&mut self, table: RowsAt, out: ViewAt) -> PyResult<()> {
+        let (start, rows, stride) = table;
+        let table = Table {
+            start: start as *const bf16,
+            rows,
+            cols: out.2,
+            stride,
+        };
+        self.push(Op::Embed {
+            table,
+            out: view(out),
+        })
+    }
+
+    fn pick(&mut self, x: ViewAt, out: ViewAt) -> PyResult<()> {
+        self.push(Op::Pick {
+            x: view(x),
+            out: view(out),
+        })
+    }
+
+    fn angles(&mut self, frequencies: Vec<f32>, factor: f32, out: ViewAt) -> PyResult<()> {
+        self.push(Op::Angles {
+            frequencies,
+            factor,
+            out: view(out),
+        })
+    }
+
+    fn rms_norm(&mut self, x: ViewAt, weight: usize, eps: f32, out: ViewAt) -> PyResult<()> {
+        self.push(Op::RmsNorm {
+            x: view(x),
+            weight: weight as *const bf16,
+            eps,
+            out: view(out),
+        })
+    }
+
+    fn add(&mut self, a: ViewAt, b: ViewAt, out: ViewAt) -> PyResult<()> {
+        self.push(Op::Add {
+            a: view(a),
+            b: view(b),
+            out: view(out),
+        })
+    }
+
+    fn linear(
+        &mut self,
+        x: ViewAt,
+        code: Vec<usize>,
+        weight: SliceAt,
+        bias: usize,
+        out: ViewAt,
+    ) -> PyResult<()> {
+        let linear = matrix(&code, weight, bias)?;
+        self.push(Op::Linear {
+            x: view(x),
+            linear,
+            out: view(out),
+        })
+    }
+
+    fn logits(
+        &mut self,
+        x: ViewAt,
+        code: Vec<usize>,
+        weight: SliceAt,
+        bias: usize,
+    ) -> PyResult<()> {
+        let linear = matrix(&code, weight, bias)?;
+        self.push(Op::Logits { x: view(x), linear })
+    }
+
+    #[expect(clippy::too_many_arguments, reason = "one torch operator's arguments")]
+    fn attention(
+        &mut self,
+        qkv: ViewAt,
+        heads: usize,
+        norms: (usize, usize),
+        eps: f32,
+        angles: ViewAt,
+        cache: SliceAt,
+        kv: Vec<usize>,
+        scale: f32,
+        window: usize,
+        out: ViewAt,
+    ) -> PyResult<()> {
+        let kv = kv_layout(&kv)?;
+        let attention = Attention {
+            heads,
+            kv,
+            cache: cache.0 as *mut u8,
+            blocks: cache.1 / kv.bytes_per_block(),
+            norms: (norms.0 != 0).then_some((norms.0 as *const bf16, norms.1 as *const bf16, eps)),
+            scale,
+            window: (window > 0).then_some(window),
+        };
+        let views = AttentionViews {
+            qkv: view(qkv),
+            angles: view(angles),
+            out: view(out),
+        };
+        self.push(Op::Attention(attention, views))
+    }
+
+    /// `experts`: (layout, weight) of gate and up, then of down, of each.
+    #[expect(clippy::type_complexity, reason = "what Python gives")]
+    fn experts(
+        &mut self,
+        x: ViewAt,
+        logits: ViewAt,
+        experts: Vec<(Vec<usize>, SliceAt, Vec<usize>, SliceAt)>,
+        top: usize,
+        normalise: bool,
+        out: ViewAt,
+    ) -> PyResult<()> {
+        let experts = experts
+            .into_iter()
+            .map(|(gate_up, gate_up_at, down, down_at)| {
+                Ok((matrix(&gate_up, gate_up_at, 0)?, matrix(&down, down_at, 0)?))
+            })
+            .collect::<PyResult<Vec<_>>>()?;
+        let layer = Experts {
+            experts,
+            top,
+            normalise,
+        };
+        let views = ExpertsViews {
+            x: view(x),
+            logits: view(logits),
+            out: view(out),
+        };
+        self.push(Op::Experts(layer, views))
+    }
+
+    fn finish(&mut self) {
+        self.plan.finish();
+    }
+
+    /// Run a step: int64 ids and positions, int64 logit rows, int64 spans [n, 4], int32 tables;
+    /// writes f32 logits [logit rows, `vocab_size`].
+    #[expect(clippy::too_many_arguments, reason = "the tensors of a step")]
+    fn run(
+        &mut self,
+        py: Python<'_>,
+        token_ids: SliceAt,
+        positions: usize,
+        logit_rows: SliceAt,
+        span_rows: SliceAt,
+        tables: SliceAt,
+        vocab_size: usize,
+        logits: usize,
+    ) -> PyResult<()> {
+        // SAFETY: the caller's tensors have these sizes.
+        let (spans, step) = unsafe { (spans(span_rows)?, slice::<i32>(tables)) };
+        let plan = &mut self.plan;
+        let cpu = shared(None, 0)?;
+        let width = plan.ops().iter().find_map(|op| match op {
+            Op::Logits { linear, .. } => Some(linear.layout.n()),
+            _ => None,
+        });
+        if width.is_some_and(|width| width != vocab_size) {
+            return Err(refused(format!(
+                "logits of {width:?} numbers, not {vocab_size}"
+            )));
+        }
+        py.detach(|| {
+            // SAFETY: as above, and `logits` is nobody else's.
+            let (step, logits) = unsafe {
+                let step = Step {
+                    token_ids: slice(token_ids),
+                    positions: slice((positions, token_ids.1)),
+                    logit_rows: slice(logit_rows),
+                    spans: &spans,
+                    tables: step,
+                };
+                let rows = logit_rows.1;
+                let logits = RowsMut::from_raw(logits as *mut f32, rows, vocab_size, vocab_size);
+                (step, logits)
+            };
+            let mut cpu = cpu.lock();
+            plan.run(&mut cpu, &step, Some(logits))
+        })
+        .map_err(refused)
+    }
+
+    /// Milliseconds that each kind of operation took in the last step.
+    fn times_ms<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyDict>> {
+        let times = PyDict::new(py);
+        for (kind, time) in self.plan.times() {
+            times.set_item(kind.name(), time.as_secs_f64() * 1e3)?;
+        }
+        Ok(times)
+    }
+}

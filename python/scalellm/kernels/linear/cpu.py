@@ -1,0 +1,83 @@
+"""Matrix products by the kernels of crates/cpu-kernels, as torch operators on bf16 activations.
+
+An operator's `layout` is MatrixLayout.code.
+"""
+
+import torch
+from torch import Tensor
+
+from scalellm import _core
+from scalellm.kernels.linear.packed import MatrixLayout, PackedMatrix
+from scalellm.kernels.operator import define
+
+
+def _run(mode: int, x: Tensor, weight: Tensor, layout: list[int], bias: Tensor | None) -> Tensor:
+    x = x if x.stride(-1) == 1 else x.contiguous()
+    n = layout[2] // 2 if mode == 1 else layout[2]
+    out = x.new_empty(x.shape[0], n, dtype=torch.float32 if mode == 2 else torch.bfloat16)
+    _core.cpu_linear(
+        layout,
+        mode,
+        (x.data_ptr(), x.shape[0], x.stride(0)),
+        (weight.data_ptr(), weight.numel()),
+        0 if bias is None else bias.data_ptr(),
+        out.data_ptr(),
+    )
+    return out
+
+
+def _linear(x: Tensor, weight: Tensor, layout: list[int], bias: Tensor | None) -> Tensor:
+    return _run(0, x, weight, layout, bias)
+
+
+def _linear_silu_and_mul(
+    x: Tensor, weight: Tensor, layout: list[int], bias: Tensor | None
+) -> Tensor:
+    return _run(1, x, weight, layout, bias)
+
+
+def _logits(x: Tensor, weight: Tensor, layout: list[int], bias: Tensor | None) -> Tensor:
+    return _run(2, x, weight, layout, bias)
+
+
+_SCHEMA = "(Tensor x, Tensor weight, int[] layout, Tensor? bias) -> Tensor"
+_linear_op = define(f"linear{_SCHEMA}", _linear)
+_silu_and_mul_op = define(f"linear_silu_and_mul{_SCHEMA}", _linear_silu_and_mul)
+_logits_op = define(f"logits{_SCHEMA}", _logits)
+
+
+def linear(x: Tensor, weight: PackedMatrix, bias: Tensor | None) -> Tensor:
+    """[T, k] -> [T, n] bf16."""
+    out: Tensor = _linear_op(x, weight.data, weight.layout.code, bias)
+    return out
+
+
+def linear_silu_and_mul(x: Tensor, weight: PackedMatrix, bias: Tensor | None) -> Tensor:
+    """[T, k] -> [T, n / 2] bf16; the layout is gated."""
+    out: Tensor = _silu_and_mul_op(x, weight.data, weight.layout.code, bias)
+    return out
+
+
+def logits(x: Tensor, weight: PackedMatrix, bias: Tensor | None) -> Tensor:
+    """[n, k] -> [n, vocab_size] fp32."""
+    out: Tensor = _logits_op(x, weight.data, weight.layout.code, bias)
+    return out
+
+
+def pack(weight: Tensor, layout: MatrixLayout) -> PackedMatrix:
+    """Lay `weight` [n, k] bf16 out, quantising it where the format asks for it."""
+    data = aligned_bytes(layout.num_bytes)
+    weight = weight.contiguous()
+    if weight.dtype != torch.bfloat16 or tuple(weight.shape) != (layout.n, layout.k):
+        raise ValueError(
+            f"{weight.dtype} {list(weight.shape)} is not bf16 [{layout.n}, {layout.k}]"
+        )
+    _core.cpu_matrix_pack(layout.code, weight.data_ptr(), data.data_ptr(), data.numel())
+    return PackedMatrix(layout, data)
+
+
+def aligned_bytes(count: int) -> Tensor:
+    """uint8 [count] whose first byte is at a multiple of 64."""
+    held = torch.empty(count + 63, dtype=torch.uint8)
+    first = -held.data_ptr() % 64
+    return held[first : first + count]

@@ -1,0 +1,49 @@
+"""Lays a model's matrices out for the CPU's kernels as they are loaded, quantised if asked for."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from scalellm.kernels.linear import Matrix, MatrixLayout, PackedMatrix
+from scalellm.kernels.linear.cpu import pack
+from scalellm.kernels.linear.packed import INT4_GROUP
+from scalellm.layers.weights import MatrixSpec, Use, WeightSource
+
+FORMAT_OF = {"none": "bf16", "int8": "int8", "int4": "int4"}
+CANONICAL_GROUPS = 8  # runs of a row-parallel layer's inputs with scales of their own
+
+
+@dataclass(frozen=True, slots=True)
+class Packing:
+    """How each kind of matrix is stored; `quantization` is a key of FORMAT_OF."""
+
+    quantization: str
+
+    def layout(self, spec: MatrixSpec) -> MatrixLayout:
+        """A router stays bf16: it is small, and a flipped choice of expert costs much."""
+        format = "bf16" if spec.use is Use.ROUTER else FORMAT_OF[self.quantization]
+        groups = 1
+        if spec.use is Use.ROW and format != "bf16":
+            run = INT4_GROUP if format == "int4" else 4
+            groups = CANONICAL_GROUPS if spec.k % (CANONICAL_GROUPS * run) == 0 else 1
+        return MatrixLayout(format, spec.n, spec.k, groups, spec.use is Use.GATED)
+
+
+class PackingSource:
+    """A WeightSource that packs the matrices which another one gives."""
+
+    def __init__(self, source: WeightSource, packing: Packing) -> None:
+        self.dtype: torch.dtype = source.dtype
+        self.device: torch.device = source.device
+        self._source = source
+        self._packing = packing
+
+    def fill(self, out: Tensor, name: str) -> None:
+        self._source.fill(out, name)
+
+    def matrix(self, spec: MatrixSpec, tied: Tensor | None = None) -> Matrix:
+        plain = self._source.matrix(spec, tied)
+        if isinstance(plain, PackedMatrix):
+            return plain
+        return pack(plain, self._packing.layout(spec))
