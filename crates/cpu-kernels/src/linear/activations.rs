@@ -18,7 +18,6 @@ use super::layout::{Format, Layout};
 use super::levels::compiled_for;
 use crate::level::Level;
 use crate::rows::{Rows, RowsMut};
-use crate::scratch::Scratch;
 use crate::team::Team;
 
 /// Inputs that are quantised at a time.
@@ -88,25 +87,25 @@ fn row_sizes(layout: &Layout) -> (usize, usize, usize) {
     }
 }
 
+/// Bytes that the values, scales and offsets of some rows take.
+pub(super) fn sizes(layout: &Layout, rows: usize) -> [usize; 3] {
+    let (value_bytes, scales, offsets) = row_sizes(layout);
+    [rows * value_bytes, rows * scales * 4, rows * offsets * 4]
+}
+
 impl<'a> Activations<'a> {
-    /// Quantise (for integer weights) and interleave `x`, tiles in parallel.
+    /// Quantise (for integer weights) and interleave `x`, tiles in parallel, into memory of
+    /// `sizes` bytes aligned to 64.
     pub(super) fn prepare(
         team: &Team,
         level: Level,
-        scratch: &'a mut Scratch,
         layout: &Layout,
         x: Rows<bf16>,
-        most_rows: usize,
+        tiles: Tiles,
+        [values, scales, offsets]: [&'a mut [u8]; 3],
     ) -> Self {
-        let rows = x.rows();
-        let tiles = Tiles::new(rows, most_rows);
         let (value_bytes, row_scales, row_offsets) = row_sizes(layout);
-        let [values, scales, offsets] = scratch.parts([
-            rows * value_bytes,
-            rows * row_scales * 4,
-            rows * row_offsets * 4,
-        ]);
-        // SAFETY: the parts are aligned to 64 and any bytes are valid numbers.
+        // SAFETY: any bytes are valid numbers.
         let (scales, offsets) =
             unsafe { (scales.align_to_mut::<f32>().1, offsets.align_to_mut().1) };
         {
@@ -135,14 +134,6 @@ impl<'a> Activations<'a> {
             scales,
             offsets,
         }
-    }
-
-    pub(super) fn rows(&self) -> usize {
-        self.tiles.rows
-    }
-
-    pub(super) fn row_bytes(&self) -> usize {
-        row_sizes(&self.layout).0
     }
 
     #[inline]
@@ -177,46 +168,73 @@ struct TileMut<'a> {
 fn fill(layout: &Layout, x: Rows<bf16>, tile: TileMut) {
     match layout.format() {
         Format::Bf16 => interleave(layout, x, tile),
-        Format::Int8 => quantise(layout, x, tile, layout.block_k(), 128),
+        Format::Int8 => quantise(layout, x, tile, layout.group_k(), 128),
         Format::Int4 { group } => quantise(layout, x, tile, group, 8),
+    }
+}
+
+/// The units of one row of a tile, one after another.
+struct Units<'a> {
+    units: &'a mut [[u8; UNIT_BYTES]],
+    next: usize,
+    rows: usize,
+}
+
+impl Units<'_> {
+    /// # Panics
+    /// If there are not as many units left.
+    #[inline(always)]
+    fn put(&mut self, units: &[[u8; UNIT_BYTES]]) {
+        let after = self.next + units.len() * self.rows;
+        assert!(after < self.units.len() + self.rows, "units of a row");
+        for (index, unit) in units.iter().enumerate() {
+            // SAFETY: at most `after - rows`, which is inside.
+            unsafe { *self.units.get_unchecked_mut(self.next + index * self.rows) = *unit };
+        }
+        self.next = after;
+    }
+
+    /// Zeros up to the end.
+    fn pad(&mut self) {
+        while self.next < self.units.len() {
+            self.put(&[[0; UNIT_BYTES]]);
+        }
     }
 }
 
 /// `span` inputs share an offset, which is minus `excess` times the sum of their int8 values.
 #[inline(always)]
 fn quantise(layout: &Layout, x: Rows<bf16>, tile: TileMut, span: usize, excess: i32) {
-    let (groups, group_k, rows) = (layout.k_groups(), layout.group_k(), tile.rows);
+    let (group_k, rows) = (layout.group_k(), tile.rows);
     let group_bytes = rows * layout.block_k();
-    tile.offsets.fill(0);
     for row in 0..rows {
-        let all = x.row(tile.first + row);
-        for group in 0..groups {
-            let x = &all[group * group_k..][..group_k];
+        let groups = x.row(tile.first + row).chunks(group_k).enumerate();
+        for (group, x) in groups {
             let (scale, inverse) = scale_of(x);
             tile.scales[group * rows + row] = scale;
-            let values = &mut tile.values[group * group_bytes..][..group_bytes];
             let offsets = &mut tile.offsets[group * layout.offsets() * rows..];
-            let units = values.as_chunks_mut::<UNIT_BYTES>().0;
-            let mut at = row;
-            let (whole, rest) = x.as_chunks::<CHUNK>();
-            let last = padded(rest);
-            for (index, x) in whole.iter().chain([&last]).enumerate() {
-                let (quantised, sum) = round(x, inverse);
-                if let Some(offset) = offsets.get_mut(index * CHUNK / span * rows + row) {
-                    *offset -= excess * sum;
+            let values = &mut tile.values[group * group_bytes..][..group_bytes];
+            let mut units = Units {
+                units: values.as_chunks_mut().0,
+                next: row,
+                rows,
+            };
+            for (index, x) in x.chunks(span).enumerate() {
+                let mut sums = [0; CHUNK];
+                let (whole, rest) = x.as_chunks();
+                for x in whole {
+                    units.put(round(x, inverse, &mut sums).as_chunks().0);
                 }
-                for unit in quantised.as_chunks::<UNIT_BYTES>().0 {
-                    if let Some(to) = units.get_mut(at) {
-                        *to = *unit;
-                    }
-                    at += rows;
+                if !rest.is_empty() {
+                    let last = round(&padded(rest), inverse, &mut sums);
+                    units.put(&last.as_chunks().0[..rest.len().div_ceil(UNIT_BYTES)]);
                 }
+                let sum = sums
+                    .iter()
+                    .fold(0, |sum: i32, &lane| sum.wrapping_add(lane));
+                offsets[index * rows + row] = sum.wrapping_mul(-excess);
             }
-            // What is left of the last scale group is padding.
-            while let Some(to) = units.get_mut(at) {
-                *to = [0; UNIT_BYTES];
-                at += rows;
-            }
+            units.pad();
         }
     }
 }
@@ -253,17 +271,18 @@ pub(super) fn nearest(x: f32, inverse: f32) -> i8 {
     (x * inverse + ROUND).to_bits() as i8
 }
 
+/// Int8 values, also added to `sums` lane by lane.
 #[inline(always)]
-fn round(x: &[bf16; CHUNK], inverse: f32) -> ([u8; CHUNK], i32) {
+fn round(x: &[bf16; CHUNK], inverse: f32, sums: &mut [i32; CHUNK]) -> [u8; CHUNK] {
     let mut quantised = [0; CHUNK];
-    let mut sum = 0;
     for (lane, to) in quantised.iter_mut().enumerate() {
         let wide = f32::from_bits(u32::from(x[lane].to_bits()) << 16);
-        let integer = nearest(wide, inverse);
-        *to = integer.cast_unsigned();
-        sum += i32::from(integer);
+        let rounded = (wide * inverse + ROUND).to_bits();
+        *to = rounded as u8;
+        let integer = rounded.wrapping_sub(ROUND.to_bits()).cast_signed();
+        sums[lane] = sums[lane].wrapping_add(integer);
     }
-    (quantised, sum)
+    quantised
 }
 
 #[inline(always)]
@@ -271,20 +290,30 @@ fn interleave(layout: &Layout, x: Rows<bf16>, tile: TileMut) {
     let (group_k, rows) = (layout.group_k(), tile.rows);
     let group_bytes = rows * layout.block_k() * 2;
     for row in 0..rows {
-        let all = x.row(tile.first + row);
-        for (x, values) in all.chunks(group_k).zip(tile.values.chunks_mut(group_bytes)) {
-            let units = values.as_chunks_mut::<UNIT_BYTES>().0;
-            let (pairs, rest) = x.as_chunks::<2>();
-            let mut at = row;
-            for &[a, b] in pairs {
-                let ([a0, a1], [b0, b1]) = (a.to_ne_bytes(), b.to_ne_bytes());
-                units[at] = [a0, a1, b0, b1];
-                at += rows;
+        let groups = tile.values.chunks_mut(group_bytes);
+        for (x, values) in x.row(tile.first + row).chunks(group_k).zip(groups) {
+            let mut units = Units {
+                units: values.as_chunks_mut().0,
+                next: row,
+                rows,
+            };
+            let (whole, rest) = x.as_chunks();
+            for x in whole {
+                units.put(&pairs(x));
             }
-            if let [a] = rest {
-                let [a0, a1] = a.to_ne_bytes();
-                units[at] = [a0, a1, 0, 0];
-            }
+            let last = &pairs(&padded(rest))[..rest.len().div_ceil(2)];
+            units.put(last);
         }
     }
+}
+
+/// Units of two bf16.
+#[inline(always)]
+fn pairs(x: &[bf16; CHUNK]) -> [[u8; UNIT_BYTES]; CHUNK / 2] {
+    let mut units = [[0; UNIT_BYTES]; CHUNK / 2];
+    for (index, unit) in units.iter_mut().enumerate() {
+        let ([a0, a1], [b0, b1]) = (x[index * 2].to_ne_bytes(), x[index * 2 + 1].to_ne_bytes());
+        *unit = [a0, a1, b0, b1];
+    }
+    units
 }

@@ -21,9 +21,8 @@ pub const VERSION: u32 = 1;
 
 /// Output channels of a panel.
 pub(super) const CHANNELS: usize = 32;
-/// Most groups that a layout can have, and the depth of the tree that adds that many.
-pub(super) const MAX_GROUPS: usize = 8;
-pub(super) const TREE_DEPTH: usize = MAX_GROUPS.ilog2() as usize + 1;
+/// Most groups that a layout can have.
+const MAX_GROUPS: usize = 8;
 /// The largest n, and the largest k: 127 * 127 * `MAX_SIZE` still fits an i32.
 const MAX_SIZE: usize = 1 << 17;
 const MAX_CHANNELS: usize = 1 << 24;

@@ -44,14 +44,14 @@ pub use pack::{pack, pack_f32};
 
 use half::bf16;
 
-use self::activations::Activations;
+use self::activations::{Activations, Tiles};
 use self::epilogue::Finish;
 use self::levels::compiled_for;
 use self::schedule::Schedule;
 use self::tile::{Sums, Tree, Work};
 use crate::cpu::Cpu;
 use crate::level::Level;
-use crate::rows::Rows;
+use crate::rows::{Rows, RowsMut};
 
 /// `x` is `[rows, k]`; `out` is `[rows, n]`, or `[rows, n / 2]` for gated weights. A row with
 /// something infinite or NaN in it gives NaN (in integer formats) or what arithmetic gives (bf16),
@@ -91,13 +91,22 @@ fn product(
         scratch,
     } = cpu;
     let (most_rows, kernel) = kernel(*level, layout.format());
-    let x = Activations::prepare(team, *level, scratch, layout, x, most_rows);
-    let (rows, tiles) = (x.rows(), x.tiles.count());
-    let schedule = Schedule::new(layout, rows, x.row_bytes(), tiles, team.threads());
     let groups = layout.k_groups();
+    let tiles = Tiles::new(x.rows(), most_rows);
+    let [values, scales, offsets] = activations::sizes(layout, x.rows());
+    let schedule = Schedule::new(layout, tiles, values, team.threads());
+    // With one group a tile's sums are done with before the next tile.
+    let trees = if groups == 1 { 1 } else { schedule.chunk() };
+    let thread_sums = trees * Tree::depth(groups);
+    let sums = team.threads() * thread_sums * size_of::<Sums>();
+    let [values, scales, offsets, sums] = scratch.parts([values, scales, offsets, sums]);
+    let x = Activations::prepare(team, *level, layout, x, tiles, [values, scales, offsets]);
+    // SAFETY: aligned to 64, and any bytes are valid floats.
+    let sums = RowsMut::of(unsafe { sums.align_to_mut::<Sums>().1 }, thread_sums);
     team.run(schedule.tasks(), |index, thread| {
         let task = schedule.task(index);
-        let mut trees = vec![Tree::new(); task.tiles.len()];
+        // SAFETY: a thread is in one task at a time, and has a row of its own.
+        let sums = unsafe { sums.part(thread, 0, thread_sums) };
         for panel in task.panels.clone() {
             let after = task.after(panel);
             for group in 0..groups {
@@ -107,7 +116,9 @@ fn product(
                     weight.block(0, after)
                 };
                 let mut ahead = ahead.chunks(ahead.len().div_ceil(task.tiles.len()));
-                for (tile, tree) in task.tiles.clone().zip(&mut trees) {
+                for (index, tile) in task.tiles.clone().enumerate() {
+                    let depth = Tree::depth(groups);
+                    let mut tree = Tree(&mut sums[index % trees * depth..][..depth]);
                     let work = Work {
                         weight: *weight,
                         panel,
@@ -115,12 +126,12 @@ fn product(
                         tile: x.tile(tile),
                         ahead: ahead.next().unwrap_or_default(),
                     };
-                    kernel(&work, tree);
+                    kernel(&work, &mut tree);
+                    if group + 1 == groups {
+                        let (first, rows) = tiles.tile(tile);
+                        done(panel, thread, first, rows, tree.top());
+                    }
                 }
-            }
-            for (tile, tree) in task.tiles.clone().zip(&trees) {
-                let (first, rows) = x.tiles.tile(tile);
-                done(panel, thread, first, rows, tree.sums(groups));
             }
         }
     });

@@ -11,14 +11,15 @@
 //! read from memory once for every chunk. For few rows a run is as long as makes taking it from
 //! the team's counter cheap.
 
+use super::activations::Tiles;
 use super::layout::Layout;
 
 /// Activations of a chunk.
 const CHUNK_BYTES: usize = 512 << 10;
 /// Weights of a run for few rows.
 const RUN_BYTES: usize = 64 << 10;
-/// Rows above which a panel alone is work enough.
-const FEW_ROWS: usize = 13;
+/// Tiles above which a panel alone is work enough.
+const FEW_TILES: usize = 1;
 
 pub(super) struct Schedule {
     panels: usize,
@@ -50,22 +51,17 @@ impl Task {
 }
 
 impl Schedule {
-    /// For `tiles` tiles of `rows` rows of which each takes `row_bytes`, on `threads` threads.
-    pub(super) fn new(
-        layout: &Layout,
-        rows: usize,
-        row_bytes: usize,
-        tiles: usize,
-        threads: usize,
-    ) -> Self {
+    /// For tiles whose activations take `bytes` together, on `threads` threads.
+    pub(super) fn new(layout: &Layout, tiles: Tiles, bytes: usize, threads: usize) -> Self {
         let panels = layout.panels();
         let panel_bytes = layout.k_groups() * layout.block_bytes();
-        let run = if rows > FEW_ROWS {
+        let tiles = tiles.count();
+        let run = if tiles > FEW_TILES {
             1
         } else {
             (RUN_BYTES / panel_bytes).clamp(1, panels.div_ceil(4 * threads))
         };
-        let chunks = (rows * row_bytes).div_ceil(CHUNK_BYTES).clamp(1, tiles);
+        let chunks = bytes.div_ceil(CHUNK_BYTES).clamp(1, tiles);
         Self {
             panels,
             run,
@@ -74,6 +70,11 @@ impl Schedule {
             chunk: tiles.div_ceil(chunks),
             threads,
         }
+    }
+
+    /// The most tiles of a task.
+    pub(super) fn chunk(&self) -> usize {
+        self.chunk
     }
 
     pub(super) fn tasks(&self) -> usize {

@@ -5,7 +5,6 @@ use rand::rngs::StdRng;
 use rand::{RngExt, SeedableRng};
 
 use super::*;
-use crate::rows::RowsMut;
 
 /// 64-byte aligned bytes.
 struct Aligned(crate::scratch::Scratch, usize);

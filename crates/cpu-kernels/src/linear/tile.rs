@@ -1,7 +1,7 @@
 //! What every level's kernel computes: the sums of one panel and one tile of rows.
 
 use super::activations::Tile;
-use super::layout::{CHANNELS, Packed, TREE_DEPTH};
+use super::layout::{CHANNELS, Packed};
 
 /// The most rows that a tile of any level has.
 pub(super) const MAX_ROWS: usize = 13;
@@ -34,18 +34,17 @@ impl Sums {
 /// ```
 ///
 /// A level holds the last left side that waits for its right side; the top of the tree is the sum.
-#[derive(Clone)]
-pub(super) struct Tree(pub(super) [Sums; TREE_DEPTH]);
+pub(super) struct Tree<'a>(pub(super) &'a mut [Sums]);
 
-impl Tree {
-    pub(super) fn new() -> Self {
-        Self([Sums([[0.0; CHANNELS]; MAX_ROWS]); TREE_DEPTH])
+impl Tree<'_> {
+    /// Levels of the tree that adds a power of two of groups.
+    pub(super) fn depth(groups: usize) -> usize {
+        groups.ilog2() as usize + 1
     }
 
-    /// After the last of `groups` groups: a power of two.
-    #[inline]
-    pub(super) fn sums(&self, groups: usize) -> &Sums {
-        &self.0[groups.ilog2() as usize]
+    /// The sum of all groups.
+    pub(super) fn top(&self) -> &Sums {
+        &self.0[self.0.len() - 1]
     }
 
     /// Add what `group` contributes to a row.
@@ -53,8 +52,8 @@ impl Tree {
     pub(super) fn add(&mut self, group: usize, row: usize, mut values: [f32; CHANNELS]) {
         let level = group.trailing_ones() as usize;
         for left in &self.0[..level] {
-            for (right, left) in values.iter_mut().zip(&left.0[row]) {
-                *right += left;
+            for (lane, value) in values.iter_mut().enumerate() {
+                *value += left.0[row][lane];
             }
         }
         self.0[level].0[row] = values;
