@@ -71,6 +71,11 @@ class _Listening(TorchDispatchMode):
 
     recording: "Recording"
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Recording is never compiled; the wrapper that says so would import torch._dynamo."""
+        return False
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return self.recording.take(func, args, kwargs or {})
 
