@@ -1,7 +1,7 @@
 """The Rust half: listener of the engine, text, gateway, load generator (crates/python-module)."""
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, final
+from typing import Any, Final, final
 
 __version__: str
 
@@ -176,6 +176,12 @@ def cpu_level() -> str:
 
 def cpu_start(threads: int, nice: int) -> None:
     """Start the threads that kernels run on, the caller's included; a former set ends."""
+
+def cpu_ceilings(seconds: float) -> dict[str, Any]:
+    """What these threads do at most, each measured for about `seconds`: `level`, `threads`,
+    `read_bytes_s`, and `int8_ops_s` and `bf16_ops_s`, None where kernels are portable."""
+
+CPU_MATRIX_VERSION: Final[int]  # of the bytes that cpu_matrix_pack writes
 
 def cpu_matrix_bytes(code: list[int]) -> int:
     """Bytes of a packed matrix. Raises ValueError for a layout that there is not."""

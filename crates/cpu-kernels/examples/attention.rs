@@ -14,6 +14,7 @@ use scalellm_cpu_kernels::attention::{
     Batch, Cache, KvLayout, KvType, Scoring, Span, attend, store,
 };
 use scalellm_cpu_kernels::bf16;
+use scalellm_cpu_kernels::ceiling::Ceilings;
 use scalellm_cpu_kernels::cpu::Cpu;
 use scalellm_cpu_kernels::level::Level;
 use scalellm_cpu_kernels::rows::{Rows, RowsMut};
@@ -44,7 +45,7 @@ fn main() -> Result<(), Box<dyn Error>> {
         }
         decode(&mut cpu, layout, 1, 8192, 16)?;
     }
-    let peak = peak(&cpu);
+    let peak = Ceilings::measure(&cpu, 0.3)?.bf16_ops_s.unwrap_or(f64::NAN);
     for dtype in [KvType::Bf16, KvType::Int8] {
         let layout = KvLayout::new(16, KV_HEADS, DIM, dtype)?;
         for tokens in [128, 512, 2048] {
@@ -217,39 +218,4 @@ fn prefill(
         storing * 1e3,
     );
     Ok(())
-}
-
-/// Operations a second of dot products of bf16 pairs that stay in registers; 0 below AVX-512.
-fn peak(cpu: &Cpu) -> f64 {
-    #[cfg(target_arch = "x86_64")]
-    if cpu.level == Level::Avx512 {
-        const ROUNDS: usize = 1_000_000;
-        let tasks = cpu.team.threads();
-        let seconds = median(|| {
-            cpu.team.run(tasks, |_, _| {
-                // SAFETY: the processor has the level.
-                black_box(unsafe { dot_products(ROUNDS) });
-            });
-        });
-        return (tasks * ROUNDS * SUMS * 64) as f64 / seconds;
-    }
-    let _ = cpu;
-    0.0
-}
-
-#[cfg(target_arch = "x86_64")]
-const SUMS: usize = 16;
-
-#[cfg(target_arch = "x86_64")]
-#[target_feature(enable = "avx512f,avx512bf16")]
-fn dot_products(rounds: usize) -> f32 {
-    use std::arch::x86_64::*;
-    let one = _mm512_cvtne2ps_pbh(_mm512_set1_ps(1.0), _mm512_set1_ps(black_box(1.0)));
-    let mut sums = [_mm512_setzero_ps(); SUMS];
-    for _ in 0..rounds {
-        for sum in &mut sums {
-            *sum = _mm512_dpbf16_ps(*sum, one, one);
-        }
-    }
-    sums.into_iter().map(|sum| _mm512_reduce_add_ps(sum)).sum()
 }

@@ -9,6 +9,7 @@
 //! linear    products with packed weights: bf16, int8, int4
 //! attention over the paged cache, and what stores keys and values there
 //! plan      a model's step as a recorded list of all these
+//! ceiling   what the processor can do at most, to measure kernels against; pages: huge ones
 //! norm, rotary, activation, embedding, moe      what lies between linears
 //! vectorise one body, compiled for each level; bfloat, exp, share: what such bodies are made of
 //! ```
@@ -20,6 +21,7 @@
 pub mod activation;
 pub mod attention;
 mod bfloat;
+pub mod ceiling;
 pub mod cpu;
 pub mod embedding;
 mod exp;
@@ -27,6 +29,7 @@ pub mod level;
 pub mod linear;
 pub mod moe;
 pub mod norm;
+pub mod pages;
 pub mod plan;
 pub mod rotary;
 pub mod rows;

@@ -19,7 +19,7 @@ use scalellm_cpu_kernels::linear::{self, Epilogue, Format, Layout, Output, Packe
 use scalellm_cpu_kernels::moe::{self, Expert, Workspace};
 use scalellm_cpu_kernels::plan::{
     Attention, AttentionViews, Element, Experts, ExpertsViews, Extent, Linear, Op, Plan, Step,
-    Table, View,
+    Table, View, Wanted,
 };
 use scalellm_cpu_kernels::rows::{Rows, RowsMut};
 use scalellm_cpu_kernels::{norm, rotary};
@@ -27,6 +27,7 @@ use scalellm_cpu_kernels::{norm, rotary};
 /// Add the classes and functions of this file to `module`.
 pub fn register(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_class::<CpuPlan>()?;
+    module.add("CPU_MATRIX_VERSION", linear::VERSION)?;
     module.add_function(wrap_pyfunction!(cpu_level, module)?)?;
     module.add_function(wrap_pyfunction!(cpu_start, module)?)?;
     module.add_function(wrap_pyfunction!(cpu_matrix_bytes, module)?)?;
@@ -40,11 +41,11 @@ pub fn register(module: &Bound<'_, PyModule>) -> PyResult<()> {
 }
 
 /// Address, rows, elements from one row to the next.
-type RowsAt = (usize, usize, usize);
+pub type RowsAt = (usize, usize, usize);
 /// Address and number of elements.
-type SliceAt = (usize, usize);
+pub type SliceAt = (usize, usize);
 
-fn refused(error: impl ToString) -> PyErr {
+pub fn refused(error: impl ToString) -> PyErr {
     PyValueError::new_err(error.to_string())
 }
 
@@ -70,7 +71,7 @@ fn shared(threads: Option<usize>, nice: i32) -> PyResult<Arc<Mutex<Cpu>>> {
 }
 
 /// Run `work` on the team, without the GIL.
-fn on_cpu<T: Send>(py: Python<'_>, work: impl FnOnce(&mut Cpu) -> T + Send) -> PyResult<T> {
+pub fn on_cpu<T: Send>(py: Python<'_>, work: impl FnOnce(&mut Cpu) -> T + Send) -> PyResult<T> {
     let cpu = shared(None, 0)?;
     Ok(py.detach(|| work(&mut cpu.lock())))
 }
@@ -218,7 +219,7 @@ unsafe fn spans(at: SliceAt) -> PyResult<Vec<Span>> {
 
 /// # Safety
 /// `at` has that many elements; with none its address means nothing.
-unsafe fn slice<'a, T>((start, count): SliceAt) -> &'a [T] {
+pub unsafe fn slice<'a, T>((start, count): SliceAt) -> &'a [T] {
     if count == 0 {
         return &[];
     }
@@ -391,6 +392,8 @@ fn cpu_experts(
 
 // ------------------------------------------------------------------ plans
 
+/// A step: int64 ids and positions, int64 logit rows, int64 spans [n, 4], int32 tables.
+type StepAt = (SliceAt, usize, SliceAt, SliceAt, SliceAt);
 /// Buffer, first column, columns.
 type ViewAt = (usize, usize, usize);
 
@@ -424,6 +427,28 @@ impl CpuPlan {
     fn push(&mut self, op: Op) -> PyResult<()> {
         // SAFETY: the recorder keeps what the ops point to for as long as the plan.
         unsafe { self.plan.push(op) }.map_err(refused)
+    }
+
+    fn compute(&mut self, py: Python<'_>, step: StepAt, wanted: Wanted) -> PyResult<()> {
+        let (token_ids, positions, logit_rows, span_rows, tables) = step;
+        let plan = &mut self.plan;
+        let cpu = shared(None, 0)?;
+        // SAFETY: the caller's arrays have these sizes.
+        let spans = unsafe { spans(span_rows)? };
+        py.detach(|| {
+            // SAFETY: as above.
+            let step = unsafe {
+                Step {
+                    token_ids: slice(token_ids),
+                    positions: slice((positions, token_ids.1)),
+                    logit_rows: slice(logit_rows),
+                    spans: &spans,
+                    tables: slice::<i32>(tables),
+                }
+            };
+            plan.run(&mut cpu.lock(), &step, wanted)
+        })
+        .map_err(refused)
     }
 }
 
@@ -513,14 +538,8 @@ impl CpuPlan {
         })
     }
 
-    fn logits(
-        &mut self,
-        x: ViewAt,
-        code: Vec<usize>,
-        weight: SliceAt,
-        bias: usize,
-    ) -> PyResult<()> {
-        let linear = matrix(&code, weight, bias)?;
+    fn logits(&mut self, x: ViewAt, code: Vec<usize>, weight: SliceAt) -> PyResult<()> {
+        let linear = matrix(&code, weight, 0)?;
         self.push(Op::Logits { x: view(x), linear })
     }
 
@@ -590,25 +609,15 @@ impl CpuPlan {
         self.plan.finish();
     }
 
-    /// Run a step: int64 ids and positions, int64 logit rows, int64 spans [n, 4], int32 tables;
-    /// writes f32 logits [logit rows, `vocab_size`].
-    #[expect(clippy::too_many_arguments, reason = "the tensors of a step")]
-    fn run(
+    /// Run a step and write its f32 logits [logit rows, `vocab_size`].
+    fn logits_of(
         &mut self,
         py: Python<'_>,
-        token_ids: SliceAt,
-        positions: usize,
-        logit_rows: SliceAt,
-        span_rows: SliceAt,
-        tables: SliceAt,
+        step: StepAt,
         vocab_size: usize,
         logits: usize,
     ) -> PyResult<()> {
-        // SAFETY: the caller's tensors have these sizes.
-        let (spans, step) = unsafe { (spans(span_rows)?, slice::<i32>(tables)) };
-        let plan = &mut self.plan;
-        let cpu = shared(None, 0)?;
-        let width = plan.ops().iter().find_map(|op| match op {
+        let width = self.plan.ops().iter().find_map(|op| match op {
             Op::Logits { linear, .. } => Some(linear.layout.n()),
             _ => None,
         });
@@ -617,24 +626,18 @@ impl CpuPlan {
                 "logits of {width:?} numbers, not {vocab_size}"
             )));
         }
-        py.detach(|| {
-            // SAFETY: as above, and `logits` is nobody else's.
-            let (step, logits) = unsafe {
-                let step = Step {
-                    token_ids: slice(token_ids),
-                    positions: slice((positions, token_ids.1)),
-                    logit_rows: slice(logit_rows),
-                    spans: &spans,
-                    tables: step,
-                };
-                let rows = logit_rows.1;
-                let logits = RowsMut::from_raw(logits as *mut f32, rows, vocab_size, vocab_size);
-                (step, logits)
-            };
-            let mut cpu = cpu.lock();
-            plan.run(&mut cpu, &step, Some(logits))
-        })
-        .map_err(refused)
+        let rows = step.2.1;
+        // SAFETY: the caller's tensor has these sizes, and is nobody else's meanwhile.
+        let logits = unsafe { RowsMut::from_raw(logits as *mut f32, rows, vocab_size, vocab_size) };
+        self.compute(py, step, Wanted::Logits(logits))
+    }
+
+    /// Run a step: the lowest id of each logit row's largest logit, None where that is not finite.
+    fn greedy_ids(&mut self, py: Python<'_>, step: StepAt) -> PyResult<Vec<Option<u32>>> {
+        let mut best = vec![(f32::NEG_INFINITY, 0); step.2.1];
+        self.compute(py, step, Wanted::Greedy(&mut best))?;
+        let id = |(logit, id): (f32, u32)| logit.is_finite().then_some(id);
+        Ok(best.into_iter().map(id).collect())
     }
 
     /// Milliseconds that each kind of operation took in the last step.

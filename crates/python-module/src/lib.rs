@@ -5,22 +5,26 @@
 use pyo3::prelude::*;
 
 mod accounts;
+mod ceilings;
 mod fake_engine;
 mod gateway;
 mod kernels;
 mod listener;
 mod load_generator;
+mod sampling;
 mod text;
 
 #[pymodule]
 fn _core(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add("__version__", env!("CARGO_PKG_VERSION"))?;
     accounts::register(module)?;
+    ceilings::register(module)?;
     listener::register(module)?;
     fake_engine::register(module)?;
     gateway::register(module)?;
     kernels::register(module)?;
     load_generator::register(module)?;
+    sampling::register(module)?;
     text::register(module)?;
     Ok(())
 }
