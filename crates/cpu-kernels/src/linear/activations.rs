@@ -15,13 +15,15 @@
 use half::bf16;
 
 use super::layout::{Format, Layout};
-use super::levels::compiled_for;
 use crate::level::Level;
 use crate::rows::{Rows, RowsMut};
 use crate::team::Team;
+use crate::vectorise::vectorised;
 
 /// Inputs that are quantised at a time.
 const CHUNK: usize = 32;
+/// Elements that are prepared sooner than another thread would begin to help.
+const SMALL: usize = 16 << 10;
 /// What a unit of interleaved activations takes.
 const UNIT_BYTES: usize = 4;
 /// Below this the reciprocal of a scale would come near overflow.
@@ -112,20 +114,32 @@ impl<'a> Activations<'a> {
             let values = flat(values);
             let scales = flat(scales);
             let offsets = flat(offsets);
-            team.run(tiles.count(), |index, _| {
-                let (first, count) = tiles.tile(index);
-                // SAFETY: tiles own disjoint ranges, and each is prepared by one task.
-                let tile = unsafe {
-                    TileMut {
+            let groups = layout.k_groups();
+            let [group_bytes, group_scales, group_offsets] =
+                [value_bytes, row_scales, row_offsets].map(|size| size / groups);
+            let task = |index: usize, _| {
+                let (first, rows) = tiles.tile(index / groups);
+                let group = index % groups;
+                let at = |size| first * size * groups + group * rows * size;
+                // SAFETY: groups of tiles own disjoint ranges, and each is one task.
+                let part = unsafe {
+                    Part {
                         first,
-                        rows: count,
-                        values: values.part(0, first * value_bytes, count * value_bytes),
-                        scales: scales.part(0, first * row_scales, count * row_scales),
-                        offsets: offsets.part(0, first * row_offsets, count * row_offsets),
+                        rows,
+                        group,
+                        values: values.part(0, at(group_bytes), rows * group_bytes),
+                        scales: scales.part(0, at(group_scales), rows * group_scales),
+                        offsets: offsets.part(0, at(group_offsets), rows * group_offsets),
                     }
                 };
-                compiled_for!(level, fill(layout: &Layout, x: Rows<bf16>, tile: TileMut));
-            });
+                fill(level, layout, x, part);
+            };
+            let tasks = tiles.count() * groups;
+            if x.rows() * x.cols() < SMALL {
+                (0..tasks).for_each(|index| task(index, 0));
+            } else {
+                team.run(tasks, task);
+            }
         }
         Self {
             tiles,
@@ -156,21 +170,24 @@ fn flat<T: Copy>(data: &mut [T]) -> RowsMut<'_, T> {
     unsafe { RowsMut::from_raw(data.as_mut_ptr(), 1, len, len) }
 }
 
-struct TileMut<'a> {
+/// One group of a tile.
+struct Part<'a> {
     first: usize,
     rows: usize,
+    group: usize,
     values: &'a mut [u8],
     scales: &'a mut [f32],
     offsets: &'a mut [i32],
 }
 
-#[inline(always)]
-fn fill(layout: &Layout, x: Rows<bf16>, tile: TileMut) {
+vectorised! {
+fn fill(layout: &Layout, x: Rows<bf16>, part: Part) {
     match layout.format() {
-        Format::Bf16 => interleave(layout, x, tile),
-        Format::Int8 => quantise(layout, x, tile, layout.group_k(), 128),
-        Format::Int4 { group } => quantise(layout, x, tile, group, 8),
+        Format::Bf16 => interleave(layout, x, part),
+        Format::Int8 => quantise(layout, x, part, layout.group_k(), 128),
+        Format::Int4 { group } => quantise(layout, x, part, group, 8),
     }
+}
 }
 
 /// The units of one row of a tile, one after another.
@@ -204,38 +221,33 @@ impl Units<'_> {
 
 /// `span` inputs share an offset, which is minus `excess` times the sum of their int8 values.
 #[inline(always)]
-fn quantise(layout: &Layout, x: Rows<bf16>, tile: TileMut, span: usize, excess: i32) {
-    let (group_k, rows) = (layout.group_k(), tile.rows);
-    let group_bytes = rows * layout.block_k();
+fn quantise(layout: &Layout, x: Rows<bf16>, part: Part, span: usize, excess: i32) {
+    let (group_k, rows) = (layout.group_k(), part.rows);
     for row in 0..rows {
-        let groups = x.row(tile.first + row).chunks(group_k).enumerate();
-        for (group, x) in groups {
-            let (scale, inverse) = scale_of(x);
-            tile.scales[group * rows + row] = scale;
-            let offsets = &mut tile.offsets[group * layout.offsets() * rows..];
-            let values = &mut tile.values[group * group_bytes..][..group_bytes];
-            let mut units = Units {
-                units: values.as_chunks_mut().0,
-                next: row,
-                rows,
-            };
-            for (index, x) in x.chunks(span).enumerate() {
-                let mut sums = [0; CHUNK];
-                let (whole, rest) = x.as_chunks();
-                for x in whole {
-                    units.put(round(x, inverse, &mut sums).as_chunks().0);
-                }
-                if !rest.is_empty() {
-                    let last = round(&padded(rest), inverse, &mut sums);
-                    units.put(&last.as_chunks().0[..rest.len().div_ceil(UNIT_BYTES)]);
-                }
-                let sum = sums
-                    .iter()
-                    .fold(0, |sum: i32, &lane| sum.wrapping_add(lane));
-                offsets[index * rows + row] = sum.wrapping_mul(-excess);
+        let x = &x.row(part.first + row)[part.group * group_k..][..group_k];
+        let (scale, inverse) = scale_of(x);
+        part.scales[row] = scale;
+        let mut units = Units {
+            units: part.values.as_chunks_mut().0,
+            next: row,
+            rows,
+        };
+        for (index, x) in x.chunks(span).enumerate() {
+            let mut sums = [0; CHUNK];
+            let (whole, rest) = x.as_chunks();
+            for x in whole {
+                units.put(round(x, inverse, &mut sums).as_chunks().0);
             }
-            units.pad();
+            if !rest.is_empty() {
+                let last = round(&padded(rest), inverse, &mut sums);
+                units.put(&last.as_chunks().0[..rest.len().div_ceil(UNIT_BYTES)]);
+            }
+            let sum = sums
+                .iter()
+                .fold(0, |sum: i32, &lane| sum.wrapping_add(lane));
+            part.offsets[index * rows + row] = sum.wrapping_mul(-excess);
         }
+        units.pad();
     }
 }
 
@@ -286,24 +298,20 @@ fn round(x: &[bf16; CHUNK], inverse: f32, sums: &mut [i32; CHUNK]) -> [u8; CHUNK
 }
 
 #[inline(always)]
-fn interleave(layout: &Layout, x: Rows<bf16>, tile: TileMut) {
-    let (group_k, rows) = (layout.group_k(), tile.rows);
-    let group_bytes = rows * layout.block_k() * 2;
+fn interleave(layout: &Layout, x: Rows<bf16>, part: Part) {
+    let (group_k, rows) = (layout.group_k(), part.rows);
     for row in 0..rows {
-        let groups = tile.values.chunks_mut(group_bytes);
-        for (x, values) in x.row(tile.first + row).chunks(group_k).zip(groups) {
-            let mut units = Units {
-                units: values.as_chunks_mut().0,
-                next: row,
-                rows,
-            };
-            let (whole, rest) = x.as_chunks();
-            for x in whole {
-                units.put(&pairs(x));
-            }
-            let last = &pairs(&padded(rest))[..rest.len().div_ceil(2)];
-            units.put(last);
+        let x = &x.row(part.first + row)[part.group * group_k..][..group_k];
+        let mut units = Units {
+            units: part.values.as_chunks_mut().0,
+            next: row,
+            rows,
+        };
+        let (whole, rest) = x.as_chunks();
+        for x in whole {
+            units.put(&pairs(x));
         }
+        units.put(&pairs(&padded(rest))[..rest.len().div_ceil(2)]);
     }
 }
 

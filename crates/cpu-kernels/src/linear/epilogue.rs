@@ -1,11 +1,12 @@
 //! From a tile's sums to the output: channel scales, bias, activation, residual, rounding.
 //!
-//! One source for all levels, see `levels`.
+//! One source for all levels: see `vectorise`.
 
 use half::bf16;
 
 use super::layout::{CHANNELS, F32_SCALES, Format, Packed};
 use super::tile::Sums;
+use crate::bfloat::widen;
 use crate::rows::{Rows, RowsMut};
 
 /// What is added to a product.
@@ -124,85 +125,92 @@ impl<'a> Finish<'a> {
         let (scales, biases) = self.channels(panel);
         for (index, sums) in sums.0[..rows].iter().enumerate() {
             let row = first + index;
-            let mut values = *sums;
+            let mut values = [0.0; CHANNELS];
             for (lane, value) in values.iter_mut().enumerate() {
-                *value = *value * scales[lane] + biases[lane];
+                *value = sums[lane] * scales[lane] + biases[lane];
             }
+            let residual = match self.epilogue.residual {
+                Residual::Rows(residual) => Some(&residual.row(row)[column..][..columns]),
+                Residual::None | Residual::InPlace => None,
+            };
             match &self.out {
                 Output::Bf16(out) => {
                     // SAFETY: the caller answers for this row and panel.
                     let out = unsafe { out.part(row, column, columns) };
-                    match self.epilogue.residual {
-                        Residual::None => {}
-                        Residual::Rows(residual) => {
-                            add(&mut values, &residual.row(row)[column..][..columns]);
+                    let in_place = matches!(self.epilogue.residual, Residual::InPlace);
+                    if let Ok(out) = <&mut [bf16; CHANNELS]>::try_from(&mut *out) {
+                        if in_place {
+                            add(&mut values, out);
+                        } else if let Some(Ok(residual)) = residual.map(TryFrom::try_from) {
+                            add(&mut values, residual);
                         }
-                        Residual::InPlace => add(&mut values, out),
+                        *out = narrow(&values);
+                    } else {
+                        let residual = if in_place { Some(&*out) } else { residual };
+                        add(&mut values, &padded(residual.unwrap_or_default()));
+                        out.copy_from_slice(&narrow(&values)[..columns]);
                     }
-                    narrow(&values, out);
                 }
                 Output::F32(out) => {
-                    if let Residual::Rows(residual) = self.epilogue.residual {
-                        add(&mut values, &residual.row(row)[column..][..columns]);
-                    }
+                    add(&mut values, &padded(residual.unwrap_or_default()));
                     // SAFETY: as above.
                     let out = unsafe { out.part(row, column, columns) };
                     out.copy_from_slice(&values[..columns]);
                 }
                 Output::SiluMul(out) => {
-                    const WIDTH: usize = CHANNELS / 2;
-                    let mut products = [0.0; WIDTH];
-                    for (lane, product) in products.iter_mut().enumerate() {
-                        *product = silu(values[lane]) * values[lane + WIDTH];
-                    }
                     // SAFETY: as above.
-                    narrow(&products, unsafe { out.part(row, column, columns) });
+                    let out = unsafe { out.part(row, column, columns) };
+                    if let Ok(out) = <&mut [bf16; CHANNELS / 2]>::try_from(&mut *out) {
+                        *out = silu_mul(&values);
+                    } else {
+                        out.copy_from_slice(&silu_mul(&values)[..columns]);
+                    }
                 }
             }
         }
     }
 }
 
-/// Add a residual, of as many columns as are not padding.
 #[inline(always)]
-fn add(values: &mut [f32; CHANNELS], residual: &[bf16]) {
-    if let Ok(residual) = <&[bf16; CHANNELS]>::try_from(residual) {
-        for (lane, value) in values.iter_mut().enumerate() {
-            *value += widen(residual[lane]);
-        }
-    } else {
-        for (lane, &residual) in residual.iter().enumerate() {
-            values[lane] += widen(residual);
-        }
+fn add(values: &mut [f32; CHANNELS], residual: &[bf16; CHANNELS]) {
+    for (lane, value) in values.iter_mut().enumerate() {
+        *value += widen(residual[lane]);
     }
 }
 
-/// Store as many columns as are not padding.
+/// A residual of as many columns as are not padding.
+fn padded(residual: &[bf16]) -> [bf16; CHANNELS] {
+    let mut whole = [bf16::ZERO; CHANNELS];
+    whole[..residual.len()].copy_from_slice(residual);
+    whole
+}
+
 #[inline(always)]
-fn narrow<const N: usize>(values: &[f32; N], out: &mut [bf16]) {
+fn narrow<const N: usize>(values: &[f32; N]) -> [bf16; N] {
     let mut narrow = [bf16::ZERO; N];
     for (lane, to) in narrow.iter_mut().enumerate() {
         *to = to_bf16(values[lane]);
     }
-    if let Ok(out) = <&mut [bf16; N]>::try_from(&mut *out) {
-        *out = narrow;
-    } else {
-        out.copy_from_slice(&narrow[..out.len()]);
-    }
+    narrow
 }
 
+/// The first half of a panel's channels are the gate, the second the up projection.
 #[inline(always)]
-fn widen(value: bf16) -> f32 {
-    f32::from_bits(u32::from(value.to_bits()) << 16)
+fn silu_mul(values: &[f32; CHANNELS]) -> [bf16; CHANNELS / 2] {
+    let mut products = [0.0; CHANNELS / 2];
+    for (lane, product) in products.iter_mut().enumerate() {
+        *product = silu(values[lane]) * values[lane + CHANNELS / 2];
+    }
+    narrow(&products)
 }
 
-/// To the nearest bf16, ties to even.
+/// To the nearest bf16, ties to even. A NaN comes from operands of 16 significant bits or from
+/// `f32::NAN`, so its low half is zero and it stays one.
 #[inline(always)]
 fn to_bf16(value: f32) -> bf16 {
     let bits = value.to_bits();
-    let rounded = bits.wrapping_add(0x7fff + (bits >> 16 & 1)) >> 16;
-    let quiet = bits >> 16 | 0x40;
-    bf16::from_bits(if value.is_nan() { quiet } else { rounded } as u16)
+    let rounded = bits.wrapping_add(0x7fff + (bits >> 16 & 1));
+    bf16::from_bits((rounded >> 16) as u16)
 }
 
 /// x / (1 + e^-x).
@@ -265,8 +273,14 @@ mod tests {
 
     #[test]
     fn rounding_to_bf16_is_as_in_half() {
+        for nan in [f32::NAN, -f32::NAN, bf16::from_bits(0x7f81).to_f32()] {
+            assert!(to_bf16(nan).is_nan());
+        }
         for bits in (0..=u32::MAX).step_by(9973) {
             let value = f32::from_bits(bits);
+            if value.is_nan() {
+                continue;
+            }
             assert_eq!(
                 to_bf16(value).to_bits(),
                 bf16::from_f32(value).to_bits(),

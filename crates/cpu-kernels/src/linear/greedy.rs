@@ -3,12 +3,11 @@
 use half::bf16;
 
 use super::layout::{CHANNELS, F32_SCALES, Format, Packed};
-use super::levels::compiled_for;
 use super::product;
 use super::tile::Sums;
 use crate::cpu::Cpu;
-use crate::level::Level;
 use crate::rows::{Rows, RowsMut};
+use crate::vectorise::vectorised;
 
 /// A logit and its id.
 type Best = (f32, u32);
@@ -32,7 +31,7 @@ pub fn greedy(cpu: &mut Cpu, x: Rows<bf16>, weight: &Packed, out: &mut [(f32, u3
         product(cpu, x, weight, |panel, thread, first, rows, sums| {
             // SAFETY: a thread is in one task at a time, and has a row of its own.
             let best = unsafe { best.part(thread, first, rows) };
-            compiled_for!(level, choose(weight: &Packed, panel: usize, sums: &Sums, best: &mut [Best]));
+            choose(level, weight, panel, sums, best);
         });
     }
     out.fill(NONE);
@@ -51,8 +50,8 @@ fn better(a: Best, b: Best) -> Best {
     }
 }
 
+vectorised! {
 /// Take a panel's logits into account.
-#[inline(always)]
 fn choose(weight: &Packed, panel: usize, sums: &Sums, best: &mut [Best]) {
     let layout = weight.layout();
     let mut scales = [1.0; CHANNELS];
@@ -81,4 +80,5 @@ fn choose(weight: &Packed, panel: usize, sums: &Sums, best: &mut [Best]) {
             *best = better(*best, (logit, (first + lane) as u32));
         }
     }
+}
 }

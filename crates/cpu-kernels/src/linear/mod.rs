@@ -9,7 +9,6 @@
 //! portable, avx2, avx512   the kernels of each level
 //! epilogue     from sums to outputs
 //! greedy       from sums to the most likely id
-//! levels       one source compiled for every level
 //! ```
 //!
 //! A product is one job for the team: a task is a run of panels with all rows (of a large batch, a
@@ -28,7 +27,6 @@ mod avx512;
 mod epilogue;
 mod greedy;
 mod layout;
-mod levels;
 mod pack;
 mod portable;
 mod schedule;
@@ -46,12 +44,12 @@ use half::bf16;
 
 use self::activations::{Activations, Tiles};
 use self::epilogue::Finish;
-use self::levels::compiled_for;
 use self::schedule::Schedule;
 use self::tile::{Sums, Tree, Work};
 use crate::cpu::Cpu;
 use crate::level::Level;
 use crate::rows::{Rows, RowsMut};
+use crate::vectorise::vectorised;
 
 /// `x` is `[rows, k]`; `out` is `[rows, n]`, or `[rows, n / 2]` for gated weights. A row with
 /// something infinite or NaN in it gives NaN (in integer formats) or what arithmetic gives (bf16),
@@ -63,14 +61,15 @@ pub fn linear(cpu: &mut Cpu, x: Rows<bf16>, weight: &Packed, epilogue: Epilogue,
     let level = cpu.level;
     let finish = &Finish::new(weight, x.rows(), epilogue, out);
     product(cpu, x, weight, |panel, _, first, rows, sums| {
-        compiled_for!(level, store(finish: &Finish, panel: usize, first: usize, rows: usize, sums: &Sums));
+        store(level, finish, panel, first, rows, sums);
     });
 }
 
-#[inline(always)]
-fn store(finish: &Finish, panel: usize, first: usize, rows: usize, sums: &Sums) {
-    // SAFETY: `product` hands every panel and tile of rows out once.
-    unsafe { finish.store(panel, first, rows, sums) }
+vectorised! {
+    fn store(finish: &Finish, panel: usize, first: usize, rows: usize, sums: &Sums) {
+        // SAFETY: `product` hands every panel and tile of rows out once.
+        unsafe { finish.store(panel, first, rows, sums) }
+    }
 }
 
 /// Call `done(panel, thread, first row, rows, sums)` for every panel and tile of rows.

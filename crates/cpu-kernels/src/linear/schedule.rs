@@ -17,7 +17,7 @@ use super::layout::Layout;
 /// Activations of a chunk.
 const CHUNK_BYTES: usize = 512 << 10;
 /// Weights of a run for few rows.
-const RUN_BYTES: usize = 64 << 10;
+const RUN_BYTES: usize = 256 << 10;
 /// Tiles above which a panel alone is work enough.
 const FEW_TILES: usize = 1;
 
@@ -59,7 +59,7 @@ impl Schedule {
         let run = if tiles > FEW_TILES {
             1
         } else {
-            (RUN_BYTES / panel_bytes).clamp(1, panels.div_ceil(4 * threads))
+            (RUN_BYTES / panel_bytes).clamp(1, panels.div_ceil(8 * threads))
         };
         let chunks = bytes.div_ceil(CHUNK_BYTES).clamp(1, tiles);
         Self {
