@@ -1,13 +1,13 @@
 //! How near the linear kernels come to what the machine can do.
 //!
 //! ```text
-//! cargo run --release -p scalellm-cpu-kernels --example linear [format] [rows,rows,...] [threads]
+//! cargo run --release -p scalellm-cpu-kernels --example linear [format] [rows,...] [threads] [shape,...]
 //! ```
 //!
-//! Ceilings measured in the same run, on the same threads: VNNI and BF16 products of registers
-//! only, and reading memory. Weights are so many that they come from memory each time. A product
-//! is 2 rows n k operations; "of peak" and "of read" compare operations and weight bytes a second
-//! with the ceilings.
+//! Weights are so many that they come from memory each time. A product is 2 rows n k operations.
+//! "of peak" and "of read" compare operations and weight bytes a second with ceilings (products of
+//! registers alone, and reading memory) that are measured just before: on a shared machine both
+//! change from second to second. All figures are medians of the repeats.
 
 use std::error::Error;
 
@@ -22,8 +22,10 @@ use scalellm_cpu_kernels::rows::{Rows, RowsMut};
 
 /// What a round of products reads: far above any cache.
 const ROUND_BYTES: usize = 160 << 20;
-/// Time for each row of the table.
-const SECONDS: f64 = 0.35;
+const REPEATS: usize = 5;
+/// Of each repeat: for each ceiling, and for the product.
+const CEILING_SECONDS: f64 = 0.015;
+const PRODUCT_SECONDS: f64 = 0.06;
 
 /// (name, n, k, groups along k, gated)
 const SHAPES: [(&str, usize, usize, usize, bool); 6] = [
@@ -50,27 +52,13 @@ fn main() -> Result<(), Box<dyn Error>> {
         .map(str::parse)
         .collect::<Result<Vec<usize>, _>>()?;
     let threads = arguments.next().map_or(Ok(2), |n| n.parse())?;
+    let only = arguments.next();
 
     let mut cpu = Cpu::new(threads, 0)?;
     let mut rng = StdRng::seed_from_u64(1);
-    let ceilings = Ceilings::measure(&cpu, SECONDS)?;
-    let [int8, bf16_peak] =
-        [ceilings.int8_ops_s, ceilings.bf16_ops_s].map(|rate| rate.unwrap_or(f64::NAN));
-    let memory = ceilings.read_bytes_s;
+    println!("{} with {threads} threads", cpu.level);
     println!(
-        "{} with {threads} threads: int8 {:.0} GOP/s, bf16 {:.0} GOP/s, read {:.1} GB/s",
-        cpu.level,
-        int8 / 1e9,
-        bf16_peak / 1e9,
-        memory / 1e9
-    );
-    let peak = if format == Format::Bf16 {
-        bf16_peak
-    } else {
-        int8
-    };
-    println!(
-        "{:>12} {:>5} {:>9} {:>7} {:>8} {:>6} {:>8}",
+        "{:>12} {:>5} {:>9} {:>7} {:>8} {:>6} {:>8}   peak GOP/s, read GB/s",
         format!("{format:?}").split(' ').next().unwrap_or(""),
         "rows",
         "us",
@@ -80,6 +68,12 @@ fn main() -> Result<(), Box<dyn Error>> {
         "of read"
     );
     for (name, n, k, k_groups, gated) in SHAPES {
+        if only
+            .as_ref()
+            .is_some_and(|only| !only.split(',').any(|one| one == name))
+        {
+            continue;
+        }
         let layout = Layout::new(format, n, k, k_groups, gated)?;
         let copies = (ROUND_BYTES / layout.bytes()).max(1);
         let weight: Vec<_> = (0..n * k)
@@ -100,7 +94,7 @@ fn main() -> Result<(), Box<dyn Error>> {
                 .map(|_| bf16::from_f32(rng.random::<f32>() - 0.5))
                 .collect();
             let mut out = vec![bf16::ZERO; rows * layout.columns()];
-            let mut round = || {
+            let mut round = |cpu: &mut Cpu| {
                 for weight in &weights {
                     let out = RowsMut::of(&mut out, layout.columns());
                     let out = if gated {
@@ -108,19 +102,37 @@ fn main() -> Result<(), Box<dyn Error>> {
                     } else {
                         Output::Bf16(out)
                     };
-                    linear(&mut cpu, Rows::of(&x, k), weight, Epilogue::default(), out);
+                    linear(cpu, Rows::of(&x, k), weight, Epilogue::default(), out);
                 }
             };
-            let seconds = median(SECONDS, &mut round) / copies as f64;
-            let operations = 2.0 * (rows * n * k) as f64 / seconds;
-            let bytes = layout.bytes() as f64 / seconds;
+            let mut repeats = Vec::new();
+            for _ in 0..REPEATS {
+                let ceilings = Ceilings::measure(&cpu, CEILING_SECONDS)?;
+                let peak = match format {
+                    Format::Bf16 => ceilings.bf16_ops_s,
+                    Format::Int8 | Format::Int4 { .. } => ceilings.int8_ops_s,
+                };
+                let peak = peak.unwrap_or(f64::NAN);
+                let seconds = median(PRODUCT_SECONDS, || round(&mut cpu)) / copies as f64;
+                let operations = 2.0 * (rows * n * k) as f64 / seconds;
+                let bytes = layout.bytes() as f64 / seconds;
+                let read = ceilings.read_bytes_s;
+                let of = [operations / peak * 100.0, bytes / read * 100.0];
+                repeats.push([seconds, operations, of[0], bytes, of[1], peak, read]);
+            }
+            let [seconds, operations, of_peak, bytes, of_read, peak, read] =
+                std::array::from_fn(|column| {
+                    let mut values: Vec<_> = repeats.iter().map(|row| row[column]).collect();
+                    values.sort_by(f64::total_cmp);
+                    values[REPEATS / 2]
+                });
             println!(
-                "{name:>12} {rows:>5} {:>9.1} {:>7.0} {:>7.1}% {:>6.1} {:>7.1}%",
+                "{name:>12} {rows:>5} {:>9.1} {:>7.0} {of_peak:>7.1}% {:>6.1} {of_read:>7.1}%   {:.0}, {:.1}",
                 seconds * 1e6,
                 operations / 1e9,
-                operations / peak * 100.0,
                 bytes / 1e9,
-                bytes / memory * 100.0
+                peak / 1e9,
+                read / 1e9
             );
         }
     }
