@@ -34,15 +34,19 @@ const ROUND: f32 = 12_582_912.0;
 /// How the rows of a batch are divided.
 #[derive(Clone, Copy)]
 pub(super) struct Tiles {
-    rows: usize,
     count: usize,
+    /// Rows of a tile, of which the first `larger` have one more.
+    size: usize,
+    larger: usize,
 }
 
 impl Tiles {
     pub(super) fn new(rows: usize, most: usize) -> Self {
+        let count = rows.div_ceil(most);
         Self {
-            rows,
-            count: rows.div_ceil(most),
+            count,
+            size: rows.checked_div(count).unwrap_or(0),
+            larger: rows.checked_rem(count).unwrap_or(0),
         }
     }
 
@@ -53,46 +57,63 @@ impl Tiles {
     /// First row and number of rows of a tile.
     #[inline]
     pub(super) fn tile(self, index: usize) -> (usize, usize) {
-        let (size, larger) = (self.rows / self.count, self.rows % self.count);
-        let first = index * size + index.min(larger);
-        (first, size + usize::from(index < larger))
+        let first = index * self.size + index.min(self.larger);
+        (first, self.size + usize::from(index < self.larger))
     }
 }
 
 /// All tiles of a batch.
 pub(super) struct Activations<'a> {
-    pub(super) tiles: Tiles,
-    layout: Layout,
+    tiles: Tiles,
+    groups: usize,
+    sizes: Sizes,
     values: &'a [u8],
     scales: &'a [f32],
     offsets: &'a [i32],
 }
 
-/// One tile.
+/// One group of a tile.
 pub(super) struct Tile<'a> {
     pub(super) rows: usize,
-    /// `[groups][steps][rows][4]`
+    /// `[steps][rows][4]`
     pub(super) values: &'a [u8],
-    /// `[groups][rows]`
+    /// `[rows]`
     pub(super) scales: &'a [f32],
-    /// `[groups][offsets][rows]`
+    /// `[offsets][rows]`
     pub(super) offsets: &'a [i32],
 }
 
-/// Elements for each row: (bytes of values, scales, offsets).
-fn row_sizes(layout: &Layout) -> (usize, usize, usize) {
-    let groups = layout.k_groups();
-    let width = groups * layout.block_k();
-    match layout.format() {
-        Format::Bf16 => (width * 2, 0, 0),
-        Format::Int8 | Format::Int4 { .. } => (width, groups, groups * layout.offsets()),
+/// What a row takes in each group: bytes of values, scales, offsets.
+#[derive(Clone, Copy)]
+struct Sizes {
+    values: usize,
+    scales: usize,
+    offsets: usize,
+}
+
+impl Sizes {
+    fn new(layout: &Layout) -> Self {
+        let (values, scales) = match layout.format() {
+            Format::Bf16 => (layout.block_k() * 2, 0),
+            Format::Int8 | Format::Int4 { .. } => (layout.block_k(), 1),
+        };
+        Self {
+            values,
+            scales,
+            offsets: layout.offsets(),
+        }
     }
 }
 
 /// Bytes that the values, scales and offsets of some rows take.
 pub(super) fn sizes(layout: &Layout, rows: usize) -> [usize; 3] {
-    let (value_bytes, scales, offsets) = row_sizes(layout);
-    [rows * value_bytes, rows * scales * 4, rows * offsets * 4]
+    let sizes = Sizes::new(layout);
+    let rows = rows * layout.k_groups();
+    [
+        rows * sizes.values,
+        rows * sizes.scales * 4,
+        rows * sizes.offsets * 4,
+    ]
 }
 
 impl<'a> Activations<'a> {
@@ -106,7 +127,7 @@ impl<'a> Activations<'a> {
         tiles: Tiles,
         [values, scales, offsets]: [&'a mut [u8]; 3],
     ) -> Self {
-        let (value_bytes, row_scales, row_offsets) = row_sizes(layout);
+        let (sizes, groups) = (Sizes::new(layout), layout.k_groups());
         // SAFETY: any bytes are valid numbers.
         let (scales, offsets) =
             unsafe { (scales.align_to_mut::<f32>().1, offsets.align_to_mut().1) };
@@ -114,9 +135,6 @@ impl<'a> Activations<'a> {
             let values = flat(values);
             let scales = flat(scales);
             let offsets = flat(offsets);
-            let groups = layout.k_groups();
-            let [group_bytes, group_scales, group_offsets] =
-                [value_bytes, row_scales, row_offsets].map(|size| size / groups);
             let task = |index: usize, _| {
                 let (first, rows) = tiles.tile(index / groups);
                 let group = index % groups;
@@ -127,9 +145,9 @@ impl<'a> Activations<'a> {
                         first,
                         rows,
                         group,
-                        values: values.part(0, at(group_bytes), rows * group_bytes),
-                        scales: scales.part(0, at(group_scales), rows * group_scales),
-                        offsets: offsets.part(0, at(group_offsets), rows * group_offsets),
+                        values: values.part(0, at(sizes.values), rows * sizes.values),
+                        scales: scales.part(0, at(sizes.scales), rows * sizes.scales),
+                        offsets: offsets.part(0, at(sizes.offsets), rows * sizes.offsets),
                     }
                 };
                 fill(level, layout, x, part);
@@ -143,7 +161,8 @@ impl<'a> Activations<'a> {
         }
         Self {
             tiles,
-            layout: *layout,
+            groups,
+            sizes,
             values,
             scales,
             offsets,
@@ -151,14 +170,19 @@ impl<'a> Activations<'a> {
     }
 
     #[inline]
-    pub(super) fn tile(&self, index: usize) -> Tile<'a> {
+    pub(super) fn tile(&self, index: usize, group: usize) -> Tile<'a> {
         let (first, rows) = self.tiles.tile(index);
-        let (value_bytes, scales, offsets) = row_sizes(&self.layout);
+        let at = |size| first * size * self.groups + group * rows * size;
+        let Sizes {
+            values,
+            scales,
+            offsets,
+        } = self.sizes;
         Tile {
             rows,
-            values: &self.values[first * value_bytes..][..rows * value_bytes],
-            scales: &self.scales[first * scales..][..rows * scales],
-            offsets: &self.offsets[first * offsets..][..rows * offsets],
+            values: &self.values[at(values)..][..rows * values],
+            scales: &self.scales[at(scales)..][..rows * scales],
+            offsets: &self.offsets[at(offsets)..][..rows * offsets],
         }
     }
 }

@@ -44,7 +44,7 @@ pub(super) unsafe fn product(work: &Work, tree: &mut Tree) {
 
 #[target_feature(enable = "avx2,fma")]
 fn tile<const R: usize>(work: &Work, tree: &mut Tree) {
-    match work.weight.layout().format() {
+    match work.format {
         Format::Bf16 => {
             let sums = bf16::<R>(work);
             for half in 0..2 {
@@ -92,7 +92,7 @@ fn add<const R: usize>(tree: &mut Tree, group: usize, half: usize, sums: &Halves
 #[inline]
 #[target_feature(enable = "avx2,fma")]
 fn bf16<const R: usize>(work: &Work) -> [[__m256; 4]; R] {
-    let (weights, values) = (work.block(), work.values());
+    let (weights, values) = (work.block, work.tile.values);
     let steps = weights.len() / STEP;
     assert_eq!(values.len(), steps * R * 4, "activations of a group");
     let high = _mm256_set1_epi32(0xffff_0000_u32.cast_signed());
@@ -194,7 +194,7 @@ fn scaled<const R: usize>(mut sums: Halves<R>, scales: &[f32]) -> Halves<R> {
 #[inline]
 #[target_feature(enable = "avx2")]
 fn int8<const R: usize>(work: &Work, half: usize) -> Halves<R> {
-    let (weights, values) = (&work.block()[F32_SCALES..], work.values());
+    let (weights, values) = (&work.block[F32_SCALES..], work.tile.values);
     let steps = weights.len() / STEP;
     assert_eq!(values.len(), steps * R * 4, "activations of a group");
     let mut sums = [[_mm256_setzero_si256(); 4]; R];
@@ -206,8 +206,8 @@ fn int8<const R: usize>(work: &Work, half: usize) -> Halves<R> {
             dot(&mut sums, w, values.as_ptr().add(step * R * 4));
         }
     }
-    let offsets = &work.offsets().as_chunks::<R>().0[0];
-    scaled(whole(&sums, offsets), work.scales())
+    let offsets = &work.tile.offsets.as_chunks::<R>().0[0];
+    scaled(whole(&sums, offsets), work.tile.scales)
 }
 
 #[inline]
@@ -215,9 +215,9 @@ fn int8<const R: usize>(work: &Work, half: usize) -> Halves<R> {
 fn int4<const R: usize>(work: &Work, half: usize, span: usize) -> Halves<R> {
     let pairs = span / 8;
     let size = BF16_SCALES + pairs * STEP;
-    let (weights, values) = (work.block(), work.values());
+    let (weights, values) = (work.block, work.tile.values);
     let parts = weights.len() / size;
-    let offsets = work.offsets().as_chunks::<R>().0;
+    let offsets = work.tile.offsets.as_chunks::<R>().0;
     assert_eq!(values.len(), parts * span * R, "activations of a group");
     assert_eq!(offsets.len(), parts, "offsets of a group");
     let low = _mm_set1_epi8(0x0f);
@@ -255,5 +255,5 @@ fn int4<const R: usize>(work: &Work, half: usize, span: usize) -> Halves<R> {
             }
         }
     }
-    scaled(total, work.scales())
+    scaled(total, work.tile.scales)
 }

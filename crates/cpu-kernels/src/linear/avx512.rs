@@ -85,7 +85,7 @@ pub(super) unsafe fn product(work: &Work, tree: &mut Tree) {
             }
         };
     }
-    match work.weight.layout().format() {
+    match work.format {
         Format::Bf16 => of_rows!(BF16, 1 2 3 4 5 6 7 8 9 10 11 12 13),
         Format::Int8 => of_rows!(INT8, 1 2 3 4 5 6 7 8 9 10 11 12 13),
         Format::Int4 { .. } => of_rows!(INT4, 1 2 3 4 5 6),
@@ -150,7 +150,7 @@ unsafe fn broadcast(from: *const u8) -> __m512i {
 #[inline]
 #[target_feature(enable = "avx512f,avx512bf16")]
 fn bf16<const R: usize>(work: &Work) -> Vectors<__m512, R> {
-    let (weights, values) = (work.block(), work.values());
+    let (weights, values) = (work.block, work.tile.values);
     let steps = weights.len() / PAIR;
     assert_eq!(values.len(), steps * R * 4, "activations of a group");
     let mut ahead = Ahead::new(work, steps);
@@ -176,8 +176,8 @@ fn bf16<const R: usize>(work: &Work) -> Vectors<__m512, R> {
 #[inline]
 #[target_feature(enable = "avx512f,avx512vnni")]
 fn int8<const R: usize>(work: &Work) -> Vectors<__m512, R> {
-    let (weights, values) = (&work.block()[F32_SCALES..], work.values());
-    let offsets = &work.offsets().as_chunks::<R>().0[0];
+    let (weights, values) = (&work.block[F32_SCALES..], work.tile.values);
+    let offsets = &work.tile.offsets.as_chunks::<R>().0[0];
     let steps = weights.len() / PAIR;
     assert_eq!(values.len(), steps * R * 4, "activations of a group");
     let mut ahead = Ahead::new(work, steps);
@@ -198,7 +198,7 @@ fn int8<const R: usize>(work: &Work) -> Vectors<__m512, R> {
             }
         }
     }
-    let scales = &work.scales().as_chunks::<R>().0[0];
+    let scales = &work.tile.scales.as_chunks::<R>().0[0];
     let mut out = [[_mm512_setzero_ps(); 2]; R];
     for (row, out) in out.iter_mut().enumerate() {
         let scale = _mm512_set1_ps(scales[row]);
@@ -211,14 +211,14 @@ fn int8<const R: usize>(work: &Work) -> Vectors<__m512, R> {
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
 fn int4<const R: usize>(work: &Work) -> Vectors<__m512, R> {
-    let Format::Int4 { group: span } = work.weight.layout().format() else {
+    let Format::Int4 { group: span } = work.format else {
         unreachable!("int4 weights")
     };
     let pairs = span / 8;
     let size = BF16_SCALES + pairs * PAIR;
-    let (weights, values) = (work.block(), work.values());
+    let (weights, values) = (work.block, work.tile.values);
     let parts = weights.len() / size;
-    let offsets = work.offsets().as_chunks::<R>().0;
+    let offsets = work.tile.offsets.as_chunks::<R>().0;
     assert_eq!(values.len(), parts * span * R, "activations of a group");
     assert_eq!(offsets.len(), parts, "offsets of a group");
     let mut ahead = Ahead::new(work, parts * pairs);
@@ -268,7 +268,7 @@ fn int4<const R: usize>(work: &Work) -> Vectors<__m512, R> {
             }
         }
     }
-    let scales = &work.scales().as_chunks::<R>().0[0];
+    let scales = &work.tile.scales.as_chunks::<R>().0[0];
     for (row, total) in total.iter_mut().enumerate() {
         let scale = _mm512_set1_ps(scales[row]);
         total[0] = _mm512_mul_ps(total[0], scale);

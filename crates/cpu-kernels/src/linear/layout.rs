@@ -75,6 +75,11 @@ pub struct Layout {
     k: usize,
     k_groups: usize,
     gated: bool,
+    // All that follow from these, as kernels ask often.
+    panels: usize,
+    group_k: usize,
+    block_k: usize,
+    block_bytes: usize,
 }
 
 impl Layout {
@@ -108,12 +113,27 @@ impl Layout {
         if gated && !n.is_multiple_of(2) {
             return Err(LinearError::Gated(n));
         }
+        let group_k = k / k_groups;
+        let block_k = group_k.next_multiple_of(match format {
+            Format::Bf16 => 2,
+            Format::Int8 => 4,
+            Format::Int4 { group } => group,
+        });
         Ok(Self {
             format,
             n,
             k,
             k_groups,
             gated,
+            // Half the columns in panels half as wide.
+            panels: n.div_ceil(CHANNELS),
+            group_k,
+            block_k,
+            block_bytes: match format {
+                Format::Bf16 => block_k * CHANNELS * 2,
+                Format::Int8 => F32_SCALES + block_k * CHANNELS,
+                Format::Int4 { group } => block_k / group * (BF16_SCALES + group * CHANNELS / 2),
+            },
         })
     }
 
@@ -157,7 +177,7 @@ impl Layout {
 
     #[inline]
     pub(super) fn panels(&self) -> usize {
-        self.columns().div_ceil(self.panel_columns())
+        self.panels
     }
 
     /// Columns of the product that a panel computes.
@@ -177,27 +197,18 @@ impl Layout {
     /// Inputs of a group, without padding.
     #[inline]
     pub(super) fn group_k(&self) -> usize {
-        self.k / self.k_groups
+        self.group_k
     }
 
     /// Inputs of a group, with padding.
     #[inline]
     pub(super) fn block_k(&self) -> usize {
-        self.group_k().next_multiple_of(match self.format {
-            Format::Bf16 => 2,
-            Format::Int8 => 4,
-            Format::Int4 { group } => group,
-        })
+        self.block_k
     }
 
     #[inline]
     pub(super) fn block_bytes(&self) -> usize {
-        let k = self.block_k();
-        match self.format {
-            Format::Bf16 => k * CHANNELS * 2,
-            Format::Int8 => F32_SCALES + k * CHANNELS,
-            Format::Int4 { group } => k / group * (BF16_SCALES + group * CHANNELS / 2),
-        }
+        self.block_bytes
     }
 
     /// Sums of activations that undo the offset of unsigned weights, for each group.

@@ -89,14 +89,15 @@ fn product(
         level,
         scratch,
     } = cpu;
-    let (most_rows, kernel) = kernel(*level, layout.format());
-    let groups = layout.k_groups();
+    let (format, groups) = (layout.format(), layout.k_groups());
+    let (most_rows, kernel) = kernel(*level, format);
     let tiles = Tiles::new(x.rows(), most_rows);
     let [values, scales, offsets] = activations::sizes(layout, x.rows());
     let schedule = Schedule::new(layout, tiles, values, team.threads());
     // With one group a tile's sums are done with before the next tile.
     let trees = if groups == 1 { 1 } else { schedule.chunk() };
-    let thread_sums = trees * Tree::depth(groups);
+    let depth = Tree::depth(groups);
+    let thread_sums = trees * depth;
     let sums = team.threads() * thread_sums * size_of::<Sums>();
     let [values, scales, offsets, sums] = scratch.parts([values, scales, offsets, sums]);
     let x = Activations::prepare(team, *level, layout, x, tiles, [values, scales, offsets]);
@@ -109,6 +110,7 @@ fn product(
         for panel in task.panels.clone() {
             let after = task.after(panel);
             for group in 0..groups {
+                let block = weight.block(group, panel);
                 let ahead = if group + 1 < groups {
                     weight.block(group + 1, panel)
                 } else {
@@ -116,13 +118,13 @@ fn product(
                 };
                 let mut ahead = ahead.chunks(ahead.len().div_ceil(task.tiles.len()));
                 for (index, tile) in task.tiles.clone().enumerate() {
-                    let depth = Tree::depth(groups);
-                    let mut tree = Tree(&mut sums[index % trees * depth..][..depth]);
+                    let slot = if groups == 1 { 0 } else { index * depth };
+                    let mut tree = Tree(&mut sums[slot..][..depth]);
                     let work = Work {
-                        weight: *weight,
-                        panel,
+                        format,
                         group,
-                        tile: x.tile(tile),
+                        block,
+                        tile: x.tile(tile, group),
                         ahead: ahead.next().unwrap_or_default(),
                     };
                     kernel(&work, &mut tree);

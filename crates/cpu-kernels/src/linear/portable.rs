@@ -9,9 +9,8 @@ use super::tile::{Tree, Work};
 pub(super) const ROWS: usize = 4;
 
 pub(super) fn product(work: &Work, tree: &mut Tree) {
-    let layout = work.weight.layout();
     for row in 0..work.tile.rows {
-        let sums = match layout.format() {
+        let sums = match work.format {
             Format::Bf16 => bf16_row(work, row),
             Format::Int8 => int8_row(work, row),
             Format::Int4 { group } => int4_row(work, row, group),
@@ -22,14 +21,14 @@ pub(super) fn product(work: &Work, tree: &mut Tree) {
 
 /// A row's units of four bytes in a group.
 fn units<'a>(work: &Work<'a>, row: usize) -> impl Iterator<Item = &'a [u8; 4]> {
-    let units = work.values().as_chunks::<4>().0;
+    let units = work.tile.values.as_chunks::<4>().0;
     units[row..].iter().step_by(work.tile.rows)
 }
 
 fn bf16_row(work: &Work, row: usize) -> [f32; CHANNELS] {
     let mut sums = [0.0; CHANNELS];
     let wide = |a, b| bf16::from_ne_bytes([a, b]).to_f32();
-    let steps = work.block().as_chunks::<{ CHANNELS * 4 }>().0;
+    let steps = work.block.as_chunks::<{ CHANNELS * 4 }>().0;
     for (step, x) in steps.iter().zip(units(work, row)) {
         let (x0, x1) = (wide(x[0], x[1]), wide(x[2], x[3]));
         for (sum, w) in sums.iter_mut().zip(step.as_chunks::<4>().0) {
@@ -50,19 +49,19 @@ fn dot(sums: &mut [i32; CHANNELS], step: &[u8; CHANNELS * 4], x: [u8; 4]) {
 }
 
 fn int8_row(work: &Work, row: usize) -> [f32; CHANNELS] {
-    let mut sums = [work.offsets()[row]; CHANNELS];
-    let steps = work.block()[F32_SCALES..].as_chunks::<{ CHANNELS * 4 }>().0;
+    let mut sums = [work.tile.offsets[row]; CHANNELS];
+    let steps = work.block[F32_SCALES..].as_chunks::<{ CHANNELS * 4 }>().0;
     for (step, x) in steps.iter().zip(units(work, row)) {
         dot(&mut sums, step, *x);
     }
-    sums.map(|sum| sum as f32 * work.scales()[row])
+    sums.map(|sum| sum as f32 * work.tile.scales[row])
 }
 
 fn int4_row(work: &Work, row: usize, span: usize) -> [f32; CHANNELS] {
     let mut total = [0.0_f32; CHANNELS];
     let mut x = units(work, row);
-    let offsets = work.offsets()[row..].iter().step_by(work.tile.rows);
-    let parts = work.block().chunks(BF16_SCALES + span * CHANNELS / 2);
+    let offsets = work.tile.offsets[row..].iter().step_by(work.tile.rows);
+    let parts = work.block.chunks(BF16_SCALES + span * CHANNELS / 2);
     for (part, &offset) in parts.zip(offsets) {
         let mut sums = [offset; CHANNELS];
         let (scales, values) = part.split_at(BF16_SCALES);
@@ -77,5 +76,5 @@ fn int4_row(work: &Work, row: usize, span: usize) -> [f32; CHANNELS] {
             *total = (sum as f32).mul_add(bf16::from_ne_bytes(*scale).to_f32(), *total);
         }
     }
-    total.map(|total| total * work.scales()[row])
+    total.map(|total| total * work.tile.scales[row])
 }

@@ -1,7 +1,7 @@
 //! What every level's kernel computes: the sums of one panel and one tile of rows.
 
 use super::activations::Tile;
-use super::layout::{CHANNELS, Packed};
+use super::layout::{CHANNELS, Format};
 
 /// The most rows that a tile of any level has.
 pub(super) const MAX_ROWS: usize = 13;
@@ -60,39 +60,12 @@ impl Tree<'_> {
     }
 }
 
-/// One group of a panel, and one tile of rows.
+/// One group of a panel, and of one tile of rows.
 pub(super) struct Work<'a> {
-    pub(super) weight: Packed<'a>,
-    pub(super) panel: usize,
+    pub(super) format: Format,
     pub(super) group: usize,
+    pub(super) block: &'a [u8],
     pub(super) tile: Tile<'a>,
     /// What will be read from memory soon: fetched into a cache meanwhile.
     pub(super) ahead: &'a [u8],
-}
-
-impl<'a> Work<'a> {
-    #[inline]
-    pub(super) fn block(&self) -> &'a [u8] {
-        self.weight.block(self.group, self.panel)
-    }
-
-    /// The tile's activations of the group.
-    #[inline]
-    pub(super) fn values(&self) -> &'a [u8] {
-        let size = self.tile.values.len() / self.weight.layout().k_groups();
-        &self.tile.values[self.group * size..][..size]
-    }
-
-    /// The scales of the tile's rows in the group.
-    #[inline]
-    pub(super) fn scales(&self) -> &'a [f32] {
-        &self.tile.scales[self.group * self.tile.rows..][..self.tile.rows]
-    }
-
-    /// The offsets of the tile's rows in the group: `[offsets][rows]`.
-    #[inline]
-    pub(super) fn offsets(&self) -> &'a [i32] {
-        let size = self.weight.layout().offsets() * self.tile.rows;
-        &self.tile.offsets[self.group * size..][..size]
-    }
 }
