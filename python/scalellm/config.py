@@ -44,9 +44,10 @@ class EngineConfig:
         choices=("auto", "cpu", "cuda"),
     )
     quantization: str = setting(
-        "none",
-        "Weights quantised at load, and inputs as they come: on a CPU",
-        choices=("none", "int8", "int4"),
+        "auto",
+        "Weights quantised at load, and inputs as they come: on a CPU; `auto`: int8 there, unless "
+        "--dtype is given",
+        choices=("auto", "none", "int8", "int4"),
         later=("fp8",),
     )
     kv_cache_dtype: str = setting(
@@ -87,6 +88,17 @@ class EngineConfig:
     )
     cpu_threads: int | None = setting(
         None, "Threads of one replica on a CPU; default: all cores", minimum=1, maximum=1024
+    )
+    packed_cache: str | None = setting(
+        None,
+        "Folder of weights laid out for the CPU, which replicas share; `none`: no files; default: "
+        "scalellm/packed in the user's cache folder",
+    )
+    packed_cache_bytes: int = setting(
+        64 << 30,
+        "Most that this folder holds; the least recently used models go first",
+        minimum=0,
+        flag="--packed-cache-size",
     )
     enforce_eager: bool = setting(
         False, "Run every operation of a step from Python, not a recorded plan"

@@ -52,7 +52,7 @@ def describe(config: EngineConfig, executor: Any, tokenizer_digest: str) -> dict
             {
                 "dtype": dtype,
                 "kv_cache_dtype": kv_dtype,
-                "quantization": config.quantization,
+                "quantization": executor.quantization,
                 "device": device,
                 "torch": package_version("torch"),
                 "kernels": KERNEL_GENERATION,
@@ -67,7 +67,7 @@ def describe(config: EngineConfig, executor: Any, tokenizer_digest: str) -> dict
         "num_blocks": executor.num_blocks,
         "tensor_parallel_size": config.tensor_parallel_size,
         "dtype": dtype,
-        "quantization": config.quantization,
+        "quantization": executor.quantization,
         "kv_cache_dtype": kv_dtype,
         "device": device,
         "eos_token_ids": list(executor.model_config.eos_token_ids),

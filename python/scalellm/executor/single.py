@@ -44,6 +44,7 @@ class SingleExecutor:
         self.device = loaded.device
         self.dtype = loaded.dtype
         self.weight_bytes = loaded.weight_bytes
+        self.quantization = loaded.quantization
         self.max_model_len = max_model_len
         self.last_forward_ms: Mapping[str, float] = {}
         self._model = loaded.model
@@ -139,7 +140,7 @@ def _allocate(config: EngineConfig, loaded: LoadedModel) -> tuple[KVSize, KVCach
         model_limit=check_max_model_len(config.max_model_len, loaded.config),
         max_num_seqs=config.max_num_seqs,
         kv_cache_memory_bytes=config.kv_cache_memory_bytes,
-        budget_bytes=_kv_budget(config, loaded.device),
+        budget_bytes=_kv_budget(config, loaded),
     )
     if loaded.packed:
         return size, PackedKVCache.allocate(
@@ -167,9 +168,11 @@ def _record(
     return plan
 
 
-def _kv_budget(config: EngineConfig, device: torch.device) -> int:
+def _kv_budget(config: EngineConfig, loaded: LoadedModel) -> int:
     """Bytes for the KV cache when no size was given."""
-    if device.type == "cpu":
-        return int(available_device_bytes(device) * CPU_KV_SHARE)
-    free, total = torch.cuda.mem_get_info(device)
+    if loaded.device.type == "cpu":
+        # Mapped weights count as available, and are read in every step.
+        available = available_device_bytes(loaded.device) - loaded.mapped_bytes
+        return max(0, int(available * CPU_KV_SHARE))
+    free, total = torch.cuda.mem_get_info(loaded.device)
     return max(0, int(free - (1 - config.gpu_memory_utilization) * total))

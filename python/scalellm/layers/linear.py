@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from scalellm.kernels.linear import Matrix, linear, linear_silu_and_mul, logits
-from scalellm.layers.weights import MatrixSpec, Use, WeightSource, take
+from scalellm.layers.weights import MatrixSpec, Use, WeightSource
 
 
 class Linear:
@@ -65,7 +65,7 @@ class Embedding:
     """Rows of a table by token id: [T] int64 -> [T, d]."""
 
     def __init__(self, source: WeightSource, name: str, vocab_size: int, d: int) -> None:
-        self.weight = take(source, f"{name}.weight", vocab_size, d)
+        self.weight = source.table(f"{name}.weight", vocab_size, d)
 
     def __call__(self, token_ids: Tensor) -> Tensor:
         return self.weight.index_select(0, token_ids)

@@ -51,6 +51,9 @@ class WeightSource(Protocol):
     def fill(self, out: Tensor, name: str) -> None:
         """Write the tensor `name`, of exactly out's shape, into `out`."""
 
+    def table(self, name: str, n: int, d: int) -> Tensor:
+        """The tensor `name` [n, d], of which rows are read; perhaps mapped, never written."""
+
     def matrix(self, spec: MatrixSpec, tied: Tensor | None = None) -> Matrix:
         """The matrix that `spec` describes, in whatever form its kernel wants it.
 
@@ -66,6 +69,9 @@ class PlainMatrices:
 
     def fill(self, out: Tensor, name: str) -> None:
         raise NotImplementedError
+
+    def table(self, name: str, n: int, d: int) -> Tensor:
+        return take(self, name, n, d)
 
     def matrix(self, spec: MatrixSpec, tied: Tensor | None = None) -> Matrix:
         if tied is not None:

@@ -1,8 +1,10 @@
 """From a model folder to a model in memory."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 
@@ -15,6 +17,14 @@ from scalellm.loader.config import read_model_config
 from scalellm.loader.device import choose_device, choose_dtype
 from scalellm.loader.fallback import count_numbers, load_fallback
 from scalellm.loader.memory import LEAST_MODEL_LEN, available_cpu_bytes, check_fits, gib
+from scalellm.loader.packed_cache import (
+    LEAST_BYTES,
+    PackedCache,
+    UncachedError,
+    cache_folder,
+    checkpoint_identity,
+)
+from scalellm.loader.packed_file import MappedWeights
 from scalellm.loader.packing import Packing, PackingSource
 from scalellm.loader.sources import DummySource, InventorySource
 from scalellm.models.config import ModelConfig
@@ -32,7 +42,9 @@ class LoadedModel:
     dtype: torch.dtype
     device: torch.device
     weight_bytes: int
+    quantization: str  # "none", "int8" or "int4"
     packed: bool  # its matrices are laid out for the CPU's kernels
+    mapped_bytes: int  # of them, in files: memory that the kernel could take away, but must not
 
     @property
     def geometry(self) -> KVGeometry:
@@ -51,13 +63,22 @@ def load_model(
     started = time.monotonic()
     model_config = read_model_config(folder)
     device = choose_device(config.device)
-    dtype, reason = choose_dtype(config.dtype, model_config.checkpoint_dtype, device)
+    quantisable = device.type == "cpu" and model_config.family != "transformers"
+    dtype, reason = choose_dtype(
+        config.dtype,
+        model_config.checkpoint_dtype,
+        device,
+        fast_bf16=True if quantisable and config.quantization != "none" else None,
+    )
     limit = check_max_model_len(config.max_model_len, model_config)
     dummy = config.load_format == "dummy"
     checkpoint = None if dummy else Checkpoint.open(folder)
     if checkpoint is not None and model_config.tie_word_embeddings:
         model_config = replace(model_config, tie_word_embeddings=_really_tied(checkpoint))
     packing = choose_packing(config, model_config, dtype, device)
+    quantization = "none" if packing is None else packing.quantization
+    if quantization == "int8" and config.quantization == "auto":
+        reason += "; int8, as --quantization auto chooses on a CPU"
     inventory = InventorySource(dtype, packing)
     if model_config.family == "transformers":
         numbers = (
@@ -87,19 +108,74 @@ def load_model(
 
     started = time.monotonic()
     model: CausalLM
+    mapped_bytes, where = 0, f"on {device}"
     if model_config.family == "transformers":
         seed = config.seed if dummy else None
         model = load_fallback(folder, model_config, dtype, device, seed)
-    elif checkpoint is None:
-        model = _build(model_config, DummySource(config.seed, dtype, device), packing)
+    elif packing is None:
+        with _source(config, checkpoint, dtype, device) as source:
+            model = build(model_config, source)
     else:
-        with CheckpointSource(checkpoint, dtype, device) as source:
-            model = _build(model_config, source, packing)
+        open_source = partial(_packing_source, config, checkpoint, dtype, packing)
+        mapped, where = _mapped(config, checkpoint, inventory, open_source)
+        with open_source() if mapped is None else nullcontext(mapped) as source:
+            model = build(model_config, source)
+        mapped_bytes = 0 if mapped is None else mapped.num_bytes
     kind = "random weights" if dummy else "weights"
-    if packing is not None and packing.quantization != "none":
-        kind = f"{packing.quantization} {kind}"
-    _done(progress, f"{kind}: {gib(weight_bytes)} on {device}", started)
-    return LoadedModel(model, model_config, dtype, device, weight_bytes, packing is not None)
+    if quantization != "none":
+        kind = f"{quantization} {kind}"
+    _done(progress, f"{kind}: {gib(weight_bytes)} {where}", started)
+    return LoadedModel(
+        model=model,
+        config=model_config,
+        dtype=dtype,
+        device=device,
+        weight_bytes=weight_bytes,
+        quantization=quantization,
+        packed=packing is not None,
+        mapped_bytes=mapped_bytes,
+    )
+
+
+def _source(
+    config: EngineConfig, checkpoint: Checkpoint | None, dtype: torch.dtype, device: torch.device
+) -> AbstractContextManager[WeightSource]:
+    if checkpoint is None:
+        return nullcontext(DummySource(config.seed, dtype, device))
+    return CheckpointSource(checkpoint, dtype, device)
+
+
+@contextmanager
+def _packing_source(
+    config: EngineConfig, checkpoint: Checkpoint | None, dtype: torch.dtype, packing: Packing
+) -> Iterator[WeightSource]:
+    with _source(config, checkpoint, dtype, torch.device("cpu")) as source:
+        yield PackingSource(source, packing)
+
+
+def _mapped(
+    config: EngineConfig,
+    checkpoint: Checkpoint | None,
+    inventory: InventorySource,
+    open_source: Callable[[], AbstractContextManager[WeightSource]],
+) -> tuple[MappedWeights | None, str]:
+    """The packed weights as a file of the cache, None if they can be none; and that in words."""
+    folder = cache_folder(config.packed_cache)
+    if folder is None or inventory.bytes < LEAST_BYTES:
+        return None, "in memory"
+    if checkpoint is None:
+        identity: list[object] = ["random numbers", config.seed, torch.__version__]
+    else:
+        identity = checkpoint_identity(checkpoint)
+    name = "".join(c if c.isalnum() else "-" for c in config.model_path.name)[:60] or "model"
+    cache = PackedCache(folder, config.packed_cache_bytes)
+    try:
+        found, path, written = cache.weights(
+            name, identity, inventory.plan, inventory.dtype, open_source
+        )
+    except UncachedError as reason:
+        return None, f"in memory, as the packed cache cannot have them: {reason}"
+    return found, f"{'packed into' if written else 'mapped from'} {path}"
 
 
 def choose_packing(
@@ -107,6 +183,7 @@ def choose_packing(
 ) -> Packing | None:
     """How the CPU's kernels want this model, None if torch is to run it.
 
+    `auto` is int8 where nobody named a type either: the fastest that is as good as exact.
     Raises ConfigError where quantisation is asked for and they cannot run it.
     """
     obstacle = None
@@ -123,7 +200,8 @@ def choose_packing(
     elif model.head_dim % 2:
         obstacle = f"needs heads of even width, not {model.head_dim}"
     if obstacle is None:
-        return Packing(config.quantization)
+        named = config.quantization != "auto" or config.dtype != "auto"
+        return Packing(config.quantization.replace("auto", "none") if named else "int8")
     for flag, value in (
         ("quantization", config.quantization),
         ("kv-cache-dtype", config.kv_cache_dtype),
@@ -131,10 +209,6 @@ def choose_packing(
         if value in ("int8", "int4"):
             raise ConfigError(f"--{flag} {value} {obstacle}")
     return None
-
-
-def _build(config: ModelConfig, source: WeightSource, packing: Packing | None) -> CausalLM:
-    return build(config, source if packing is None else PackingSource(source, packing))
 
 
 def _really_tied(checkpoint: Checkpoint) -> bool:

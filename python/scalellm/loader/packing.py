@@ -42,6 +42,9 @@ class PackingSource:
     def fill(self, out: Tensor, name: str) -> None:
         self._source.fill(out, name)
 
+    def table(self, name: str, n: int, d: int) -> Tensor:
+        return self._source.table(name, n, d)
+
     def matrix(self, spec: MatrixSpec, tied: Tensor | None = None) -> Matrix:
         plain = self._source.matrix(spec, tied)
         if isinstance(plain, PackedMatrix):

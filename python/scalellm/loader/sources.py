@@ -7,12 +7,13 @@ from torch import Tensor
 
 from scalellm.kernels.linear import Matrix
 from scalellm.layers.weights import MatrixSpec, PlainMatrices
+from scalellm.loader.packed_file import MatrixPart, Part, TensorPart
 from scalellm.loader.packing import Packing
 
 _POOL = 4_194_301  # a prime, so that rows of a matrix never line up with the pool
 
 
-class InventorySource(PlainMatrices):
+class InventorySource:
     """A WeightSource on the meta device that records what a model asks for.
 
     `packing`: how its matrices will be laid out; as they are if None.
@@ -21,23 +22,38 @@ class InventorySource(PlainMatrices):
     def __init__(self, dtype: torch.dtype, packing: Packing | None = None) -> None:
         self.dtype = dtype
         self.device = torch.device("meta")
-        self.shapes: dict[str, tuple[int, ...]] = {}
+        self.shapes: dict[str, tuple[int, ...]] = {}  # of the checkpoint's tensors
+        self.plan: list[Part] = []  # of packed weights, in the model's order
+        self.bytes = 0
         self._packing = packing
-        self._saved_bytes = 0  # by packing; less than none where a matrix is held twice
+        self._tables: list[tuple[str, Tensor]] = []
 
     def fill(self, out: Tensor, name: str) -> None:
-        self.shapes[name] = tuple(out.shape)
+        self._take(TensorPart(name, tuple(out.shape), self.dtype))
+
+    def table(self, name: str, n: int, d: int) -> Tensor:
+        self._take(TensorPart(name, (n, d), self.dtype))
+        table = torch.empty(n, d, dtype=self.dtype, device=self.device)
+        self._tables.append((name, table))
+        return table
 
     def matrix(self, spec: MatrixSpec, tied: Tensor | None = None) -> Matrix:
+        if tied is None:
+            for name, outputs in spec.parts:
+                self.shapes[f"{name}.weight"] = (outputs, spec.k)
         if self._packing is not None:
-            plain_bytes = 0 if tied is not None else spec.n * spec.k * self.dtype.itemsize
-            self._saved_bytes += plain_bytes - self._packing.layout(spec).num_bytes
-        return super().matrix(spec, tied)
+            twin = next((name for name, table in self._tables if table is tied), None)
+            part = MatrixPart(spec, self._packing.layout(spec), twin)
+            self.plan.append(part)
+            self.bytes += part.num_bytes
+        elif tied is None:
+            self.bytes += spec.n * spec.k * self.dtype.itemsize
+        return torch.empty(spec.n, spec.k, dtype=self.dtype, device=self.device)
 
-    @property
-    def bytes(self) -> int:
-        numbers = sum(torch.Size(shape).numel() for shape in self.shapes.values())
-        return numbers * self.dtype.itemsize - self._saved_bytes
+    def _take(self, part: TensorPart) -> None:
+        self.shapes[part.name] = part.shape
+        self.plan.append(part)
+        self.bytes += part.num_bytes
 
 
 class DummySource(PlainMatrices):
