@@ -111,7 +111,9 @@ def measure(
     path = scratch / "bench.json"
     path.unlink(missing_ok=True)
     cpu_s_before = server.processes.cpu_s()
-    command = load.command(server.url, server.model, concurrency, repeat, path)
+    # No level repeats another's prompts: a prefix cache would answer them.
+    seed = 1000 * repeat + concurrency
+    command = load.command(server.url, server.model, concurrency, seed, path)
     limit_s = 2 * load.timeout_s + _OVERHEAD_S
     try:
         done = subprocess.run(command, capture_output=True, timeout=limit_s, check=False)

@@ -23,7 +23,7 @@ def _system(name: str, precision: str, *flags: str) -> System:
 
 
 SYSTEMS = (
-    _system("scalellm", "bf16"),
+    _system("scalellm", "bf16", "--quantization", "none"),
     _system("scalellm-int8", "int8", "--quantization", "int8"),
     _system("scalellm-int4", "int4", "--quantization", "int4"),
 )
