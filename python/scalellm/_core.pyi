@@ -220,6 +220,13 @@ def cpu_rms_norm(x: _RowsAt, weight: _SliceAt, eps: float, out: int) -> None: ..
 def cpu_rotary_angles(
     positions: _SliceAt, frequencies: list[float], factor: float, out: int
 ) -> None: ...
+def cpu_draw(scores: _RowsAt, vocab: int, draws: int) -> list[int | None]: ...
+def cpu_logprobs(
+    logits: _RowsAt, vocab: int, tokens: list[int], alternatives: list[int]
+) -> list[tuple[int, float, int, list[int], list[float]]]: ...
+
+# token ids, positions, logit rows, spans [n, 4], tables
+_StepAt = tuple[_SliceAt, int, _SliceAt, _SliceAt, _SliceAt]
 
 class CpuPlan:
     """A recorded step; `scalellm.executor.recording` makes them."""
@@ -235,7 +242,7 @@ class CpuPlan:
     def linear(
         self, x: _View, code: list[int], weight: _SliceAt, bias: int, out: _View
     ) -> None: ...
-    def logits(self, x: _View, code: list[int], weight: _SliceAt, bias: int) -> None: ...
+    def logits(self, x: _View, code: list[int], weight: _SliceAt) -> None: ...
     def attention(
         self,
         qkv: _View,
@@ -259,17 +266,11 @@ class CpuPlan:
         out: _View,
     ) -> None: ...
     def finish(self) -> None: ...
-    def run(
-        self,
-        token_ids: _SliceAt,
-        positions: int,
-        logit_rows: _SliceAt,
-        span_rows: _SliceAt,
-        tables: _SliceAt,
-        vocab_size: int,
-        logits: int,
-    ) -> None:
+    def logits_of(self, step: _StepAt, vocab_size: int, logits: int) -> None:
         """Raises ValueError for a step that contradicts itself."""
+    def greedy_ids(self, step: _StepAt) -> list[int | None]:
+        """The lowest id of each logit row's largest logit, None where that is not finite.
 
+        Raises ValueError for a step that contradicts itself."""
     def times_ms(self) -> dict[str, float]:
         """What each kind of operation took in the last step."""

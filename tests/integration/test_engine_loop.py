@@ -55,6 +55,7 @@ class TableExecutor:
         self.memory = [[-1] * block_size for _ in range(num_blocks)]
         self.before: Callable[[Batch], None] = lambda _batch: None
         self.last_forward_ms: dict[str, float] = {}
+        self.torch_threads: int | None = None
         self.steps = 0
 
     def forward(self, batch: Batch) -> torch.Tensor:
@@ -70,6 +71,9 @@ class TableExecutor:
         logits = torch.full((len(rows), VOCAB), -5.0)
         logits[range(len(rows)), rows] = 5.0
         return logits
+
+    def greedy(self, _batch: Batch) -> list[int | None] | None:
+        return None
 
     def _block(self, span: Any, position: int) -> list[int]:
         return self.memory[span.block_table[position // self.block_size]]

@@ -79,7 +79,7 @@ def load(folder, **settings):
 
 
 def forward(executor, *spans):
-    logits = executor.forward(Batch(spans))
+    logits = executor.forward(Batch(spans)).clone()
     return logits.split([span.num_logits for span in spans])
 
 
@@ -138,6 +138,23 @@ def test_recorded_and_eager_steps_are_equal(model):
         eager = load(model[1], quantization=quantization, enforce_eager=True)
         assert recorded.recorded and not eager.recorded
         assert torch.equal(whole(recorded, ids), whole(eager, ids))
+
+
+def test_ids_without_logits_are_those_of_the_largest(model):
+    ids = ids_of(TOKENS)
+    for quantization in ERROR:
+        executor = load(model[1], quantization=quantization)
+        expected = whole(executor, ids).argmax(-1).tolist()
+        table = range(5)
+        found = executor.greedy(Batch((Span(ids[:50], 0, table, 50),)))
+        found += executor.greedy(Batch((Span(ids[50:60], 50, table, 10),)))
+        assert executor.greedy(Batch((Span(ids[60:65], 60, table, 0),))) == []
+        found += [None] * 5
+        found += executor.greedy(Batch((Span(ids[65:], 65, table, 5),)))
+        expected[60:65] = [None] * 5
+        assert found == expected
+    eager = load(model[1], enforce_eager=True)
+    assert eager.greedy(Batch((Span(ids, 0, range(5), 1),))) is None
 
 
 def test_int8_keys_and_values_cost_little(model):

@@ -576,7 +576,6 @@ impl CpuPlan {
     }
 
     /// `experts`: (layout, weight) of gate and up, then of down, of each.
-    #[expect(clippy::type_complexity, reason = "what Python gives")]
     fn experts(
         &mut self,
         x: ViewAt,

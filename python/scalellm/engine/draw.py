@@ -1,6 +1,8 @@
-"""Chooses one id per row of scores, by largest value or with noise. Vectorised over rows.
+"""Chooses one id per row of scores in torch, by largest value or with noise. Vectorised over rows.
 
 [rows, vocab] seen as [rows, groups of 512 ids], the last group being shorter
+
+On a CPU the kernels of `scalellm.kernels.sampling` do the same faster.
 """
 
 from collections.abc import Callable, Sequence
@@ -14,6 +16,26 @@ GROUP = 512  # ids
 _CPU_SCORES_AT_ONCE = 1 << 20  # 4 MB stay in a core's cache from one operation to the next
 _GPU_SCORES_AT_ONCE = 1 << 25
 _TOKEN_STREAM = 1 << 40  # noise counters of ids; those of groups start at 0
+
+
+def draw_in_torch(
+    scores: torch.Tensor, untruncated: "RandomRows | None", truncated: "RandomRows | None"
+) -> list[int | None]:
+    """An id for each row of `scores` [rows, vocab] float32; the largest score's for other rows.
+
+    None for a row whose scores hold NaN or infinity, or nothing but minus infinity."""
+    peaks = group_reduce(scores, torch.amax)  # [rows, groups]
+    best = peaks.amax(-1)
+    token_ids = first_of_peak(scores, peaks)
+    if untruncated is not None:
+        draw_by_group(scores, best, untruncated, token_ids)
+    if truncated is not None:
+        draw_truncated(scores, best, truncated, token_ids)
+    ids: list[int] = token_ids.tolist()
+    finite = torch.isfinite(best)
+    if bool(finite.all()):
+        return list(ids)
+    return [token_id if ok else None for token_id, ok in zip(ids, finite.tolist(), strict=True)]
 
 
 def group_reduce(scores: torch.Tensor, reduce: Callable[..., torch.Tensor]) -> torch.Tensor:

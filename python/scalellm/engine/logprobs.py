@@ -8,11 +8,12 @@ from collections.abc import Sequence
 
 import torch
 
+from scalellm.kernels import sampling
+
 # token id, logprob, rank (1 is the most likely), ids and logprobs of the most likely tokens
 TokenLogprobs = tuple[int, float, int, list[int], list[float]]
 
 LEAST = -9999.0  # stands for minus infinity, which JSON cannot carry
-_CPU_LOGITS_AT_ONCE = 1 << 20  # 4 MB stay in a core's cache from one operation to the next
 
 
 def token_logprobs(
@@ -20,18 +21,15 @@ def token_logprobs(
 ) -> list[TokenLogprobs]:
     """One entry for each row of `logits` [rows, vocab]: of `token_ids[row]` and the most likely
     `alternatives[row]` tokens."""
-    total, vocab = logits.shape
-    stride = max(1, _CPU_LOGITS_AT_ONCE // vocab) if logits.device.type == "cpu" else total
-    found: list[TokenLogprobs] = []
-    for first in range(0, total, stride):
-        part = slice(first, first + stride)
-        found += _of_part(logits[part], token_ids[part], alternatives[part])
-    return found
+    if logits.device.type == "cpu":
+        return sampling.token_logprobs(logits, token_ids, alternatives)
+    return logprobs_in_torch(logits, token_ids, alternatives)
 
 
-def _of_part(
+def logprobs_in_torch(
     logits: torch.Tensor, token_ids: Sequence[int], alternatives: Sequence[int]
 ) -> list[TokenLogprobs]:
+    """As `token_logprobs`, on any device."""
     chosen = torch.tensor(token_ids, device=logits.device).unsqueeze(1)
     normaliser = logits.logsumexp(-1, keepdim=True)
     chosen_logits = logits.gather(1, chosen)

@@ -30,6 +30,7 @@ from scalellm.engine.scheduler import Scheduler
 from scalellm.engine.step import Limits, Output, Step
 from scalellm.engine.worker import Computed, Done, Executor, Worker, compute
 from scalellm.errors import EngineError
+from scalellm.executor.batch import Batch
 
 SIGN_OF_LIFE_S = 0.2
 CPU_STEP_BUDGET_MS = 800.0
@@ -106,7 +107,8 @@ class EngineLoop:
         self.scheduler = Scheduler(limits_of(config, executor), kv)
         self._sampler = Sampler(executor.vocab_size)
         nice = config.compute_nice if executor.device.type == "cpu" else 0
-        self._worker: Worker[Any] = Worker(config.cpu_threads, nice)
+        threads = executor.torch_threads or config.cpu_threads
+        self._worker: Worker[Any] = Worker(threads, nice)
         self._logprobs: dict[int, TokenLogprobs] = {}
         self._prompt_logprobs: dict[int, EmittedLogprobs] = {}
         self._calibrations: deque[tuple[int, list[Shape]]] = deque()
@@ -314,7 +316,7 @@ class EngineLoop:
         batch, blocks = built
         elapsed: list[float] = []
         for _ in range(1 + REPEATS):
-            done = self._compute(lambda: self._executor.forward(batch).argmax(-1).tolist(), 0.0)
+            done = self._compute(partial(_choose, self._executor, batch), 0.0)
             if done.error is not None:
                 logger.error("calibrating %s failed", shape, exc_info=done.error)
                 break
@@ -393,6 +395,12 @@ class EngineLoop:
             output.stop_token_id,
             output.error,
         )
+
+
+def _choose(executor: Executor, batch: Batch) -> list[int | None]:
+    """Compute a batch to its most likely ids."""
+    ids = executor.greedy(batch)
+    return list(executor.forward(batch).argmax(-1).tolist()) if ids is None else ids
 
 
 def _now_us() -> int:

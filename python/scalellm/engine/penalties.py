@@ -51,8 +51,8 @@ class Penalties:
         self._frequency = np.array([s.frequency_penalty for s in sampling], dtype=np.float32)
         self._presence = np.array([s.presence_penalty for s in sampling], dtype=np.float32)
 
-    def apply(self, scores: torch.Tensor) -> None:
-        """Change `scores` [batch, vocab] in place.
+    def apply(self, scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Change `scores` [batch, vocab] in place; returns rows, ids and what these scores were.
 
         Repetition (Keskar et al., "CTRL", 2019): positive logits of seen tokens are divided by the
         penalty, negative ones multiplied. Then frequency * count and presence are subtracted for
@@ -67,5 +67,6 @@ class Penalties:
         ids = torch.from_numpy(np.concatenate([ids for ids, _ in pairs])).to(device)
         repetition = torch.from_numpy(np.repeat(self._repetition, lengths)).to(device)
         found = scores[rows, ids]
-        found = torch.where(found > 0, found / repetition, found * repetition)
-        scores[rows, ids] = found - torch.from_numpy(subtract).to(device)
+        penalised = torch.where(found > 0, found / repetition, found * repetition)
+        scores[rows, ids] = penalised - torch.from_numpy(subtract).to(device)
+        return rows, ids, found

@@ -16,6 +16,8 @@ from typing import Literal, Protocol
 
 from scalellm.engine.phases import PhaseTotals
 
+GREEDY_BELOW = 1e-5  # temperatures below are zero: the most likely token is taken
+
 FinishReason = Literal["eos", "stop_token", "length", "cancelled", "deadline", "error"]
 
 
@@ -170,6 +172,20 @@ class Request:
     @property
     def num_output_tokens(self) -> int:
         return len(self.token_ids) - len(self.prompt_ids)
+
+    @property
+    def takes_largest_logit(self) -> bool:
+        """Whether the next token is the one of the largest logit, and nothing else is asked of
+        the logits."""
+        sampling = self.sampling
+        return (
+            sampling.temperature < GREEDY_BELOW
+            and not sampling.penalised
+            and not sampling.logit_bias
+            and sampling.logprobs is None
+            and not self.wants_prompt_logprobs
+            and self.num_output_tokens >= self.min_tokens
+        )
 
     @property
     def wants_prompt_logprobs(self) -> bool:

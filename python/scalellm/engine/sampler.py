@@ -14,41 +14,50 @@ parameters choose, so that a row never depends on its neighbours:
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
-from scalellm.engine.draw import (
-    RandomRows,
-    draw_by_group,
-    draw_truncated,
-    first_of_peak,
-    group_reduce,
-)
+from scalellm.engine.draw import RandomRows, draw_in_torch
 from scalellm.engine.logprobs import TokenLogprobs, token_logprobs
 from scalellm.engine.penalties import Penalties, SeenTokens
-from scalellm.engine.request import Request
+from scalellm.engine.request import GREEDY_BELOW, Request
+from scalellm.kernels.sampling import DRAW, draw
 
-GREEDY_BELOW = 1e-5
 NOT_FINITE = (
     "no token can be drawn: the model's logits are not finite numbers, or min_tokens excludes "
     "every token of the vocabulary"
 )
+# Rows and ids whose scores were changed, and what they were.
+Edit = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
 @dataclass(frozen=True, slots=True)
 class Sampled:
     """What was drawn, by row; `errors` by row for those that have no token."""
 
-    token_ids: list[int]
+    token_ids: list[int | None]
     errors: dict[int, str] = field(default_factory=dict)
     logprobs: dict[int, TokenLogprobs] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, token_ids: list[int | None]) -> "Sampled":
+        """Of ids, None where there is none to draw."""
+        errors = {}
+        if None in token_ids:
+            errors = {row: NOT_FINITE for row, drawn in enumerate(token_ids) if drawn is None}
+        return cls(token_ids, errors)
 
 
 class Sampler:
     """Keeps what is worth keeping between steps: parameters of an unchanged batch, seen tokens."""
 
-    def __init__(self, vocab_size: int) -> None:
+    def __init__(self, vocab_size: int, kernels: bool = True) -> None:
+        """`kernels`: where logits are on a CPU, its kernels draw; without them torch does."""
         self.vocab_size = vocab_size
+        self._kernels = kernels
         self._seen: dict[int, SeenTokens] = {}
         self._rows: _Rows | None = None
 
@@ -57,33 +66,29 @@ class Sampler:
         self._seen.pop(key, None)
 
     def sample(self, logits: torch.Tensor, requests: Sequence[Request]) -> Sampled:
-        """Draw for float32 `logits` [len(requests), vocab]; they are not changed."""
-        keys = tuple(request.key for request in requests)
+        """Draw for float32 `logits` [len(requests), vocab]; they are as before afterwards."""
+        keys = [request.key for request in requests]
         rows = self._rows
         if rows is None or rows.keys != keys or rows.device != logits.device:
             rows = self._rows = _Rows(keys, requests, self._seen, logits.device)
-        scores = rows.edit(logits)
-        peaks = group_reduce(scores, torch.amax)  # [rows, groups]
-        best = peaks.amax(-1)
-        token_ids = first_of_peak(scores, peaks)
-        if rows.untruncated is not None:
-            draw_by_group(scores, best, rows.untruncated, token_ids)
-        if rows.truncated is not None:
-            draw_truncated(scores, best, rows.truncated, token_ids)
-        ids = token_ids.tolist()
-        finite = torch.isfinite(best)
-        errors: dict[int, str] = {}
-        if not bool(finite.all()):
-            errors = {row: NOT_FINITE for row, ok in enumerate(finite.tolist()) if not ok}
-        logprobs: dict[int, TokenLogprobs] = {}
-        if rows.logprob_rows:
-            wanted = [row for row in rows.logprob_rows if row not in errors]
-            if wanted:
-                raw = logits if len(wanted) == len(ids) else logits[wanted]
-                alternatives = [requests[row].sampling.logprobs or 0 for row in wanted]
-                found = token_logprobs(raw, [ids[row] for row in wanted], alternatives)
-                logprobs = dict(zip(wanted, found, strict=True))
-        return Sampled(ids, errors, logprobs)
+        edits = rows.edit(logits)
+        if self._kernels and logits.device.type == "cpu":
+            token_ids = draw(logits, rows.draws())
+        else:
+            token_ids = draw_in_torch(logits, rows.untruncated, rows.truncated)
+        for edited, ids, scores in reversed(edits):
+            logits[edited, ids] = scores
+        sampled = Sampled.of(token_ids)
+        chosen = [
+            (row, drawn) for row in rows.logprob_rows if (drawn := token_ids[row]) is not None
+        ]
+        if chosen:
+            wanted = [row for row, _ in chosen]
+            raw = logits if len(wanted) == len(token_ids) else logits[wanted]
+            alternatives = [requests[row].sampling.logprobs or 0 for row in wanted]
+            found = token_logprobs(raw, [drawn for _, drawn in chosen], alternatives)
+            sampled.logprobs.update(zip(wanted, found, strict=True))
+        return sampled
 
 
 class _Rows:
@@ -91,24 +96,20 @@ class _Rows:
 
     def __init__(
         self,
-        keys: tuple[int, ...],
+        keys: list[int],
         requests: Sequence[Request],
         seen: dict[int, SeenTokens],
         device: torch.device,
     ) -> None:
         self.keys = keys
         self.device = device
-        untruncated: list[int] = []
-        truncated: list[int] = []
-        penalised: list[int] = []
+        self._requests = requests
         self.logprob_rows: list[int] = []
+        penalised: list[int] = []
         bias: list[tuple[int, int, float]] = []
         self._until_min_tokens: list[tuple[int, Request, list[int]]] = []
         for row, request in enumerate(requests):
             sampling = request.sampling
-            if sampling.temperature >= GREEDY_BELOW:
-                cut = sampling.top_k > 0 or sampling.top_p < 1.0 or sampling.min_p > 0.0
-                (truncated if cut else untruncated).append(row)
             if sampling.penalised:
                 penalised.append(row)
                 if request.key not in seen:
@@ -119,13 +120,11 @@ class _Rows:
             if request.num_output_tokens < request.min_tokens:
                 ends = sorted(request.eos_token_ids | request.stop_token_ids)
                 self._until_min_tokens.append((row, request, ends))
-        self.untruncated = RandomRows(untruncated, requests, device) if untruncated else None
-        self.truncated = RandomRows(truncated, requests, device) if truncated else None
         self._penalties: Penalties | None = None
         if penalised:
             chosen = [requests[row] for row in penalised]
             self._penalties = Penalties(penalised, [seen[r.key] for r in chosen], chosen)
-        self._bias: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None
+        self._bias: Edit | None = None
         if bias:
             rows, ids, values = zip(*bias, strict=True)
             self._bias = (
@@ -134,22 +133,56 @@ class _Rows:
                 torch.tensor(values, dtype=torch.float32, device=device),
             )
 
-    def edit(self, logits: torch.Tensor) -> torch.Tensor:
-        """Scores after penalties, bias and mask; `logits` themselves where none applies."""
+    def draws(self) -> npt.NDArray[np.void]:
+        """Of DRAW, for the next output index."""
+        self._draws["index"] = [request.num_output_tokens for request in self._requests]
+        return self._draws
+
+    @cached_property
+    def _draws(self) -> npt.NDArray[np.void]:
+        rows = [
+            (s.temperature, s.top_p, s.min_p, s.top_k, s.seed, s.choice, 0)
+            for s in (request.sampling for request in self._requests)
+        ]
+        return np.array(rows, dtype=DRAW)
+
+    @cached_property
+    def untruncated(self) -> RandomRows | None:
+        return self._random(truncated=False)
+
+    @cached_property
+    def truncated(self) -> RandomRows | None:
+        return self._random(truncated=True)
+
+    def _random(self, truncated: bool) -> RandomRows | None:
+        rows = [
+            row
+            for row, s in enumerate(request.sampling for request in self._requests)
+            if s.temperature >= GREEDY_BELOW
+            and (s.top_k > 0 or s.top_p < 1.0 or s.min_p > 0.0) is truncated
+        ]
+        return RandomRows(rows, self._requests, self.device) if rows else None
+
+    def edit(self, scores: torch.Tensor) -> list[Edit]:
+        """Penalties, bias and mask, in place; undone by putting back what is returned, last first.
+
+        So a step touches the few scores that change, and not a copy of all."""
+        edits: list[Edit] = []
+        if self._penalties is not None:
+            edits.append(self._penalties.apply(scores))
+        if self._bias is not None:
+            rows, ids, values = self._bias
+            edits.append((rows, ids, scores[rows, ids]))
+            scores.index_put_((rows, ids), values, accumulate=True)
         masked_rows: list[int] = []
         masked_ids: list[int] = []
         for row, request, ends in self._until_min_tokens:
             if request.num_output_tokens < request.min_tokens:
                 masked_rows += [row] * len(ends)
                 masked_ids += ends
-        if self._penalties is None and self._bias is None and not masked_ids:
-            return logits
-        scores = logits.clone()
-        if self._penalties is not None:
-            self._penalties.apply(scores)
-        if self._bias is not None:
-            rows, ids, values = self._bias
-            scores.index_put_((rows, ids), values, accumulate=True)
         if masked_ids:
-            scores[masked_rows, masked_ids] = -torch.inf
-        return scores
+            rows = torch.tensor(masked_rows, device=self.device)
+            ids = torch.tensor(masked_ids, device=self.device)
+            edits.append((rows, ids, scores[rows, ids]))
+            scores[rows, ids] = -torch.inf
+        return edits

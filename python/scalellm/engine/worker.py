@@ -20,7 +20,7 @@ import torch
 
 from scalellm.engine.logprobs import TokenLogprobs, token_logprobs
 from scalellm.engine.request import Request
-from scalellm.engine.sampler import Sampler
+from scalellm.engine.sampler import Sampled, Sampler
 from scalellm.engine.step import Step
 from scalellm.executor.batch import Batch
 
@@ -53,7 +53,16 @@ class Executor(Protocol):
         """Of the last forward pass, by kind of operation, as far as it is known; `prepare` is the
         making of its inputs. Read once the pass has ended, on a GPU too."""
 
-    def forward(self, batch: Batch) -> torch.Tensor: ...
+    @property
+    def torch_threads(self) -> int | None:
+        """How many threads torch may use where steps are computed; None for as many as it likes."""
+
+    def forward(self, batch: Batch) -> torch.Tensor:
+        """Logits float32 [sum of num_logits, vocab_size]; the next call may write over them."""
+
+    def greedy(self, batch: Batch) -> list[int | None] | None:
+        """As `forward`, to the lowest id of each row's largest logit, None where that is not
+        finite. None, and nothing is computed, where logits have to be written for it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,40 +82,55 @@ def compute(
     """Run one step; `requests[i]` is what `step.spans[i]` belongs to."""
     with torch.inference_mode():
         began = time.perf_counter()
-        logits = executor.forward(Batch(step.spans))
+        batch = Batch(step.spans)
+        asked = _Asked(step, requests)
+        drawn = executor.greedy(batch) if asked.largest_only else None
+        logits = executor.forward(batch) if drawn is None else None
         forward_ms = (time.perf_counter() - began) * 1e3
-        sampling: list[int] = []  # spans that reach the end of their sequence
-        rows: list[int] = []  # their rows of `logits`
-        prompt_rows: dict[int, range] = {}  # span -> rows for prompt logprobs
-        end_row = 0
-        for i, (span, request) in enumerate(zip(step.spans, requests, strict=True)):
-            first_row = end_row
-            end_row += span.num_logits
-            if span.start + len(span.token_ids) == request.num_tokens:
-                sampling.append(i)
-                rows.append(end_row - 1)
-            if span.num_logits > 1 or (span.num_logits == 1 and request.wants_prompt_logprobs):
-                prompt_rows[i] = range(first_row, end_row)
+        sampled = Sampled.of(drawn or [])
+        if logits is not None and asked.rows:
+            chosen = logits if len(asked.rows) == len(logits) else logits[asked.rows]
+            sampled = sampler.sample(chosen, [requests[i] for i in asked.sampling])
         token_ids: list[int | None] = [None] * len(requests)
-        if not rows:
-            found = Computed(token_ids)
-        else:
-            chosen = logits if len(rows) == logits.shape[0] else logits[rows]
-            sampled = sampler.sample(chosen, [requests[i] for i in sampling])
-            for i, token_id in zip(sampling, sampled.token_ids, strict=True):
-                token_ids[i] = token_id
-            found = Computed(
-                token_ids,
-                {step.keys[sampling[row]]: error for row, error in sampled.errors.items()},
-                {step.keys[sampling[row]]: entry for row, entry in sampled.logprobs.items()},
-            )
-        for i, span_rows in prompt_rows.items():
-            found.prompt_logprobs[step.keys[i]] = _prompt_logprobs(
-                logits, span_rows, step.spans[i].start + len(step.spans[i].token_ids), requests[i]
-            )
+        for i, token_id in zip(asked.sampling, sampled.token_ids, strict=True):
+            token_ids[i] = token_id
+        keys = [step.keys[i] for i in asked.sampling]
+        found = Computed(
+            token_ids,
+            {keys[row]: error for row, error in sampled.errors.items()},
+            {keys[row]: entry for row, entry in sampled.logprobs.items()},
+        )
+        if logits is not None:
+            for i, rows_of_prompt in asked.prompt_rows.items():
+                span = step.spans[i]
+                found.prompt_logprobs[step.keys[i]] = _prompt_logprobs(
+                    logits, rows_of_prompt, span.start + len(span.token_ids), requests[i]
+                )
         all_ms = (time.perf_counter() - began) * 1e3
         found.phases_ms.update(_phases_ms(executor.last_forward_ms, forward_ms, all_ms))
         return found
+
+
+class _Asked:
+    """What a step's spans ask of its logits."""
+
+    def __init__(self, step: Step, requests: Sequence[Request]) -> None:
+        self.sampling: list[int] = []  # spans that reach the end of their sequence
+        self.rows: list[int] = []  # their rows of the logits
+        self.prompt_rows: dict[int, range] = {}  # span -> rows for prompt logprobs
+        self.largest_only = True  # nothing but the ids of the largest logits
+        end_row = 0
+        for i, (span, request) in enumerate(zip(step.spans, requests, strict=True)):
+            if not span.num_logits:
+                continue
+            first_row = end_row
+            end_row += span.num_logits
+            if span.start + len(span.token_ids) == request.num_tokens:
+                self.sampling.append(i)
+                self.rows.append(end_row - 1)
+            if span.num_logits > 1 or request.wants_prompt_logprobs:
+                self.prompt_rows[i] = range(first_row, end_row)
+            self.largest_only = self.largest_only and request.takes_largest_logit
 
 
 def _phases_ms(by_kind: Mapping[str, float], forward_ms: float, all_ms: float) -> dict[str, float]:

@@ -1,52 +1,109 @@
-"""From a Batch to the tensors of a step, once for all layers."""
+"""From a Batch to the arrays of a step, once for all layers."""
+
+from array import array
+from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from scalellm.executor.batch import Batch
-from scalellm.kernels.attention import KVCache, KVGeometry, PackedKVCache, pack_step, plan_attention
+from scalellm.kernels.attention import (
+    KVCache,
+    KVGeometry,
+    PackedKVCache,
+    PackedStep,
+    plan_attention,
+)
 from scalellm.kernels.attention.step import SpanLayout
 from scalellm.layers.step import Step
 
+Ints = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True)
+class StepArrays:
+    """T tokens of S spans, L of which give logits; all int64 but `tables`."""
+
+    token_ids: Ints  # [T]
+    positions: Ints  # [T]
+    logit_rows: Ints  # [L]
+    spans: Ints  # [S, 4]: first row, start, count, where its blocks begin in `tables`
+    tables: npt.NDArray[np.int32]  # all block tables, one after the other
+
+
+def build_arrays(batch: Batch, block_size: int, num_blocks: int) -> StepArrays:
+    """The arrays of a batch of at least one token.
+
+    Raises ValueError for a span that its block table does not cover or that asks for more logits
+    than it computes: a scheduler's mistake that would otherwise spoil other sequences' cache.
+    """
+    ids, blocks = array("q"), array("i")
+    sizes = []
+    for span in batch.spans:
+        ids.extend(span.token_ids)
+        blocks.extend(span.block_table)
+        sizes.append((len(span.token_ids), span.start, span.num_logits, len(span.block_table)))
+    counts, starts, logits, lengths = np.array(sizes, dtype=np.int64).T
+    if (wrong := (counts < 1) | (starts < 0) | (logits < 0) | (logits > counts)).any():
+        count, start, num_logits, _ = sizes[wrong.argmax()]
+        raise ValueError(f"span of {count} tokens from {start}, {num_logits} logits")
+    if (wrong := lengths * block_size < starts + counts).any():
+        count, start, _, length = sizes[wrong.argmax()]
+        raise ValueError(f"{length} blocks do not cover {start + count} tokens")
+    tables = np.asarray(blocks)
+    if tables.min() < 0 or tables.max() >= num_blocks:
+        raise ValueError(f"block tables name blocks outside 0 .. {num_blocks - 1}")
+    ends = counts.cumsum()
+    firsts = ends - counts
+    return StepArrays(
+        token_ids=np.asarray(ids),
+        positions=_runs(starts, counts),
+        logit_rows=_runs(ends - logits, logits),
+        spans=np.stack((firsts, starts, counts, lengths.cumsum() - lengths), axis=1),
+        tables=tables,
+    )
+
+
+def _runs(firsts: Ints, counts: Ints) -> Ints:
+    """first, first + 1, ... of each run, one after the other."""
+    before = counts.cumsum() - counts
+    return np.arange(counts.sum()) + np.repeat(firsts - before, counts)
+
 
 def build_step(
-    batch: Batch,
+    arrays: StepArrays,
     cache: KVCache | PackedKVCache,
     geometry: KVGeometry,
     dtype: torch.dtype,
     device: torch.device,
 ) -> tuple[Tensor, Step]:
-    """Token ids [T] int64 and the step of a batch of at least one token.
-
-    Raises ValueError for a span that its block table does not cover or that asks for more logits
-    than it computes: a scheduler's mistake that would otherwise spoil other sequences' cache.
-    """
-    layouts, ids, positions, rows = [], [], [], []
-    first = 0
-    for span in batch.spans:
-        count = len(span.token_ids)
-        table = np.asarray(span.block_table, dtype=np.int64)
-        if not count or span.start < 0 or not 0 <= span.num_logits <= count:
-            raise ValueError(f"span of {count} tokens from {span.start}, {span.num_logits} logits")
-        if len(table) * cache.block_size < span.start + count:
-            raise ValueError(f"{len(table)} blocks do not cover {span.start + count} tokens")
-        layouts.append(SpanLayout(first, span.start, count, table))
-        ids.append(np.asarray(span.token_ids, dtype=np.int64))
-        positions.append(np.arange(span.start, span.start + count, dtype=np.int64))
-        rows.append(np.arange(first + count - span.num_logits, first + count, dtype=np.int64))
-        first += count
-    tables = np.concatenate([layout.block_table for layout in layouts])
-    if tables.min() < 0 or tables.max() >= cache.num_blocks:
-        raise ValueError(f"block tables name blocks outside 0 .. {cache.num_blocks - 1}")
-    step = Step(
-        positions=torch.from_numpy(np.concatenate(positions)).to(device),
-        cache=cache,
-        attention=pack_step(layouts)
+    """Token ids [T] int64 and the step, as models take them."""
+    attention = (
+        PackedStep(torch.from_numpy(arrays.spans), torch.from_numpy(arrays.tables))
         if isinstance(cache, PackedKVCache)
         else plan_attention(
-            layouts, geometry, cache.block_size, dtype, device, cache.layers[0].keys.dtype
-        ),
-        logit_rows=torch.from_numpy(np.concatenate(rows)).to(device),
+            _layouts(arrays),
+            geometry,
+            cache.block_size,
+            dtype,
+            device,
+            cache.layers[0].keys.dtype,
+        )
     )
-    return torch.from_numpy(np.concatenate(ids)).to(device), step
+    step = Step(
+        positions=torch.from_numpy(arrays.positions).to(device),
+        cache=cache,
+        attention=attention,
+        logit_rows=torch.from_numpy(arrays.logit_rows).to(device),
+    )
+    return torch.from_numpy(arrays.token_ids).to(device), step
+
+
+def _layouts(arrays: StepArrays) -> list[SpanLayout]:
+    tables = np.split(arrays.tables.astype(np.int64), arrays.spans[1:, 3])
+    return [
+        SpanLayout(first, start, count, table)
+        for (first, start, count, _), table in zip(arrays.spans.tolist(), tables, strict=True)
+    ]

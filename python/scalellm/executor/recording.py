@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from scalellm import _core
+from scalellm.executor.inputs import StepArrays
 from scalellm.kernels.attention import PackedKVCache, PackedStep
 from scalellm.layers.step import Step
 from scalellm.models.decoder import CausalLM
@@ -49,21 +50,31 @@ def record(model: CausalLM, cache: PackedKVCache) -> _core.CpuPlan:
     return recording.plan
 
 
-def run_plan(plan: _core.CpuPlan, token_ids: Tensor, step: Step, vocab_size: int) -> Tensor:
-    """As CausalLM.forward. Raises ValueError for a step that contradicts itself."""
-    if not isinstance(step.attention, PackedStep):
-        raise TypeError("a plan runs over a packed KV cache")
-    logits = torch.empty(len(step.logit_rows), vocab_size, dtype=torch.float32)
-    plan.run(
-        (token_ids.data_ptr(), len(token_ids)),
-        step.positions.data_ptr(),
-        (step.logit_rows.data_ptr(), len(step.logit_rows)),
-        (step.attention.spans.data_ptr(), len(step.attention.spans)),
-        (step.attention.tables.data_ptr(), len(step.attention.tables)),
-        vocab_size,
-        logits.data_ptr(),
+def logits_of(plan: _core.CpuPlan, arrays: StepArrays, logits: Tensor) -> None:
+    """Run a step and write its `logits` [logit rows, vocab_size] fp32.
+
+    Raises ValueError for a step that contradicts itself."""
+    plan.logits_of(_at(arrays), logits.shape[1], logits.data_ptr())
+
+
+def greedy_ids(plan: _core.CpuPlan, arrays: StepArrays) -> list[int | None]:
+    """Run a step: each logit row's largest id, the lowest on ties; no logits are written.
+
+    None where the largest is not finite. Raises ValueError for a step that contradicts itself."""
+    return plan.greedy_ids(_at(arrays))
+
+
+def _at(
+    arrays: StepArrays,
+) -> tuple[tuple[int, int], int, tuple[int, int], tuple[int, int], tuple[int, int]]:
+    """Where a step's arrays are, as _core.CpuPlan takes them."""
+    return (
+        (arrays.token_ids.ctypes.data, len(arrays.token_ids)),
+        arrays.positions.ctypes.data,
+        (arrays.logit_rows.ctypes.data, len(arrays.logit_rows)),
+        (arrays.spans.ctypes.data, len(arrays.spans)),
+        (arrays.tables.ctypes.data, len(arrays.tables)),
     )
-    return logits
 
 
 class _Listening(TorchDispatchMode):
@@ -173,8 +184,9 @@ class Recording:
         return self._product(x, weight, layout, bias, silu=True)
 
     def _logits(self, x: Tensor, weight: Tensor, layout: list[int], bias: Tensor | None) -> Tensor:
-        held = (weight.data_ptr(), weight.numel())
-        self.plan.logits(self._view(x), layout, held, 0 if bias is None else bias.data_ptr())
+        if bias is not None:
+            raise NotRecordableError("an output layer with a bias")
+        self.plan.logits(self._view(x), layout, (weight.data_ptr(), weight.numel()))
         return torch.empty(x.shape[0], layout[2], dtype=torch.float32)
 
     def _attention(

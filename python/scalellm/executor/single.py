@@ -12,8 +12,8 @@ from torch import Tensor
 from scalellm import _core
 from scalellm.config import EngineConfig
 from scalellm.executor.batch import Batch
-from scalellm.executor.inputs import build_step
-from scalellm.executor.recording import NotRecordableError, record, run_plan
+from scalellm.executor.inputs import StepArrays, build_arrays, build_step
+from scalellm.executor.recording import NotRecordableError, greedy_ids, logits_of, record
 from scalellm.kernels.attention import KVCache, PackedKVCache
 from scalellm.loader.load import (
     LoadedModel,
@@ -51,6 +51,9 @@ class SingleExecutor:
         self._geometry = loaded.geometry
         self._cache = cache
         self._plan = plan
+        self._logits = torch.empty(0, loaded.config.vocab_size, dtype=torch.float32)
+        # A plan has threads of its own; torch's would only get in their way.
+        self.torch_threads: int | None = None if plan is None else 1
 
     @classmethod
     def load(cls, config: EngineConfig, progress: Progress | None = None) -> Self:
@@ -100,20 +103,47 @@ class SingleExecutor:
         """Compute a batch of at least one span and store its keys and values.
 
         Returns logits fp32 [sum of num_logits, vocab_size] on `device`, in span order, positions
-        ascending. Raises ValueError for a batch that contradicts itself.
+        ascending; the next call may write over them. Raises ValueError for a batch that
+        contradicts itself.
         """
-        with torch.inference_mode():
-            began = time.perf_counter()
-            token_ids, step = build_step(
-                batch, self._cache, self._geometry, self.dtype, self.device
-            )
-            prepare_ms = (time.perf_counter() - began) * 1e3
-            if self._plan is None:
-                self.last_forward_ms = {"prepare": prepare_ms}
+        began = time.perf_counter()
+        arrays = self._arrays(batch)
+        if self._plan is None:
+            with torch.inference_mode():
+                token_ids, step = build_step(
+                    arrays, self._cache, self._geometry, self.dtype, self.device
+                )
+                self.last_forward_ms = {"prepare": (time.perf_counter() - began) * 1e3}
                 return self._model.forward(token_ids, step)
-            logits = run_plan(self._plan, token_ids, step, self.vocab_size)
-            self.last_forward_ms = {"prepare": prepare_ms, **self._plan.times_ms()}
-            return logits
+        logits = self._room(len(arrays.logit_rows))
+        prepare_ms = (time.perf_counter() - began) * 1e3
+        logits_of(self._plan, arrays, logits)
+        self.last_forward_ms = {"prepare": prepare_ms, **self._plan.times_ms()}
+        return logits
+
+    def greedy(self, batch: Batch) -> list[int | None] | None:
+        """As `forward`, to the ids of the largest logits, the lowest on ties: None for a row whose
+        largest logit is not finite.
+
+        None, and nothing is computed, where logits would have to be written for it.
+        """
+        if self._plan is None:
+            return None
+        began = time.perf_counter()
+        arrays = self._arrays(batch)
+        prepare_ms = (time.perf_counter() - began) * 1e3
+        ids = greedy_ids(self._plan, arrays)
+        self.last_forward_ms = {"prepare": prepare_ms, **self._plan.times_ms()}
+        return ids
+
+    def _arrays(self, batch: Batch) -> StepArrays:
+        return build_arrays(batch, self._cache.block_size, self._cache.num_blocks)
+
+    def _room(self, rows: int) -> Tensor:
+        """Logits [rows, vocab_size] in memory that is kept: fresh pages cost more than writing."""
+        if len(self._logits) < rows:
+            self._logits = torch.empty(rows, self.vocab_size, dtype=torch.float32)
+        return self._logits[:rows]
 
     @property
     def recorded(self) -> bool:
@@ -122,7 +152,7 @@ class SingleExecutor:
 
     def close(self) -> None:
         """Give the memory back; the executor is of no use afterwards. May be called again."""
-        for name in ("_plan", "_model", "_cache"):
+        for name in ("_plan", "_model", "_cache", "_logits"):
             self.__dict__.pop(name, None)
         if self.device.type == "cuda":
             torch.cuda.empty_cache()

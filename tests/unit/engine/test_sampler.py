@@ -12,9 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from scalellm.engine.draw import GROUP
+from scalellm.engine.logprobs import logprobs_in_torch, token_logprobs
 from scalellm.engine.noise import gumbel, row_keys
 from scalellm.engine.request import Request, Sampling
 from scalellm.engine.sampler import Sampler
+from scalellm.kernels.sampling import DRAW, draw
 
 MASK = (1 << 64) - 1
 
@@ -122,14 +124,14 @@ def random_request(rng: random.Random, key: int, vocab: int) -> Request:
 
 
 @settings(max_examples=120, deadline=None)
-@given(st.integers(0, 2**32), st.sampled_from([7, 300, 512, 1100]))
-def test_every_row_is_what_the_reference_would_draw(seed: int, vocab: int) -> None:
+@given(st.integers(0, 2**32), st.sampled_from([7, 300, 512, 1100]), st.booleans())
+def test_every_row_is_what_the_reference_would_draw(seed: int, vocab: int, kernels: bool) -> None:
     rng = random.Random(seed)
     requests = [random_request(rng, key, vocab) for key in range(rng.randrange(1, 10))]
     generator = torch.Generator().manual_seed(seed)
     logits = torch.randn((len(requests), vocab), generator=generator) * rng.choice([0.5, 3.0, 12.0])
     before = logits.clone()
-    sampler = Sampler(vocab)
+    sampler = Sampler(vocab, kernels)
     for _ in range(2):
         sampled = sampler.sample(logits, requests)
         assert torch.equal(logits, before) and not sampled.errors
@@ -139,6 +141,53 @@ def test_every_row_is_what_the_reference_would_draw(seed: int, vocab: int) -> No
             assert values[drawn] >= values.max() - 1e-4, request.sampling
         for request, token in zip(requests, sampled.token_ids, strict=True):
             request.token_ids.append(token)
+
+
+def test_kernels_draw_what_torch_draws() -> None:
+    rng = random.Random(11)
+    for vocab in (7, 513, 3000):
+        requests = [random_request(rng, key, vocab) for key in range(200)]
+        logits = torch.randn((200, vocab), generator=torch.Generator().manual_seed(vocab)) * 3
+        drawn = [Sampler(vocab, kernels).sample(logits, requests) for kernels in (True, False)]
+        assert drawn[0].token_ids == drawn[1].token_ids
+
+
+def test_logprobs_by_kernels_are_those_by_torch() -> None:
+    logits = torch.randn((9, 777), generator=torch.Generator().manual_seed(1)) * 4
+    token_ids, alternatives = [5, 700, 1, 2, 3, 4, 776, 0, 9], [0, 1, 20, 3, 777, 0, 5, 2, 1]
+    found = token_logprobs(logits, token_ids, alternatives)
+    for entry, right in zip(found, logprobs_in_torch(logits, token_ids, alternatives), strict=True):
+        assert (entry[0], *entry[2:4]) == (right[0], *right[2:4])
+        assert [entry[1], *entry[4]] == pytest.approx([right[1], *right[4]], abs=1e-5)
+
+
+def test_scores_that_the_kernels_cannot_read_are_refused() -> None:
+    draws = np.zeros(2, dtype=DRAW)
+    for scores in (torch.zeros(2, 5, dtype=torch.float64), torch.zeros(10), torch.zeros(3, 5)):
+        with pytest.raises(ValueError, match=r"float|for scores"):
+            draw(scores, draws)
+    assert draw(torch.zeros(5, 2).t(), draws) == [0, 0]
+
+
+@pytest.mark.parametrize(
+    ("more", "largest"),
+    [
+        ({}, True),
+        ({"top_p": 0.5, "seed": 3}, True),
+        ({"temperature": 0.1}, False),
+        ({"presence_penalty": 0.1}, False),
+        ({"repetition_penalty": 1.1}, False),
+        ({"logit_bias": ((1, 1.0),)}, False),
+        ({"logprobs": 0}, False),
+        ({"prompt": [1, 2], "prompt_logprobs": 0}, False),
+        ({"min_tokens": 2, "output": [1]}, False),
+        ({"min_tokens": 2, "output": [1, 1]}, True),
+    ],
+)
+def test_when_the_largest_logit_is_all_that_is_asked_for(
+    more: dict[str, Any], largest: bool
+) -> None:
+    assert request_of(**{"temperature": 0.0, **more}).takes_largest_logit is largest
 
 
 def test_a_row_does_not_depend_on_its_neighbours() -> None:
@@ -221,7 +270,7 @@ def test_logits_that_are_not_numbers_are_an_error_of_their_row_alone() -> None:
         sampled = Sampler(40).sample(logits, requests)
         assert sampled.errors.keys() == {0, 2, 4} and sampled.logprobs.keys() == {1, 3, 5}
         assert "not finite" in sampled.errors[0]
-        assert all(0 <= token < 40 for token in sampled.token_ids)
+        assert [row for row in range(6) if sampled.token_ids[row] is None] == [0, 2, 4]
 
 
 def test_logprobs_are_of_the_raw_distribution() -> None:

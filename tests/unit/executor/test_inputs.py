@@ -1,10 +1,11 @@
 """A batch becomes tensors, and one that contradicts itself is refused before it can harm."""
 
+import numpy as np
 import pytest
 import torch
 
 from scalellm.executor.batch import Batch, Span
-from scalellm.executor.inputs import build_step
+from scalellm.executor.inputs import build_arrays, build_step
 from scalellm.kernels.attention import KVCache, KVGeometry
 
 CPU = torch.device("cpu")
@@ -13,7 +14,8 @@ CACHE = KVCache.allocate(GEOMETRY, 10, 4, torch.float32, CPU)
 
 
 def build(*spans):
-    return build_step(Batch(spans), CACHE, GEOMETRY, torch.float32, CPU)
+    arrays = build_arrays(Batch(spans), CACHE.block_size, CACHE.num_blocks)
+    return build_step(arrays, CACHE, GEOMETRY, torch.float32, CPU)
 
 
 def test_tokens_positions_and_logit_rows():
@@ -23,6 +25,14 @@ def test_tokens_positions_and_logit_rows():
     assert ids.tolist() == [7, 8, 9, 4, 6]
     assert step.positions.tolist() == [2, 3, 4, 11, 0]
     assert step.logit_rows.tolist() == [1, 2, 3]
+
+
+def test_spans_and_tables_lie_one_after_the_other():
+    spans = (Span([7, 8, 9], 2, [5, 1], 2), Span([4], 11, range(3), 1), Span([6], 0, [9], 0))
+    arrays = build_arrays(Batch(spans), 4, 10)
+    assert arrays.spans.tolist() == [[0, 2, 3, 0], [3, 11, 1, 2], [4, 0, 1, 5]]
+    assert arrays.tables.tolist() == [5, 1, 0, 1, 2, 9]
+    assert arrays.spans.flags.c_contiguous and arrays.tables.dtype == np.int32
 
 
 def test_rows_of_the_cache_by_token_and_head():

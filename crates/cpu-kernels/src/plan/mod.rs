@@ -51,6 +51,15 @@ pub struct Step<'a> {
     pub tables: &'a [i32],
 }
 
+/// What a step is asked of its logit rows.
+pub enum Wanted<'a> {
+    /// Their logits [logit rows, vocabulary].
+    Logits(RowsMut<'a, f32>),
+    /// The largest logit of each and the lowest id that has it, as `linear::greedy` finds them:
+    /// logits are not written then.
+    Greedy(&'a mut [(f32, u32)]),
+}
+
 /// Operations, the buffers between them, and how long each kind took in the last step.
 #[derive(Default)]
 pub struct Plan {
@@ -114,22 +123,18 @@ impl Plan {
         Kind::ALL.into_iter().zip(self.times)
     }
 
-    /// Compute a step and the logits [logit rows, vocabulary] of its rows, if they are wanted.
+    /// Compute a step and what is wanted of its logit rows.
     ///
     /// # Errors
     /// If the step contradicts itself; nothing has been written then.
-    pub fn run(
-        &mut self,
-        cpu: &mut Cpu,
-        step: &Step,
-        mut logits: Option<RowsMut<f32>>,
-    ) -> Result<(), PlanError> {
+    pub fn run(&mut self, cpu: &mut Cpu, step: &Step, wanted: Wanted) -> Result<(), PlanError> {
         let (block_tokens, blocks) = self.blocks.unwrap_or((16, 0));
         let batch = Batch::new(step.spans, step.tables, block_tokens, blocks)?;
         self.check(step)?;
         self.buffers
             .open(step.token_ids.len(), step.logit_rows.len());
         self.times = [Duration::ZERO; Kind::ALL.len()];
+        let mut wanted = Some(wanted);
         let mut began = Instant::now();
         for op in &self.ops {
             // SAFETY: `push` was promised what it points to; `check` has seen ids and rows.
@@ -140,7 +145,7 @@ impl Plan {
                     &mut self.experts,
                     step,
                     &batch,
-                    &mut logits,
+                    &mut wanted,
                 )
             };
             let ended = Instant::now();

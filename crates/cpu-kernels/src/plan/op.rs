@@ -5,11 +5,11 @@ use crate::bf16;
 use crate::cpu::Cpu;
 use crate::linear::{self, Epilogue, Layout, Output, Packed, Residual};
 use crate::moe::{self, Expert, Workspace};
-use crate::rows::{Rows, RowsMut};
+use crate::rows::Rows;
 use crate::{activation, embedding, norm, rotary};
 
-use super::Step;
 use super::buffers::{Buffers, Element, Extent, View};
+use super::{Step, Wanted};
 
 /// What operations are counted under.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -118,7 +118,7 @@ pub enum Op {
     Attention(Attention, AttentionViews),
     /// A sparse layer behind its router: each token by its `top` best experts.
     Experts(Experts, ExpertsViews),
-    /// The output layer: f32, into what the step was given for it.
+    /// The output layer, into what the step was given for it. It has no bias.
     Logits {
         x: View,
         linear: Linear,
@@ -229,6 +229,7 @@ impl Op {
                 bf(*x)? == Extent::Output
                     && linear.fits(x.cols, linear.layout.n())
                     && !linear.layout.gated()
+                    && linear.bias.is_none()
             }
         };
         if ok {
@@ -248,7 +249,7 @@ impl Op {
         workspace: &mut Workspace,
         step: &Step,
         batch: &Batch,
-        logits: &mut Option<RowsMut<f32>>,
+        wanted: &mut Option<Wanted>,
     ) {
         // SAFETY: (of each block below) views were checked, and an operation's output is never one
         // of its inputs, since the buffers of both are in use at that operation.
@@ -297,8 +298,13 @@ impl Op {
                 unsafe { linear.run(cpu, x, out) };
             }
             Self::Logits { x, linear } => {
-                if let Some(out) = logits.take() {
-                    unsafe { linear.run(cpu, buffers.read(*x), Output::F32(out)) };
+                let (x, weight) = unsafe { (buffers.read(*x), linear.packed()) };
+                match wanted.take() {
+                    Some(Wanted::Logits(out)) => {
+                        linear::linear(cpu, x, &weight, Epilogue::default(), Output::F32(out));
+                    }
+                    Some(Wanted::Greedy(out)) => linear::greedy(cpu, x, &weight, out),
+                    None => {}
                 }
             }
             Self::Attention(attention, views) => unsafe {
