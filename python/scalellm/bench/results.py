@@ -56,10 +56,7 @@ class Result:
         }
 
     def write(self, path: Path) -> None:
-        """Replace `path` in one step, so that a reader never sees half of it."""
-        partial = path.with_name(f".{path.name}.{os.getpid()}")
-        partial.write_text(_dump(self.to_json()), encoding="utf-8")
-        partial.replace(path)
+        write_document(self.to_json(), path)
 
 
 def read_result(path: Path) -> Result:
@@ -83,6 +80,13 @@ def read_result(path: Path) -> Result:
         if isinstance(error, ConfigError):
             raise
         raise ConfigError(f"{path}: not a result of `scalellm bench serve --json`") from None
+
+
+def write_document(document: Mapping[str, Any], path: Path) -> None:
+    """Replace `path` in one step, so that a reader never sees half of it."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    partial.write_text(_dump(document), encoding="utf-8")
+    partial.replace(path)
 
 
 def _dump(document: Mapping[str, Any]) -> str:

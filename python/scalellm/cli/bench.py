@@ -2,12 +2,12 @@
 
 import argparse
 
-from scalellm.cli import bench_compare, bench_serve
+from scalellm.cli import bench_compare, bench_kernels, bench_offline, bench_serve
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     commands = parser.add_subparsers(title="what to measure", metavar="WHAT", required=True)
-    for module in (bench_serve, bench_compare):
+    for module in (bench_serve, bench_compare, bench_offline, bench_kernels):
         module.add_command(commands)
 
 
