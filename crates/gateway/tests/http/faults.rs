@@ -46,6 +46,10 @@ async fn an_engine_that_dies_ends_its_stream_with_an_error_event_at_once() {
         .wait_metric("scalellm_requests_total{", "status=\"502\"", 1.0)
         .await;
 
+    // The pool's other session may learn a moment later that its engine is gone.
+    stack
+        .wait_metric("scalellm_replica_state{", "state=\"ready\"", 0.0)
+        .await;
     let refused = stack.complete(json!({"prompt": "x"})).await;
     assert_eq!(refused.error(503)["code"], "no_replica");
     assert_eq!(refused.header("retry-after"), "1");
