@@ -9,6 +9,7 @@ There is no prefill or decode phase: `num_computed_tokens` catches up with `num_
 is sampled whenever it does.
 """
 
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import Enum
@@ -101,7 +102,7 @@ class Request:
     status: Status = field(default=Status.WAITING, init=False)
     token_ids: list[int] = field(init=False)  # prompt, then output
     num_computed_tokens: int = field(default=0, init=False)
-    block_table: list[int] = field(default_factory=list, init=False)
+    block_table: "array[int]" = field(default_factory=lambda: array("i"), init=False)
     block_hashes: list[bytes] = field(default_factory=list, init=False)  # of full blocks
     num_cached_blocks: int = field(
         default=0, init=False

@@ -24,6 +24,7 @@ Each preemption doubles the free blocks that the next admission asks for, so pro
 With `max_preemptions` 0 every request is protected from the start: worst cases are reserved.
 """
 
+from array import array
 from bisect import insort
 from collections.abc import Mapping, Sequence
 
@@ -224,6 +225,10 @@ class Scheduler:
             reason, error = request.abort or ("error", message)
             self._finish(request, reason, now_us, error=error)
 
+    def abandon(self) -> None:
+        """The step in flight will never be taken in, and nothing computes it any more."""
+        self._in_flight = frozenset()
+
     def _append_token(self, request: Request, token_id: int, now_us: int) -> None:
         request.token_ids.append(token_id)
         if request.first_token_us == 0:
@@ -332,7 +337,7 @@ class Scheduler:
         self._waiting.discard(request)
         self.kv.acquire(matched)
         new = self._blocks_of(request.num_tokens) - len(matched)
-        request.block_table = [*matched, *self.kv.allocate(new)]
+        request.block_table = array("i", [*matched, *self.kv.allocate(new)])
         if self._is_protected(request):
             request.reserved_blocks = self._worst_blocks(request) - len(request.block_table)
             self._reserved += request.reserved_blocks
@@ -446,7 +451,7 @@ class Scheduler:
             if self._computing.get(digest) == request.key:
                 del self._computing[digest]
         self.kv.free(request.block_table)
-        request.block_table = []
+        request.block_table = array("i")
         request.num_cached_blocks = 0
 
     def check_integrity(self) -> None:

@@ -85,7 +85,7 @@ class Plan:
         token_ids = request.token_ids
         ids = (token_ids[start],) if tokens == 1 else tuple(token_ids[start:end])
         self.keys.append(request.key)
-        self.spans.append(Span(ids, start, tuple(request.block_table), num_logits))
+        self.spans.append(Span(ids, start, request.block_table[:], num_logits))
         self.tokens_left -= tokens
         self._tokens += tokens
         self._attended += tokens * start + tokens * (tokens + 1) / 2
