@@ -292,6 +292,57 @@ def test_steps_that_fail_again_and_again_end_the_engine() -> None:
         assert "5 steps in a row failed; the last: the device is gone" in str(engine.failure)
 
 
+def test_a_fault_of_the_loop_while_a_step_runs_ends_every_request_with_an_error() -> None:
+    """The step that was in flight is never taken in; its requests must not be left waiting."""
+    executor = TableExecutor()
+    computing, looked = threading.Event(), threading.Event()
+
+    class FaultyOnce(RecordingListener):
+        def poll(self, timeout_s: float) -> list[Any]:
+            if computing.is_set() and not looked.is_set():
+                looked.set()
+                raise RuntimeError("a fault of the loop")
+            return super().poll(timeout_s)
+
+    listener = FaultyOnce()
+
+    def before(_batch: Batch) -> None:
+        computing.set()
+        assert looked.wait(10)
+
+    executor.before = before
+    loop = EngineLoop(executor, listener, CONFIG)
+    outbox: queue.SimpleQueue[Any] = queue.SimpleQueue()
+    keys = [listener.next_key() for _ in range(3)]
+    submissions = [LocalSubmission(key, [5, 6, key], 4, seed=1) for key in keys]
+    listener.submit(submissions, outbox)
+    with pytest.raises(RuntimeError, match="a fault of the loop"):
+        loop.run()
+    ended = [outbox.get(timeout=1) for _ in keys]
+    assert sorted(output[0] for output in ended) == keys
+    assert all(output[2] == "error" and "the engine ended" in output[8] for output in ended)
+    loop.scheduler.check_integrity()
+
+
+def test_a_panic_of_the_kernels_is_a_failed_step() -> None:
+    class Panic(BaseException):
+        """As PyO3's."""
+
+    def panic(_batch: Batch) -> None:
+        executor.before = lambda _batch: None
+        raise Panic("index out of bounds")
+
+    executor = TableExecutor()
+    executor.before = panic
+    with running(executor) as engine:
+        key = engine.submit([5, 6], 3)
+        engine.finish(key)
+        assert engine.reason(key) == "error" and "Panic" in engine.outputs[key][-1][8]
+        after = engine.submit([5, 6], 3)
+        engine.finish(after)
+        assert engine.ids(after) == continuation([5, 6], 3)
+
+
 def test_logits_that_are_not_numbers_end_that_request_alone() -> None:
     class Poisoned(TableExecutor):
         def forward(self, batch: Batch) -> torch.Tensor:

@@ -143,6 +143,7 @@ class EngineLoop:
                 while self._turn():
                     pass
         finally:
+            self.scheduler.abandon()
             self._end_all("error", "the engine ended before the request was finished")
 
     def _turn(self) -> bool:
@@ -219,9 +220,11 @@ class EngineLoop:
         return False
 
     def _end_all(self, reason: Any, error: str | None) -> None:
-        self._take_in(self._listener.poll(0.0))
-        self.scheduler.cancel_all(_now_us(), reason, error)
-        self._emit()
+        try:
+            self._take_in(self._listener.poll(0.0))
+        finally:
+            self.scheduler.cancel_all(_now_us(), reason, error)
+            self._emit()
 
     # ------------------------------------------------------------ a step
 

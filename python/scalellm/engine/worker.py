@@ -213,7 +213,7 @@ class Worker(Generic[Result]):
             error: BaseException | None = None
             try:
                 result = job()
-            except Exception as raised:
+            except BaseException as raised:  # a panic of the kernels is no Exception
                 error = raised
             self._done.put(Done((time.perf_counter() - started) * 1e3, result, error))
 
