@@ -1,5 +1,6 @@
 """This machine's ceilings, measured on the threads that the kernels run on."""
 
+import statistics
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
@@ -7,10 +8,10 @@ from typing import Any
 from scalellm import _core
 from scalellm.bench.floor import Ceilings
 
-_SECONDS = 0.4  # for each of the three
+SECONDS = 0.4  # for each of the three
 
 
-def measure_ceilings(seconds: float = _SECONDS) -> Ceilings:
+def measure_ceilings(seconds: float = SECONDS) -> Ceilings:
     """Takes about four times `seconds`. Raises MemoryError without 512 MiB to read."""
     found = _core.cpu_ceilings(seconds)
     return Ceilings(
@@ -22,23 +23,27 @@ def measure_ceilings(seconds: float = _SECONDS) -> Ceilings:
     )
 
 
-def highest(measured: Sequence[Ceilings]) -> Ceilings:
-    """The highest of each: whatever else runs on a machine can only lower what is measured."""
+def middle(measured: Sequence[Ceilings]) -> Ceilings:
+    """The median of each: a shared machine's change from second to second."""
+
     return Ceilings(
-        read_bytes_s=max(one.read_bytes_s for one in measured),
-        int8_ops_s=max(one.int8_ops_s for one in measured),
-        bf16_ops_s=max(one.bf16_ops_s for one in measured),
+        read_bytes_s=statistics.median(one.read_bytes_s for one in measured),
+        int8_ops_s=statistics.median(one.int8_ops_s for one in measured),
+        bf16_ops_s=statistics.median(one.bf16_ops_s for one in measured),
         level=measured[0].level,
         threads=measured[0].threads,
     )
 
 
 def describe(measured: Sequence[Ceilings]) -> str:
-    """One line, each ceiling as it was measured first to last."""
+    """One line, each ceiling from its lowest to its highest."""
 
     def each(name: str, digits: int) -> str:
         found = [getattr(one, name) / 1e9 for one in measured]
-        return " then ".join(f"{rate:,.{digits}f}" if rate else "-" for rate in found)
+        if not all(found):
+            return "-"
+        ends = (min(found), max(found)) if len(found) > 1 else found
+        return " to ".join(f"{rate:,.{digits}f}" for rate in ends)
 
     first = measured[0]
     return (

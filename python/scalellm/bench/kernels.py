@@ -5,17 +5,18 @@
 
 Bytes are those that must come from memory: weights, keys and values, and the scores that a token is
 drawn from. Activations stay in caches, so norms and rotary angles have no ceiling here. Weights and
-caches are so many, taken in turn, that none is still in a cache when its turn comes again.
+caches are so many, taken in turn, that none is still in a cache when its turn comes again. Ceilings
+are measured beside each op, as a shared machine changes from second to second.
 
 kernels_linear, kernels_attention and kernels_rows time their ops; this puts them together.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
-from scalellm.bench.ceilings import describe, highest, measure_ceilings, to_json
+from scalellm.bench.ceilings import describe, measure_ceilings, to_json
 from scalellm.bench.floor import Ceilings, Cost
 from scalellm.bench.kernels_attention import time_attention
 from scalellm.bench.kernels_linear import time_linears
@@ -41,19 +42,20 @@ class Options:
 
 
 @dataclass(frozen=True, slots=True)
-class KernelResult:
-    """`measured`: the ceilings before and after, whose highest the lines are compared with."""
+class Line:
+    """A time, and the ceilings measured beside it."""
 
+    timed: Timed
+    ceilings: Ceilings
+
+
+@dataclass(frozen=True, slots=True)
+class KernelResult:
     started: str  # UTC, ISO 8601
     machine: Mapping[str, Any]
     shape: ModelShape
-    measured: tuple[Ceilings, ...]
-    lines: tuple[Timed, ...]
+    lines: tuple[Line, ...]
     interrupted: bool = False
-
-    @property
-    def ceilings(self) -> Ceilings:
-        return highest(self.measured)
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -61,9 +63,8 @@ class KernelResult:
             "started": self.started,
             "machine": dict(self.machine),
             "model": self.shape.name,
-            "ceilings": [to_json(one) for one in self.measured],
             "interrupted": self.interrupted,
-            "rows": [line_json(line, self.ceilings) for line in self.lines],
+            "rows": [line_json(line) for line in self.lines],
         }
 
 
@@ -76,17 +77,17 @@ def run_kernels(options: Options, say: Callable[[Timed], None]) -> KernelResult:
         raise ConfigError(f"ops: got {', '.join(unknown)}, allowed: {', '.join(GROUPS)}")
     started = datetime.now(UTC).isoformat(timespec="seconds")
     machine = describe_machine()
-    before = measure_ceilings()
-    lines: list[Timed] = []
+    lines: list[Line] = []
     interrupted = False
     try:
-        for line in _lines(options):
-            lines.append(line)
-            say(line)
+        for timed in _lines(options):
+            same_op = lines and lines[-1].timed.op == timed.op
+            ceilings = lines[-1].ceilings if same_op else measure_ceilings(options.seconds / 2)
+            lines.append(Line(timed, ceilings))
+            say(timed)
     except KeyboardInterrupt:
         interrupted = True
-    measured = (before, before if interrupted else measure_ceilings())
-    return KernelResult(started, machine, options.shape, measured, tuple(lines), interrupted)
+    return KernelResult(started, machine, options.shape, tuple(lines), interrupted)
 
 
 def _lines(options: Options) -> Iterator[Timed]:
@@ -105,45 +106,45 @@ def bound_by(cost: Cost, ceilings: Ceilings) -> str:
     return "bf16" if cost.precision == "bf16" else "int8"
 
 
-def share_of_roofline(line: Timed, ceilings: Ceilings) -> float | None:
+def share_of_roofline(line: Line) -> float | None:
     """None where nothing that bounds the op was measured."""
-    floor_s = 0.0 if line.cost is None else line.cost.floor_s(ceilings)
-    return floor_s / line.seconds if floor_s > 0 else None
+    cost = line.timed.cost
+    floor_s = 0.0 if cost is None else cost.floor_s(line.ceilings)
+    return floor_s / line.timed.seconds if floor_s > 0 else None
 
 
-def line_json(line: Timed, ceilings: Ceilings) -> dict[str, Any]:
-    found: dict[str, Any] = {"op": line.op, "shape": line.shape, "ms": line.seconds * 1e3}
-    if line.cost is not None:
+def line_json(line: Line) -> dict[str, Any]:
+    timed, cost = line.timed, line.timed.cost
+    found: dict[str, Any] = {"op": timed.op, "shape": timed.shape, "ms": timed.seconds * 1e3}
+    share = share_of_roofline(line)
+    if cost is not None:
         found |= {
-            "gb_s": line.cost.read_bytes / line.seconds / 1e9,
-            "gop_s": line.cost.ops / line.seconds / 1e9,
-            "bound_by": bound_by(line.cost, ceilings),
-            "percent": 100 * (share_of_roofline(line, ceilings) or 0.0),
+            "gb_s": cost.read_bytes / timed.seconds / 1e9,
+            "gop_s": cost.ops / timed.seconds / 1e9,
+            "bound_by": bound_by(cost, line.ceilings),
+            "percent": None if share is None else 100 * share,
         }
-    return found
-
-
-def cells(line: Timed, ceilings: Ceilings) -> list[str]:
-    """The line as text: op, shape, ms, rate, ceiling, percent of the roofline."""
-    found = [line.op, line.shape, f"{line.seconds * 1e3:.3f}"]
-    if line.cost is None:
-        return [*found, "-", "-", "-"]
-    bound = bound_by(line.cost, ceilings)
-    if bound == "read":
-        rate = f"{line.cost.read_bytes / line.seconds / 1e9:.1f} GB/s"
-    else:
-        rate = f"{line.cost.ops / line.seconds / 1e9:,.0f} GOP/s"
-    share = share_of_roofline(line, ceilings)
-    return [*found, rate, bound, "-" if share is None else f"{share:.0%}"]
+    return found | {"ceilings": to_json(line.ceilings)}
 
 
 HEAD = ("op", "shape", "ms", "rate", "bound by", "of roofline")
 
 
-def table_lines(result: KernelResult) -> Sequence[Sequence[str]]:
-    return [HEAD, *(cells(line, result.ceilings) for line in result.lines)]
+def cells(line: Line) -> list[str]:
+    """The line as text, by the columns of HEAD."""
+    timed, cost = line.timed, line.timed.cost
+    found = [timed.op, timed.shape, f"{timed.seconds * 1e3:.3f}"]
+    if cost is None:
+        return [*found, "-", "-", "-"]
+    bound = bound_by(cost, line.ceilings)
+    if bound == "read":
+        rate = f"{cost.read_bytes / timed.seconds / 1e9:.1f} GB/s"
+    else:
+        rate = f"{cost.ops / timed.seconds / 1e9:,.0f} GOP/s"
+    share = share_of_roofline(line)
+    return [*found, rate, bound, "-" if share is None else f"{share:.0%}"]
 
 
 def caption(result: KernelResult) -> str:
     """The ceilings that the table's shares are of."""
-    return f"{result.shape.name} shapes; {describe(result.measured)}"
+    return f"{result.shape.name} shapes; {describe([line.ceilings for line in result.lines])}"

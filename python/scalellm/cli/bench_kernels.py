@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 _EXIT_OK, _EXIT_INTERRUPTED = 0, 130
 _EPILOG = """\
-Ceilings are measured before and after: reading memory, and products of registers alone by the
+Ceilings are measured beside each op: reading memory, and products of registers alone by the
 instructions that the kernels use. `of roofline` is the least time that they allow, by the time
 measured.
 
@@ -68,7 +68,7 @@ def run(arguments: argparse.Namespace) -> int:
     folder = None if arguments.model is None else _folder(arguments.model)
 
     from scalellm import _core
-    from scalellm.bench.kernels import Options, caption, run_kernels, table_lines
+    from scalellm.bench.kernels import HEAD, Options, caption, cells, run_kernels
     from scalellm.bench.results import check_writable, write_document
 
     if arguments.json is not None:
@@ -79,9 +79,9 @@ def run(arguments: argparse.Namespace) -> int:
     )
     result = run_kernels(options, _say)
     _say(None)
-    print(caption(result))
-    for line in table([list(cells) for cells in table_lines(result)]):
-        print(line)
+    if result.lines:
+        print(caption(result))
+    print("\n".join(table([list(HEAD), *(cells(line) for line in result.lines)])))
     if arguments.json is not None:
         write_document(result.to_json(), arguments.json)
     return _EXIT_INTERRUPTED if result.interrupted else _EXIT_OK
