@@ -55,7 +55,7 @@ class Choice:
         self._token_ids += token_ids
         self._entries += logprobs or ()
         if times is not None:
-            self._times = RequestTimes(*times)
+            self._times = RequestTimes(*times[:6])  # what follows is for profiles
         piece, stopped = self._text_of(token_ids)
         if stopped:
             self._finish("stop", None)
