@@ -6,6 +6,7 @@ use super::activations::{nearest, scales_for};
 use super::layout::{BF16_SCALES, CHANNELS, F32_SCALES, Format, Layout};
 use crate::cpu::Cpu;
 use crate::rows::{Rows, RowsMut};
+use crate::vectorise::vectorised;
 
 /// Pack a weight of `[n, k]` bf16 into `out`, of `layout.bytes()`.
 ///
@@ -54,14 +55,26 @@ fn pack_rows<T: Copy + Sync>(
             let scales = scales_for(magnitude(&channel));
             for (group, channel) in channel.chunks(group_k).enumerate() {
                 let block = block(group);
-                match layout.format() {
-                    Format::Bf16 => bf16_lane(channel, lane, block),
-                    Format::Int8 => int8_lane(channel, scales, lane, block),
-                    Format::Int4 { group } => int4_lane(channel, group, lane, block),
-                }
+                write_lane(cpu.level, layout.format(), channel, scales, lane, block);
             }
         }
     });
+}
+
+vectorised! {
+    fn write_lane(
+        format: Format,
+        channel: &[f32],
+        scales: (f32, f32),
+        lane: usize,
+        block: &mut [u8],
+    ) {
+        match format {
+            Format::Bf16 => bf16_lane(channel, lane, block),
+            Format::Int8 => int8_lane(channel, scales, lane, block),
+            Format::Int4 { group } => int4_lane(channel, group, lane, block),
+        }
+    }
 }
 
 /// The largest magnitude; NaN if there is one.
@@ -72,6 +85,7 @@ fn magnitude(x: &[f32]) -> f32 {
     f32::from_bits(bits)
 }
 
+#[inline(always)]
 fn bf16_lane(channel: &[f32], lane: usize, block: &mut [u8]) {
     for (index, &weight) in channel.iter().enumerate() {
         let at = ((index / 2 * CHANNELS + lane) * 2 + index % 2) * 2;
@@ -79,6 +93,7 @@ fn bf16_lane(channel: &[f32], lane: usize, block: &mut [u8]) {
     }
 }
 
+#[inline(always)]
 fn int8_lane(channel: &[f32], (scale, inverse): (f32, f32), lane: usize, block: &mut [u8]) {
     let (scales, values) = block.split_at_mut(F32_SCALES);
     scales[lane * 4..][..4].copy_from_slice(&scale.to_ne_bytes());
@@ -91,31 +106,34 @@ fn int8_lane(channel: &[f32], (scale, inverse): (f32, f32), lane: usize, block: 
     }
 }
 
+#[inline(always)]
 fn int4_lane(channel: &[f32], group: usize, lane: usize, block: &mut [u8]) {
     let size = BF16_SCALES + group * CHANNELS / 2;
     for (channel, block) in channel.chunks(group).zip(block.chunks_mut(size)) {
         let (scales, values) = block.split_at_mut(BF16_SCALES);
         let scale = int4_scale(channel);
         scales[lane * 2..][..2].copy_from_slice(&scale.to_ne_bytes());
-        for step in values.chunks_mut(CHANNELS * 4) {
-            step[lane * 4..][..4].fill(0x88);
-        }
         let scale = scale.to_f32();
         let inverse = if scale == 0.0 { 0.0 } else { 1.0 / scale };
-        for (index, &weight) in channel.iter().enumerate() {
-            let rounded = (weight * inverse).round_ties_even().clamp(-8.0, 7.0);
-            let value = (rounded as i8 + 8) as u8;
-            let at = (index / 8 * CHANNELS + lane) * 4 + index % 4;
-            if index % 8 < 4 {
-                values[at] = values[at] & 0xf0 | value;
-            } else {
-                values[at] = values[at] & 0x0f | value << 4;
+        for (inputs, step) in channel.chunks(8).zip(values.chunks_mut(CHANNELS * 4)) {
+            let mut quantised = [8; 8];
+            for (to, &weight) in quantised.iter_mut().zip(inputs) {
+                let rounded = (weight * inverse).round_ties_even().clamp(-8.0, 7.0);
+                *to = (rounded as i8 + 8) as u8;
             }
+            for (index, to) in step[lane * 4..][..4].iter_mut().enumerate() {
+                *to = quantised[index] | quantised[index + 4] << 4;
+            }
+        }
+        // Padding of the last group, beyond k.
+        for step in values.chunks_mut(CHANNELS * 4).skip(channel.len().div_ceil(8)) {
+            step[lane * 4..][..4].fill(0x88);
         }
     }
 }
 
 /// The weight of largest magnitude becomes -8, which the other sign does not have.
+#[inline(always)]
 fn int4_scale(weights: &[f32]) -> bf16 {
     let largest = weights
         .iter()
