@@ -126,7 +126,10 @@ fn int4_lane(channel: &[f32], group: usize, lane: usize, block: &mut [u8]) {
             }
         }
         // Padding of the last group, beyond k.
-        for step in values.chunks_mut(CHANNELS * 4).skip(channel.len().div_ceil(8)) {
+        for step in values
+            .chunks_mut(CHANNELS * 4)
+            .skip(channel.len().div_ceil(8))
+        {
             step[lane * 4..][..4].fill(0x88);
         }
     }
