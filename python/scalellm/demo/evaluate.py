@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -62,6 +62,15 @@ class Report:
         return all(score.share >= least(score) for score in self.sum_scores) and all(
             score.right == score.total for score in self.fact_scores
         )
+
+
+class Reader(Protocol):
+    """Something that reads texts and says what it expects to come next."""
+
+    tokenizer: Any
+
+    def logits(self, text: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """Ids [T] of a text and the logits [T, vocabulary], fp32, that follow each."""
 
 
 class Judge:
@@ -171,7 +180,7 @@ def score_stories(judge: Judge, count: int) -> tuple[Score, list[tuple[str, str]
     return coherent, list(zip(requests, told[-3:], strict=True))
 
 
-def held_out_losses(judge: Judge, count: int) -> tuple[float, float]:
+def held_out_losses(judge: Reader, count: int) -> tuple[float, float]:
     """Mean loss in nats on answers of held-out conversations, and on held-out plain text."""
     sums, tokens = [0.0, 0.0], [0, 0]
     for text in islice(documents(SEED, "held_out"), count):
