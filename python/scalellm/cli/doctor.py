@@ -6,6 +6,7 @@ import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from scalellm.cli import machine
 from scalellm.cli.flags import add_settings, resolve_arguments
@@ -14,13 +15,16 @@ from scalellm.controller.deployment import free_port
 from scalellm.errors import ServeError
 from scalellm.loader.memory import available_cpu_bytes, gib
 
+if TYPE_CHECKING:
+    from scalellm.bench.floor import Ceilings
+
 _PACKAGES = ("torch", "triton", "transformers", "safetensors", "huggingface_hub")
 _NEEDED = ("torch", "transformers", "safetensors")
-# Parameters of well-known sizes, in billions, for the prediction.
-_SIZES = (("Qwen3-0.6B", 0.6), ("Qwen3-1.7B", 1.7), ("Qwen3-4B", 4.0), ("Llama-3.1-8B", 8.0))
-_BF16_BYTES = 2
 _OVERHEAD_BYTES = 2 << 30  # torch, activations and a small KV cache beside the weights
-_DECODE_SHARE = 0.8  # of the read bandwidth that decoding reaches in practice
+_REACHED_SHARE = 0.8  # of the floor's speed that decoding reaches in practice
+_CONTEXT_TOKENS = 512
+_BATCH = 64
+_MEASURE_S = 0.2  # for each ceiling
 _LOW_DISK_BYTES = 10 << 30
 
 
@@ -65,10 +69,11 @@ def run(arguments: argparse.Namespace) -> int:
     _line("port", port_problem or f"{values['port'].value} is free")
 
     if not arguments.quick:
-        bandwidth = machine.read_bandwidth(cores)
-        _line("bandwidth", f"{bandwidth / 1e9:.1f} GB/s read with {cores} threads")
-        print()
-        _predict(bandwidth, available)
+        ceilings = _ceilings(cores)
+        if ceilings is not None:
+            _line("kernels", _reach(ceilings))
+            print()
+            _predict(ceilings, available)
     problems = _problems(versions, disk, cache, port_problem, bool(gpus))
     print()
     for problem in problems:
@@ -82,17 +87,48 @@ def _line(name: str, text: str) -> None:
     print(f"{name:<10} {text}")
 
 
-def _predict(bandwidth: float, available_bytes: int) -> None:
-    """Decoding one request reads all weights for every token: bandwidth bounds it."""
-    print("predicted on this CPU, one request, bf16 (weights read once a token):")
-    for name, billions in _SIZES:
-        weights = int(billions * 1e9 * _BF16_BYTES)
-        if weights + _OVERHEAD_BYTES > available_bytes:
-            needed = gib(weights + _OVERHEAD_BYTES)
-            print(f"  {name:<14} does not fit: needs about {needed}")
-        else:
-            per_s = _DECODE_SHARE * bandwidth / weights
-            print(f"  {name:<14} about {per_s:5.1f} tok/s, {1e3 / per_s:.0f} ms a token")
+def _ceilings(cores: int) -> "Ceilings | None":
+    """None without the Rust half, which is a problem of its own."""
+    if importlib.util.find_spec("scalellm._core") is None:
+        return None
+    from scalellm import _core
+    from scalellm.bench.ceilings import measure_ceilings
+
+    _core.cpu_start(cores, 0)
+    return measure_ceilings(_MEASURE_S)
+
+
+def _reach(ceilings: "Ceilings") -> str:
+    from scalellm.bench.ceilings import describe
+
+    return describe([ceilings])
+
+
+def _predict(ceilings: "Ceilings", available_bytes: int) -> None:
+    """Decoding by the least time that the ceilings allow, less what is lost in practice."""
+    from scalellm.bench.floor import decode_ms
+    from scalellm.bench.model_shape import KNOWN_SHAPES, PRECISIONS
+
+    print(
+        f"predicted on this CPU at {_CONTEXT_TOKENS} tokens of context, tok/s of 1 request "
+        f"and of {_BATCH} (ms a token):"
+    )
+    for shape in KNOWN_SHAPES:
+        cells = []
+        for precision in PRECISIONS:
+            needed = shape.weight_bytes(precision) + shape.embedding_bytes + _OVERHEAD_BYTES
+            if needed > available_bytes:
+                cells.append(f"{precision}: needs about {gib(int(needed))}")
+                continue
+            alone, many = (
+                decode_ms(shape, ceilings, precision, batch, _CONTEXT_TOKENS) / _REACHED_SHARE
+                for batch in (1, _BATCH)
+            )
+            cells.append(
+                f"{precision} {1e3 / alone:.1f} ({alone:.0f}), {1e3 * _BATCH / many:.0f} "
+                f"({many:.0f})"
+            )
+        print(f"  {shape.name:<13} {'  '.join(f'{cell:<27}' for cell in cells)}".rstrip())
 
 
 def _port_problem(host: str, port: int) -> str:

@@ -4,8 +4,6 @@ import os
 import platform
 import shutil
 import subprocess
-import threading
-import time
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -24,8 +22,6 @@ _FEATURES = {  # as /proc/cpuinfo calls them (x86, Arm) -> as people do
     "bf16": "BF16",
     "sve": "SVE",
 }
-_BYTES_PER_THREAD = 96 << 20
-_PASSES = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,27 +82,6 @@ def free_disk_bytes(folder: Path) -> int:
     """Free bytes where `folder` is, or would be."""
     existing = next(found for found in (folder, *folder.parents) if found.exists())
     return shutil.disk_usage(existing).free
-
-
-def read_bandwidth(threads: int) -> float:
-    """Bytes per second that `threads` threads read from memory together; takes about half a second.
-
-    Each thread sums its own array, larger than its share of any cache; the best pass counts.
-    """
-    import numpy as np
-
-    count = _BYTES_PER_THREAD // 8
-    arrays = [np.ones(count, dtype=np.int64) for _ in range(threads)]
-    best_s = float("inf")
-    for _ in range(_PASSES):
-        workers = [threading.Thread(target=array.sum) for array in arrays]
-        started_s = time.perf_counter()
-        for worker in workers:
-            worker.start()
-        for worker in workers:
-            worker.join()
-        best_s = min(best_s, time.perf_counter() - started_s)
-    return threads * count * 8 / best_s
 
 
 def _lines(path: str) -> list[str]:
