@@ -25,7 +25,7 @@ COMMANDS = {
     "status": "replicas, queue and readiness of a running endpoint",
     "doctor": "what this machine has, what would run and how fast, what is missing",
     "config": "show each setting with its origin",
-    "bench": "measure an endpoint",
+    "bench": "measure an endpoint, the Python API or the kernels",
     "profile": "where the time goes between a request and its tokens",
     "engine": "run one engine replica",
     "keys": "make, list and revoke API keys",
