@@ -78,6 +78,7 @@ vectorised! {
 }
 
 /// The largest magnitude; NaN if there is one.
+#[inline(always)]
 fn magnitude(x: &[f32]) -> f32 {
     let bits = x
         .iter()
@@ -138,11 +139,9 @@ fn int4_lane(channel: &[f32], group: usize, lane: usize, block: &mut [u8]) {
 /// The weight of largest magnitude becomes -8, which the other sign does not have.
 #[inline(always)]
 fn int4_scale(weights: &[f32]) -> bf16 {
-    let largest = weights
-        .iter()
-        .copied()
-        .max_by(|a, b| a.abs().total_cmp(&b.abs()))
-        .unwrap_or(0.0);
+    let most = magnitude(weights);
+    let largest = weights.iter().rfind(|weight| weight.abs() == most);
+    let largest = *largest.unwrap_or(&most);
     let (scale, _) = scales_for(largest.abs());
     if scale == 0.0 {
         return bf16::ZERO;
