@@ -137,7 +137,7 @@ SETTINGS = {
     "no such port": (["demo", "--port", "99999"], "port.*99999.*65535"),
     "a host of somebody else": (["demo", "--host", "192.0.2.1"], r"192\.0\.2\.1"),
     "an unknown dtype": (["demo", "--dtype", "float8"], "dtype.*float8.*bfloat16"),
-    "quantisation that is not there": (["demo", "--quantization", "int4"], "int4"),
+    "quantisation that is not there": (["demo", "--quantization", "fp8"], "fp8"),
     "a template that is not there": (["demo", "--chat-template", "none.jinja"], r"none\.jinja"),
     "a template that does not compile": (
         ["demo", "--chat-template", "broken.jinja"],

@@ -99,7 +99,7 @@ def test_a_wrong_file_is_refused_by_name(tmp_path: Path, text: str, expected: st
         ("SCALELLM_GPU_MEMORY_UTILIZATION", "nan", "allowed: a number above 0, at most 1"),
         ("SCALELLM_ENABLE_PREFIX_CACHING", "maybe", "allowed: true or false"),
         ("SCALELLM_DTYPE", "float8", "allowed: auto, float32, bfloat16"),
-        ("SCALELLM_QUANTIZATION", "int3", "allowed: none"),
+        ("SCALELLM_QUANTIZATION", "int3", "allowed: auto, none, int8, int4"),
         ("SCALELLM_KV_CACHE_MEMORY_BYTES", "4 parsecs", "kv_cache_memory_bytes: got"),
     ],
 )
