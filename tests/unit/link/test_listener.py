@@ -117,7 +117,7 @@ def test_a_bad_address_or_info_is_refused_by_name(
 
 def test_outputs_of_unknown_requests_fall_away(listener: _core.EngineListener) -> None:
     logprob = (3, -0.5, 1, [3, 4], [-0.5, -1.0])
-    times = (1, 2, 3, 4, 0, 5)
+    times = (1, 2, 3, 4, 0, 5, [("forward/linear", 3)], [("sample", 1)])
     listener.emit([(7, [3], "length", 0, [logprob], [None, logprob], times, 3, "text")], LOAD)
     listener.emit_kv([(b"", b"h" * 16)], [b"r" * 16], False)
     listener.answer_calibrate(9, [1.0])
