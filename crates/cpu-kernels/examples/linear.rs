@@ -16,7 +16,7 @@ use rand::{RngExt, SeedableRng};
 use scalellm_cpu_kernels::bf16;
 use scalellm_cpu_kernels::ceiling::{Ceilings, median};
 use scalellm_cpu_kernels::cpu::Cpu;
-use scalellm_cpu_kernels::linear::{Epilogue, Format, Layout, Output, Packed, linear, pack};
+use scalellm_cpu_kernels::linear::{Format, Layout, Output, Packed, linear, pack};
 use scalellm_cpu_kernels::pages::Pages;
 use scalellm_cpu_kernels::rows::{Rows, RowsMut};
 
@@ -102,7 +102,7 @@ fn main() -> Result<(), Box<dyn Error>> {
                     } else {
                         Output::Bf16(out)
                     };
-                    linear(cpu, Rows::of(&x, k), weight, Epilogue::default(), out);
+                    linear(cpu, Rows::of(&x, k), weight, None, out);
                 }
             };
             let mut repeats = Vec::new();

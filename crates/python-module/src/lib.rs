@@ -11,6 +11,7 @@ mod gateway;
 mod kernels;
 mod listener;
 mod load_generator;
+mod plan;
 mod sampling;
 mod text;
 
@@ -23,6 +24,7 @@ fn _core(module: &Bound<'_, PyModule>) -> PyResult<()> {
     fake_engine::register(module)?;
     gateway::register(module)?;
     kernels::register(module)?;
+    plan::register(module)?;
     load_generator::register(module)?;
     sampling::register(module)?;
     text::register(module)?;

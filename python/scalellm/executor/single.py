@@ -1,6 +1,5 @@
 """Runs batches on one device."""
 
-import os
 import time
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -73,7 +72,7 @@ class SingleExecutor:
         report = progress or (lambda _phase, _seconds: None)
         if config.cpu_threads is not None:
             torch.set_num_threads(config.cpu_threads)
-        _core.cpu_start(config.cpu_threads or os.cpu_count() or 1, config.compute_nice)
+        _core.cpu_start(torch.get_num_threads(), config.compute_nice)
         loaded = load_model(config, report)
         started = time.monotonic()
         size, cache = _allocate(config, loaded)

@@ -6,6 +6,7 @@ matrices out for the CPU's kernels, and its inventory only takes notes, on torch
 know a model's tensors and size before memory is spent.
 """
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from enum import Enum
 from typing import Protocol
@@ -61,14 +62,15 @@ class WeightSource(Protocol):
         """
 
 
-class PlainMatrices:
+class PlainMatrices(ABC):
     """Gives every matrix as one tensor [n, k], filled part by part."""
 
     dtype: torch.dtype
     device: torch.device
 
+    @abstractmethod
     def fill(self, out: Tensor, name: str) -> None:
-        raise NotImplementedError
+        """As of WeightSource."""
 
     def table(self, name: str, n: int, d: int) -> Tensor:
         return take(self, name, n, d)

@@ -1,31 +1,13 @@
-//! What happens between two linears: silu(gate) * up (the SwiGLU of Shazeer, 2020), and sums.
+//! Sums, and the silu of gated linears (the SwiGLU of Shazeer, 2020).
 
 use half::bf16;
 
-use crate::bfloat::{round, rounded, widen};
+use crate::bfloat::{round, widen};
 use crate::cpu::Cpu;
 use crate::exp::exp;
 use crate::rows::{Rows, RowsMut};
 use crate::share;
 use crate::vectorise::vectorised;
-
-/// silu of the first half of each row times its second half: [T, 2n] -> [T, n].
-///
-/// # Panics
-/// If shapes do not fit.
-pub fn silu_and_mul(cpu: &Cpu, gate_up: Rows<bf16>, out: RowsMut<bf16>) {
-    let n = out.cols();
-    assert_eq!(
-        (gate_up.rows(), gate_up.cols()),
-        (out.rows(), 2 * n),
-        "shapes"
-    );
-    share::rows(cpu, out.rows(), 4 * n, |row| {
-        let (gate, up) = gate_up.row(row).split_at(n);
-        // SAFETY: each row is taken once.
-        silu_times(cpu.level, gate, up, unsafe { out.part(row, 0, n) });
-    });
-}
 
 /// `out = a + b`, rounded to bf16: all [T, d].
 ///
@@ -43,18 +25,10 @@ pub fn add(cpu: &Cpu, a: Rows<bf16>, b: Rows<bf16>, out: RowsMut<bf16>) {
     });
 }
 
-/// x / (1 + e^-x).
+/// x / (1 + e^-x), which the epilogue of a gated linear applies.
 #[inline(always)]
 pub(crate) fn silu(x: f32) -> f32 {
     x / (1.0 + exp(-x))
-}
-
-vectorised! {
-    fn silu_times(gate: &[bf16], up: &[bf16], out: &mut [bf16]) {
-        for ((out, &gate), &up) in out.iter_mut().zip(gate).zip(up) {
-            *out = round(rounded(silu(widen(gate))) * widen(up));
-        }
-    }
 }
 
 vectorised! {
@@ -71,27 +45,13 @@ mod tests {
     use crate::level::Level;
 
     #[test]
-    fn silu_and_mul_is_close_to_the_reference_from_one_extreme_to_the_other() {
-        let n = 1201;
-        let gate = (0..n).map(|i| bf16::from_f32((i as f32 - 600.0) / 3.0));
-        let row: Vec<bf16> = gate
-            .chain((0..n).map(|i| bf16::from_f32(i as f32 / 9.0)))
-            .collect();
-        let rows = row.repeat(5);
-        let mut all = Vec::new();
-        for level in Level::available() {
-            let cpu = Cpu::at_level(level, 2, 0).unwrap();
-            let mut out = vec![bf16::NAN; 5 * n];
-            silu_and_mul(&cpu, Rows::of(&rows, 2 * n), RowsMut::of(&mut out, n));
-            for (i, found) in out.iter().enumerate() {
-                let (gate, up) = (row[i % n].to_f64(), row[n + i % n].to_f64());
-                let right = gate / (1.0 + (-gate).exp()) * up;
-                let error = (found.to_f64() - right).abs();
-                assert!(error <= right.abs() / 120.0 + 1e-30, "{gate} {up}: {found}");
-            }
-            all.push(out);
-        }
-        assert!(all.windows(2).all(|pair| pair[0] == pair[1]));
+    fn silu_keeps_what_is_not_finite_so() {
+        assert_eq!(silu(0.0), 0.0);
+        assert_eq!(silu(f32::INFINITY), f32::INFINITY);
+        assert!(!silu(f32::NEG_INFINITY).is_finite());
+        assert!(silu(f32::NAN).is_nan());
+        assert_eq!(silu(200.0), 200.0);
+        assert!(silu(-200.0).abs() < 1e-30);
     }
 
     #[test]

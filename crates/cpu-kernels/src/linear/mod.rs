@@ -1,4 +1,4 @@
-//! Linear layers: y = x W^T (+ bias) (+ residual), on packed bf16, int8 or int4 weights.
+//! Linear layers: y = x W^T (+ bias), on packed bf16, int8 or int4 weights.
 //!
 //! ```text
 //! layout       how a packed weight lies in memory; slices of it
@@ -35,10 +35,10 @@ mod tile;
 #[cfg(test)]
 mod tests;
 
-pub use epilogue::{Epilogue, Output, Residual};
+pub use epilogue::Output;
 pub use greedy::greedy;
 pub use layout::{Format, Layout, LinearError, Packed, VERSION};
-pub use pack::{pack, pack_f32};
+pub use pack::pack;
 
 use half::bf16;
 
@@ -57,9 +57,9 @@ use crate::vectorise::vectorised;
 ///
 /// # Panics
 /// If a size does not fit, or the combination of weight, epilogue and output has no meaning.
-pub fn linear(cpu: &mut Cpu, x: Rows<bf16>, weight: &Packed, epilogue: Epilogue, out: Output) {
+pub fn linear(cpu: &mut Cpu, x: Rows<bf16>, weight: &Packed, bias: Option<&[bf16]>, out: Output) {
     let level = cpu.level;
-    let finish = &Finish::new(weight, x.rows(), epilogue, out);
+    let finish = &Finish::new(weight, x.rows(), bias, out);
     product(cpu, x, weight, |panel, _, first, rows, sums| {
         store(level, finish, panel, first, rows, sums);
     });

@@ -4,6 +4,7 @@ use half::bf16;
 
 use super::activations::{nearest, scales_for};
 use super::layout::{BF16_SCALES, CHANNELS, F32_SCALES, Format, Layout};
+use crate::bfloat::widen;
 use crate::cpu::Cpu;
 use crate::rows::{Rows, RowsMut};
 use crate::vectorise::vectorised;
@@ -13,24 +14,6 @@ use crate::vectorise::vectorised;
 /// # Panics
 /// If a size is not the layout's.
 pub fn pack(cpu: &Cpu, layout: &Layout, weight: Rows<bf16>, out: &mut [u8]) {
-    pack_rows(cpu, layout, weight, bf16::to_f32, out);
-}
-
-/// As `pack`, from f32.
-///
-/// # Panics
-/// If a size is not the layout's.
-pub fn pack_f32(cpu: &Cpu, layout: &Layout, weight: Rows<f32>, out: &mut [u8]) {
-    pack_rows(cpu, layout, weight, |x| x, out);
-}
-
-fn pack_rows<T: Copy + Sync>(
-    cpu: &Cpu,
-    layout: &Layout,
-    weight: Rows<T>,
-    widen: impl Fn(T) -> f32 + Copy + Sync,
-    out: &mut [u8],
-) {
     let shape = (weight.rows(), weight.cols());
     assert_eq!(shape, (layout.n(), layout.k()), "shape of the weight");
     assert_eq!(out.len(), layout.bytes(), "bytes of the packed weight");

@@ -29,7 +29,6 @@ struct Case {
     k_groups: usize,
     gated: bool,
     bias: bool,
-    residual: bool,
     seed: u64,
 }
 
@@ -44,7 +43,6 @@ struct Operands {
     x: Vec<bf16>,
     w: Vec<bf16>,
     bias: Vec<bf16>,
-    residual: Vec<bf16>,
 }
 
 fn normal(rng: &mut StdRng) -> f32 {
@@ -63,7 +61,6 @@ impl Operands {
             x: many(case.rows * case.k),
             w: many(case.n * case.k),
             bias: many(case.n),
-            residual: many(case.rows * case.layout().columns()),
         }
     }
 
@@ -107,7 +104,7 @@ impl Operands {
         let layout = case.layout();
         let packed = Packed::new(layout, bytes.bytes()).unwrap();
         let x = Rows::of(&self.x, case.k);
-        run(case, cpu, &packed, x, &self.bias, &self.residual, f32_out)
+        run(case, cpu, &packed, x, &self.bias, f32_out)
     }
 
     /// The output in f64, and how much that of quantised operands may differ.
@@ -154,13 +151,7 @@ impl Operands {
                     let error = 1.1 * dg * (up.abs() + du) + silu.abs() * (du + up.abs() * 3e-6);
                     (silu * up, error)
                 } else {
-                    let (sum, error) = product(column);
-                    let residual = if case.residual {
-                        self.residual[row * columns + column].to_f64()
-                    } else {
-                        0.0
-                    };
-                    (sum + residual, error + residual.abs() * 3e-6)
+                    product(column)
                 });
             }
         }
@@ -186,22 +177,14 @@ fn run(
     packed: &Packed,
     x: Rows<bf16>,
     bias: &[bf16],
-    residual: &[bf16],
     f32_out: bool,
 ) -> Vec<f32> {
     let columns = packed.layout().columns();
-    let residual = &residual[..x.rows() * columns];
-    let mut epilogue = Epilogue {
-        bias: case.bias.then_some(bias),
-        residual: Residual::None,
-    };
-    if case.residual && !case.gated {
-        epilogue.residual = Residual::Rows(Rows::of(residual, columns));
-    }
+    let bias = case.bias.then_some(bias);
     if f32_out && !case.gated {
         let mut out = vec![f32::NAN; x.rows() * columns];
         let view = RowsMut::of(&mut out, columns);
-        linear(cpu, x, packed, epilogue, Output::F32(view));
+        linear(cpu, x, packed, bias, Output::F32(view));
         return out;
     }
     let mut out = vec![bf16::NAN; x.rows() * columns];
@@ -211,7 +194,7 @@ fn run(
     } else {
         Output::Bf16(view)
     };
-    linear(cpu, x, packed, epilogue, out_kind);
+    linear(cpu, x, packed, bias, out_kind);
     out.iter().map(|x| x.to_f32()).collect()
 }
 
@@ -227,10 +210,10 @@ fn format() -> impl Strategy<Value = Format> {
 
 fn case() -> impl Strategy<Value = Case> {
     let sizes = (0..45_usize, 1..100_usize, 1..300_usize, 0..4_u32);
-    let flags = (any::<bool>(), any::<bool>(), any::<bool>(), any::<u64>());
+    let flags = (any::<bool>(), any::<bool>(), any::<u64>());
     (format(), sizes, flags).prop_map(|(format, sizes, flags)| {
         let (rows, n, k, groups) = sizes;
-        let (gated, bias, residual, seed) = flags;
+        let (gated, bias, seed) = flags;
         let k_groups = 1 << groups;
         Case {
             format,
@@ -240,7 +223,6 @@ fn case() -> impl Strategy<Value = Case> {
             k_groups,
             gated,
             bias,
-            residual,
             seed,
         }
     })
@@ -316,8 +298,7 @@ proptest! {
             let columns = case.layout().columns();
             for row in 0..case.rows {
                 let x = Rows::of(&operands.x[row * case.k..][..case.k], case.k);
-                let residual = &operands.residual[row * columns..][..columns];
-                let alone = run(&case, &mut cpu, &packed, x, &operands.bias, residual, true);
+                let alone = run(&case, &mut cpu, &packed, x, &operands.bias, true);
                 let batched = &together[row * columns..][..columns];
                 prop_assert_eq!(bits(&alone), bits(batched), "{} row {}", level, row);
             }
@@ -334,7 +315,6 @@ fn plain(format: Format, rows: usize, n: usize, k: usize, k_groups: usize) -> Ca
         k_groups,
         gated: false,
         bias: false,
-        residual: false,
         seed: 7,
     }
 }
@@ -349,12 +329,12 @@ fn slices_along_k_add_up_in_the_tree_to_the_whole() {
         let mut bytes = operands.packed(&case, &cpu);
         let packed = Packed::new(case.layout(), bytes.bytes()).unwrap();
         let x = Rows::of(&operands.x, 256);
-        let whole = run(&case, &mut cpu, &packed, x, &[], &[bf16::ZERO; 350], true);
+        let whole = run(&case, &mut cpu, &packed, x, &[], true);
         let mut halves = [0, 4].map(|first| {
             let slice = packed.groups(first, first + 4).unwrap();
             // SAFETY: columns `first * 32 ..` of rows of 256.
             let x = unsafe { Rows::from_raw(operands.x[first * 32..].as_ptr(), 5, 128, 256) };
-            run(&case, &mut cpu, &slice, x, &[], &[bf16::ZERO; 350], true).into_iter()
+            run(&case, &mut cpu, &slice, x, &[], true).into_iter()
         });
         for whole in whole {
             let sum: f32 = halves.iter_mut().map(|half| half.next().unwrap()).sum();
@@ -372,9 +352,9 @@ fn slices_along_n_are_columns_of_the_whole() {
         let mut bytes = operands.packed(&case, &cpu);
         let packed = Packed::new(case.layout(), bytes.bytes()).unwrap();
         let x = Rows::of(&operands.x, 96);
-        let whole = run(&case, &mut cpu, &packed, x, &[], &[bf16::ZERO; 300], true);
+        let whole = run(&case, &mut cpu, &packed, x, &[], true);
         let slice = packed.columns(32, 100).unwrap();
-        let part = run(&case, &mut cpu, &slice, x, &[], &[bf16::ZERO; 300], true);
+        let part = run(&case, &mut cpu, &slice, x, &[], true);
         for (part, whole) in part.chunks(68).zip(whole.chunks(100)) {
             assert_eq!(part, &whole[32..]);
         }
@@ -455,30 +435,6 @@ fn the_longest_sums_fit() {
 }
 
 #[test]
-fn adding_in_place_equals_adding_rows() {
-    for mut cpu in cpus() {
-        let case = Case {
-            residual: true,
-            ..plain(Format::Int8, 30, 100, 64, 8)
-        };
-        let operands = Operands::normal(&case);
-        let expected = operands.run(&case, &mut cpu, false);
-        let mut bytes = operands.packed(&case, &cpu);
-        let packed = Packed::new(case.layout(), bytes.bytes()).unwrap();
-        let mut out = operands.residual.clone();
-        let epilogue = Epilogue {
-            bias: None,
-            residual: Residual::InPlace,
-        };
-        let x = Rows::of(&operands.x, 64);
-        let view = Output::Bf16(RowsMut::of(&mut out, 100));
-        linear(&mut cpu, x, &packed, epilogue, view);
-        let found: Vec<_> = out.iter().map(|x| x.to_f32()).collect();
-        assert_eq!(found, expected);
-    }
-}
-
-#[test]
 fn the_most_likely_id_is_the_first_of_the_largest_logits() {
     for format in FORMATS {
         for mut cpu in cpus() {
@@ -505,20 +461,6 @@ fn the_most_likely_id_is_the_first_of_the_largest_logits() {
             }
             greedy(&mut cpu, Rows::of(&operands.x[..0], 64), &packed, &mut []);
         }
-    }
-}
-
-#[test]
-fn packing_f32_that_bf16_holds_gives_the_same_bytes() {
-    for format in FORMATS {
-        let case = plain(format, 1, 50, 72, 8);
-        let operands = Operands::normal(&case);
-        let cpu = Cpu::new(2, 0).unwrap();
-        let mut from_bf16 = operands.packed(&case, &cpu);
-        let wide: Vec<_> = operands.w.iter().map(|w| w.to_f32()).collect();
-        let mut from_f32 = Aligned::new(case.layout().bytes());
-        pack_f32(&cpu, &case.layout(), Rows::of(&wide, 72), from_f32.bytes());
-        assert_eq!(from_bf16.bytes(), from_f32.bytes());
     }
 }
 

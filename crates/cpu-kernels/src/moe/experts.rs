@@ -11,7 +11,7 @@ use half::bf16;
 use super::{Groups, route};
 use crate::bfloat::{round, widen};
 use crate::cpu::Cpu;
-use crate::linear::{Epilogue, Output, Packed, linear};
+use crate::linear::{Output, Packed, linear};
 use crate::rows::{Rows, RowsMut};
 use crate::scratch::Scratch;
 use crate::share;
@@ -107,16 +107,10 @@ pub fn mix(
         let rows = Rows::of(&gathered[range.start * hidden..range.end * hidden], hidden);
         let middle = &mut between[range.start * inner..range.end * inner];
         let silu = Output::SiluMul(RowsMut::of(middle, inner));
-        linear(cpu, rows, &expert.gate_up, Epilogue::default(), silu);
+        linear(cpu, rows, &expert.gate_up, None, silu);
         let found = &mut computed[range.start * hidden..range.end * hidden];
         let found = Output::Bf16(RowsMut::of(found, hidden));
-        linear(
-            cpu,
-            Rows::of(middle, inner),
-            &expert.down,
-            Epilogue::default(),
-            found,
-        );
+        linear(cpu, Rows::of(middle, inner), &expert.down, None, found);
     }
     let computed = Rows::of(computed, hidden);
     share::rows(cpu, tokens, 2 * top * hidden, |token| {

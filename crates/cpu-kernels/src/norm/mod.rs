@@ -1,4 +1,4 @@
-//! RMSNorm (Zhang and Sennrich, 2019), alone and with the residual stream's addition.
+//! RMSNorm (Zhang and Sennrich, 2019).
 
 use half::bf16;
 
@@ -29,44 +29,6 @@ pub fn rms_norm(cpu: &Cpu, x: Rows<bf16>, weight: &[bf16], eps: f32, out: RowsMu
         let out = unsafe { out.part(row, 0, x.cols()) };
         normalise(cpu.level, x.row(row), weight, eps, out);
     });
-}
-
-/// `residual += x`, rounded to bf16, then `out` as of `rms_norm(residual)`: all [T, d].
-///
-/// # Panics
-/// If shapes do not fit.
-pub fn add_rms_norm(
-    cpu: &Cpu,
-    x: Rows<bf16>,
-    residual: RowsMut<bf16>,
-    weight: &[bf16],
-    eps: f32,
-    out: RowsMut<bf16>,
-) {
-    let shape = (x.rows(), x.cols());
-    assert_eq!(
-        shape,
-        (residual.rows(), residual.cols()),
-        "residual's shape"
-    );
-    assert_eq!(shape, (out.rows(), out.cols()), "out's shape");
-    assert_eq!(x.cols(), weight.len(), "weight's length");
-    share::rows(cpu, x.rows(), 2 * x.cols(), |row| {
-        // SAFETY: each row is taken once.
-        let residual = unsafe { residual.part(row, 0, x.cols()) };
-        // SAFETY: as above.
-        let out = unsafe { out.part(row, 0, x.cols()) };
-        accumulate(cpu.level, x.row(row), residual);
-        normalise(cpu.level, residual, weight, eps, out);
-    });
-}
-
-vectorised! {
-    fn accumulate(x: &[bf16], sum: &mut [bf16]) {
-        for (sum, &x) in sum.iter_mut().zip(x) {
-            *sum = round(widen(*sum) + widen(x));
-        }
-    }
 }
 
 vectorised! {
@@ -150,38 +112,6 @@ mod tests {
                 all.push(out);
             }
             assert!(all.windows(2).all(|pair| pair[0] == pair[1]));
-        }
-    }
-
-    #[test]
-    fn the_residual_is_the_rounded_sum_and_is_what_is_normalised() {
-        let mut random = StdRng::seed_from_u64(2);
-        let (x, before) = (numbers(&mut random, 90, 3.0), numbers(&mut random, 90, 3.0));
-        let weight = numbers(&mut random, 45, 2.0);
-        for level in Level::available() {
-            let cpu = Cpu::at_level(level, 2, 0).unwrap();
-            let (mut sum, mut out, mut right) =
-                (before.clone(), vec![bf16::NAN; 90], vec![bf16::NAN; 90]);
-            let residual = RowsMut::of(&mut sum, 45);
-            add_rms_norm(
-                &cpu,
-                Rows::of(&x, 45),
-                residual,
-                &weight,
-                1e-6,
-                RowsMut::of(&mut out, 45),
-            );
-            for ((sum, a), b) in sum.iter().zip(&x).zip(&before) {
-                assert_eq!(*sum, bf16::from_f32(a.to_f32() + b.to_f32()));
-            }
-            rms_norm(
-                &cpu,
-                Rows::of(&sum, 45),
-                &weight,
-                1e-6,
-                RowsMut::of(&mut right, 45),
-            );
-            assert_eq!(out, right);
         }
     }
 }

@@ -3,7 +3,7 @@
 use crate::attention::{self, Batch, Cache, HeadNorms, KvLayout, Scoring};
 use crate::bf16;
 use crate::cpu::Cpu;
-use crate::linear::{self, Epilogue, Layout, Output, Packed, Residual};
+use crate::linear::{self, Layout, Output, Packed};
 use crate::moe::{self, Expert, Workspace};
 use crate::rows::Rows;
 use crate::{activation, embedding, norm, rotary};
@@ -301,7 +301,7 @@ impl Op {
                 let (x, weight) = unsafe { (buffers.read(*x), linear.packed()) };
                 match wanted.take() {
                     Some(Wanted::Logits(out)) => {
-                        linear::linear(cpu, x, &weight, Epilogue::default(), Output::F32(out));
+                        linear::linear(cpu, x, &weight, None, Output::F32(out));
                     }
                     Some(Wanted::Greedy(out)) => linear::greedy(cpu, x, &weight, out),
                     None => {}
@@ -340,14 +340,12 @@ impl Linear {
     unsafe fn run(&self, cpu: &mut Cpu, x: Rows<bf16>, out: Output) {
         // SAFETY: by the caller's promise.
         let weight = unsafe { self.packed() };
-        let epilogue = Epilogue {
-            // SAFETY: by the caller's promise.
-            bias: self
-                .bias
-                .map(|bias| unsafe { std::slice::from_raw_parts(bias, self.layout.n()) }),
-            residual: Residual::None,
-        };
-        linear::linear(cpu, x, &weight, epilogue, out);
+        let n = self.layout.n();
+        // SAFETY: by the caller's promise.
+        let bias = self
+            .bias
+            .map(|bias| unsafe { std::slice::from_raw_parts(bias, n) });
+        linear::linear(cpu, x, &weight, bias, out);
     }
 }
 

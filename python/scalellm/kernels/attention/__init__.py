@@ -13,7 +13,6 @@ from scalellm.kernels.attention.packed import (
     PackedKVCache,
     PackedLayerCache,
     PackedStep,
-    pack_step,
 )
 from scalellm.kernels.attention.reference import paged_attention, write_kv
 from scalellm.kernels.attention.step import AttentionStep, plan_attention
@@ -29,7 +28,6 @@ __all__ = [
     "PackedLayerCache",
     "PackedStep",
     "attention",
-    "pack_step",
     "paged_attention",
     "plan_attention",
     "write_kv",

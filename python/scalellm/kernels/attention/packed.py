@@ -4,17 +4,14 @@ One layer is one run of bytes, a block after the other; crates/cpu-kernels/src/a
 is in a block.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Self
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from scalellm import _core
 from scalellm.kernels.attention.cache import KVGeometry, zeros
-from scalellm.kernels.attention.step import SpanLayout
 
 KV_TYPES = ("bf16", "int8")
 
@@ -64,14 +61,3 @@ class PackedStep:
 
     spans: Tensor  # [spans, 4] int64: first row, start, count, where its blocks begin in `tables`
     tables: Tensor  # int32: all block tables, one after the other
-
-
-def pack_step(spans: Sequence[SpanLayout]) -> PackedStep:
-    """Plan a step of at least one span."""
-    firsts = np.cumsum([0, *(len(span.block_table) for span in spans[:-1])])
-    rows = [
-        (span.first_row, span.start, span.count, first)
-        for span, first in zip(spans, firsts, strict=True)
-    ]
-    tables = np.concatenate([span.block_table for span in spans]).astype(np.int32)
-    return PackedStep(torch.tensor(rows, dtype=torch.int64), torch.from_numpy(tables))
