@@ -59,7 +59,7 @@ def run(arguments: argparse.Namespace) -> int:
     stopping = Stopping(loop)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, stopping)
-    facts = {name: info[name] for name in ("dtype", "device", "max_model_len")}
+    facts = {name: info[name] for name in ("dtype", "quantization", "device", "max_model_len")}
     kv_tokens = executor.num_blocks * executor.block_size
 
     def ready() -> None:
