@@ -2,6 +2,9 @@
 
 use half::bf16;
 
+/// 1.5 * 2^23: a float added to this is rounded to an integer, ties to even, in its low bits.
+pub(crate) const ROUND: f32 = 12_582_912.0;
+
 #[inline(always)]
 pub(crate) fn widen(x: bf16) -> f32 {
     f32::from_bits(u32::from(x.to_bits()) << 16)

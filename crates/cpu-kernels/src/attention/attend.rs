@@ -12,12 +12,13 @@ use std::ops::Range;
 use half::bf16;
 
 use super::ahead::Ahead;
-#[cfg(target_arch = "x86_64")]
-use super::avx512;
 use super::batch::{Batch, Span};
 use super::layout::Cache;
 use super::source::{Source, converted_numbers};
-use super::tile::{self, Group, HEADER, ROWS, State, TILE, Tile, VECTORS, add_split, finish};
+use super::tile::{self, AnyTile, Group, HEADER, ROWS, State, TILE, Tile, VECTORS};
+use super::tile::{add_split, finish};
+#[cfg(target_arch = "x86_64")]
+use super::{avx512, avx512_int8};
 use crate::cpu::Cpu;
 use crate::rows::{Rows, RowsMut};
 use crate::vectorise::vectorised;
@@ -122,7 +123,7 @@ pub fn attend(
 
     let stride = HEADER + dim;
     let unit_rows = (UNIT_ROWS / group).max(1) * group;
-    let own = 2 * unit_rows * stride + converted_numbers(dim);
+    let own = 2 * unit_rows * stride + unit_rows * whole_query(dim) + converted_numbers(dim);
     let threads = cpu.team.threads();
     let team = &cpu.team;
     let [own_bytes, state_bytes] = cpu.scratch.parts([4 * own * threads, 4 * stride * states]);
@@ -159,6 +160,11 @@ fn numbers(bytes: &mut [u8], cols: usize) -> RowsMut<'_, f32> {
             cols,
         )
     }
+}
+
+/// Numbers of f32 that a query as whole numbers takes: its scale, then int16.
+fn whole_query(dim: usize) -> usize {
+    1 + dim.div_ceil(2)
 }
 
 /// Units, the longest first; the whole of each span whose splits are units of their own; how many
@@ -218,14 +224,24 @@ impl Job<'_> {
         let rows = unit.tokens.len() * self.group;
         let numbers = rows * self.stride();
         let (sums, own) = own.split_at_mut(numbers);
-        let (later, tile) = own.split_at_mut(numbers);
+        let (later, own) = own.split_at_mut(numbers);
+        let dim = self.source.cache.layout().head_dim();
+        let (queries, tile) = own.split_at_mut(rows * whole_query(dim));
+        if self.source.whole_queries() {
+            for (row, whole) in queries.chunks_exact_mut(whole_query(dim)).enumerate() {
+                let query = self.query(unit, head, row);
+                let (scale, whole) = whole.split_at_mut(1);
+                let whole = &mut as_int16(whole)[..dim];
+                scale[0] = quantise_query(self.source.level, query, whole);
+            }
+        }
         for split in unit.splits.clone() {
             let heads = (head, next_head);
             if split == unit.splits.start {
-                self.add_keys(unit, heads, split, tile, sums);
+                self.add_keys(unit, heads, split, queries, tile, sums);
                 continue;
             }
-            self.add_keys(unit, heads, split, tile, later);
+            self.add_keys(unit, heads, split, queries, tile, later);
             add_states(self.source.level, sums, later, self.stride());
         }
         for (row, sum) in sums.chunks_exact_mut(self.stride()).enumerate() {
@@ -300,6 +316,7 @@ impl Job<'_> {
         unit: &Unit,
         heads: (usize, Option<usize>),
         split: usize,
+        whole: &[f32],
         numbers: &mut [f32],
         states: &mut [f32],
     ) {
@@ -321,7 +338,7 @@ impl Job<'_> {
                 None => Ahead::default(),
             };
             for (place, states) in states.chunks_mut(ROWS * self.stride()).enumerate() {
-                let mut group = self.group(unit, heads.0, place * ROWS, base, states);
+                let mut group = self.group(unit, heads.0, place * ROWS, base, whole, states);
                 self.add_tile(&mut group, &tile, &mut ahead);
             }
         }
@@ -334,8 +351,11 @@ impl Job<'_> {
         head: usize,
         first: usize,
         base: usize,
+        whole: &'a [f32],
         states: &'a mut [f32],
     ) -> Group<'a> {
+        let dim = self.source.cache.layout().head_dim();
+        let mut of_int8: [(&[i16], f32); ROWS] = [(&[], 0.0); ROWS];
         let mut queries: [&[bf16]; ROWS] = [&[]; ROWS];
         let mut seen = [const { 0..0 }; ROWS];
         for row in 0..states.len() / self.stride() {
@@ -344,32 +364,60 @@ impl Job<'_> {
             let end = (position + 1).clamp(base, base + TILE) - base;
             queries[row] = self.query(unit, head, first + row);
             seen[row] = begin..end.max(begin);
+            if self.source.whole_queries() {
+                let query = &whole[(first + row) * whole_query(dim)..][..whole_query(dim)];
+                of_int8[row] = (&from_int16(&query[1..])[..dim], query[0]);
+            }
         }
         Group {
             queries,
+            whole: of_int8,
             seen,
             states,
         }
     }
 
-    fn add_tile(&self, group: &mut Group, tile: &Tile, ahead: &mut Ahead<VECTORS>) {
+    fn add_tile(&self, group: &mut Group, tile: &AnyTile, ahead: &mut Ahead<VECTORS>) {
         if group.seen.iter().all(Range::is_empty) {
             return;
         }
-        #[cfg(target_arch = "x86_64")]
-        if self.source.dot_products() {
+        match tile {
+            #[cfg(target_arch = "x86_64")]
             // SAFETY: a level above portable is only made where the processor has it.
-            unsafe { avx512::add_tile(group, tile, ahead, &self.scoring) };
-            return;
+            AnyTile::Int8(tile) => unsafe {
+                avx512_int8::add_tile(group, tile, ahead, &self.scoring);
+            },
+            #[cfg(target_arch = "x86_64")]
+            AnyTile::Bf16(tile) if self.source.dot_products() => {
+                // SAFETY: as above.
+                unsafe { avx512::add_tile(group, tile, ahead, &self.scoring) };
+            }
+            AnyTile::Bf16(tile) => add_tile(self.source.level, group, tile, &self.scoring),
         }
-        let _ = ahead;
-        add_tile(self.source.level, group, tile, &self.scoring);
     }
+}
+
+/// The same memory as pairs of int16.
+fn as_int16(numbers: &mut [f32]) -> &mut [i16] {
+    // SAFETY: plain numbers, two of 2 bytes for each of 4.
+    unsafe { std::slice::from_raw_parts_mut(numbers.as_mut_ptr().cast(), 2 * numbers.len()) }
+}
+
+/// As `as_int16`.
+fn from_int16(numbers: &[f32]) -> &[i16] {
+    // SAFETY: as above.
+    unsafe { std::slice::from_raw_parts(numbers.as_ptr().cast(), 2 * numbers.len()) }
 }
 
 vectorised! {
     fn add_tile(group: &mut Group, tile: &Tile, scoring: &Scoring) {
         tile::add_tile(group, tile, scoring);
+    }
+}
+
+vectorised! {
+    fn quantise_query(query: &[bf16], whole: &mut [i16]) -> f32 {
+        tile::quantise_query(query, whole)
     }
 }
 

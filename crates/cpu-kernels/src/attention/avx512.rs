@@ -18,10 +18,8 @@ use half::bf16;
 
 use super::ahead::Ahead;
 use super::attend::Scoring;
-use super::tile::{Group, HEADER, LANES, ROWS, TILE, Tile, VECTORS};
+use super::tile::{Group, HEADER, LANES, ROWS, TILE, Tile, VECTORS, Weights};
 use crate::exp::exp2_coefficients;
-
-type Weights = [[u32; TILE / 2]; ROWS];
 
 /// Heads that these kernels take.
 pub(super) fn fits(dim: usize) -> bool {
@@ -62,19 +60,8 @@ fn add<const R: usize>(
         group.queries[..R].iter().all(|query| query.len() == dim),
         "queries"
     );
-    let first = group.seen[..R]
-        .iter()
-        .map(|seen| seen.start)
-        .min()
-        .unwrap_or(0)
-        / LANES;
-    let end = group.seen[..R]
-        .iter()
-        .map(|seen| seen.end)
-        .max()
-        .unwrap_or(0)
-        .div_ceil(LANES);
-    for vector in first..end {
+    let vectors = seen_vectors(&group.seen[..R]);
+    for vector in vectors.clone() {
         assert!(
             tile.keys[vector].len() >= (dim / 2 - 1) * tile.key_stride + LANES,
             "keys"
@@ -83,10 +70,10 @@ fn add<const R: usize>(
     }
     // Vectors that no row sees are computed as if they were the first seen one, and not used.
     let keys = std::array::from_fn(|vector| {
-        let used = if (first..end).contains(&vector) {
+        let used = if vectors.contains(&vector) {
             vector
         } else {
-            first
+            vectors.start
         };
         tile.keys[used].as_ptr()
     });
@@ -96,24 +83,16 @@ fn add<const R: usize>(
     // SAFETY: lengths were checked above.
     unsafe {
         let scores = scores::<R>(&queries, &keys, tile.key_stride, dim, ahead);
-        for (row, scores) in scores.iter().enumerate() {
+        for (row, mut scores) in scores.into_iter().enumerate() {
             let state = &mut group.states[row * (HEADER + dim)..];
-            let seen = group.seen[row].clone();
-            shrink[row] = soften(
-                scores,
-                seen.start,
-                seen.end,
-                tile,
-                scoring,
-                state,
-                &mut weights[row],
-            );
+            shrink[row] = soften(&mut scores, group.seen[row].clone(), scoring, state);
+            round(&scores, &mut weights[row]);
         }
         let products = Products {
             weights: &weights,
             shrink: &shrink,
             values: std::array::from_fn(|vector| tile.values[vector].as_ptr()),
-            vectors: first..end,
+            vectors,
             dim,
             sums: group.states.as_mut_ptr(),
         };
@@ -168,35 +147,34 @@ unsafe fn scores<const R: usize>(
     sums
 }
 
-/// Weights of a row's keys, into its state's sums and as pairs of bf16; by how much what the state
-/// held before shrinks.
+/// The vectors of keys that any row sees.
+pub(super) fn seen_vectors(seen: &[Range<usize>]) -> Range<usize> {
+    let first = seen.iter().map(|seen| seen.start).min().unwrap_or(0);
+    let end = seen.iter().map(|seen| seen.end).max().unwrap_or(0);
+    first / LANES..end.div_ceil(LANES)
+}
+
+/// A row's scores become weights, zero outside of `seen`, which are added to its state's sums; by
+/// how much what the state held before shrinks.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512bf16")]
-fn soften(
-    products: &[__m512; VECTORS],
-    first: usize,
-    end: usize,
-    tile: &Tile,
+#[inline]
+pub(super) fn soften(
+    scores: &mut [__m512; VECTORS],
+    seen: Range<usize>,
     scoring: &Scoring,
     state: &mut [f32],
-    weights: &mut [u32; TILE / 2],
 ) -> f32 {
     let below = |key: usize| (1_u128 << key) - 1;
-    let seen = (below(end) & !below(first.min(end))) as u64;
+    let seen = (below(seen.end) & !below(seen.start.min(seen.end))) as u64;
     let mask = |vector: usize| (seen >> (vector * LANES)) as __mmask16;
-    let mut scores = *products;
     let mut most = _mm512_set1_ps(f32::NEG_INFINITY);
-    for vector in 0..VECTORS {
-        let mut score = scores[vector];
-        if let Some((scales, _)) = tile.scales {
-            score = _mm512_mul_ps(score, load(&scales[vector * LANES..]));
-        }
-        score = _mm512_mul_ps(score, _mm512_set1_ps(scoring.factor()));
+    for (vector, score) in scores.iter_mut().enumerate() {
+        *score = _mm512_mul_ps(*score, _mm512_set1_ps(scoring.factor()));
         if let Some(cap) = scoring.softcap {
-            score = capped(score, cap);
+            *score = capped(*score, cap);
         }
-        score = _mm512_mask_mov_ps(_mm512_set1_ps(f32::NEG_INFINITY), mask(vector), score);
-        most = _mm512_max_ps(most, score);
-        scores[vector] = score;
+        *score = _mm512_mask_mov_ps(_mm512_set1_ps(f32::NEG_INFINITY), mask(vector), *score);
+        most = _mm512_max_ps(most, *score);
     }
     let before = state[0];
     let largest = before.max(_mm512_reduce_max_ps(most));
@@ -210,25 +188,27 @@ fn soften(
     let base = _mm512_set1_ps(base);
     let shrink = exp2(_mm512_sub_ps(_mm512_set1_ps(before), base));
     let mut sum = _mm512_mul_ps(load(&state[LANES..]), shrink);
-    for vector in 0..VECTORS {
-        let weight = exp2(_mm512_sub_ps(scores[vector], base));
-        let mut weight = _mm512_maskz_mov_ps(mask(vector), weight);
-        sum = _mm512_add_ps(sum, weight);
-        if let Some((_, scales)) = tile.scales {
-            let scales = load(&scales[vector * LANES..]);
-            weight = _mm512_maskz_mul_ps(mask(vector), weight, scales);
-        }
-        let rounded = _mm512_cvtneps_pbh(weight);
-        let into = &mut weights[vector * LANES / 2..][..LANES / 2];
-        // SAFETY: `into` has 32 bytes; both are 256 plain bits.
-        unsafe {
-            let bits = std::mem::transmute::<__m256bh, __m256i>(rounded);
-            _mm256_storeu_si256(into.as_mut_ptr().cast(), bits);
-        }
+    for (vector, score) in scores.iter_mut().enumerate() {
+        *score = _mm512_maskz_mov_ps(mask(vector), exp2(_mm512_sub_ps(*score, base)));
+        sum = _mm512_add_ps(sum, *score);
     }
     // SAFETY: the header has 16 sums.
     unsafe { _mm512_storeu_ps(state[LANES..2 * LANES].as_mut_ptr(), sum) };
     _mm512_cvtss_f32(shrink)
+}
+
+/// Weights as pairs of bf16.
+#[target_feature(enable = "avx512f,avx512bf16,avx512vl")]
+#[inline]
+fn round(weights: &[__m512; VECTORS], pairs: &mut [u32; TILE / 2]) {
+    for (vector, &weight) in weights.iter().enumerate() {
+        let into = &mut pairs[vector * LANES / 2..][..LANES / 2];
+        // SAFETY: `into` has 32 bytes; both are 256 plain bits.
+        unsafe {
+            let bits = std::mem::transmute::<__m256bh, __m256i>(_mm512_cvtneps_pbh(weight));
+            _mm256_storeu_si256(into.as_mut_ptr().cast(), bits);
+        }
+    }
 }
 
 /// Weighted values to be added to R states.
@@ -287,30 +267,6 @@ impl<const R: usize> Products<'_, R> {
     }
 }
 
-/// Rows of `width` pairs of whole numbers, `stride` apart, as bf16, which holds all of int8's.
-#[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
-pub(super) fn widen(old: &[[i8; 2]], stride: usize, width: usize, new: &mut [u32]) {
-    assert!(width.is_multiple_of(LANES), "whole vectors");
-    for (old, new) in old.chunks(stride).zip(new.chunks_exact_mut(width)) {
-        for (old, new) in old[..width]
-            .as_chunks::<LANES>()
-            .0
-            .iter()
-            .zip(new.as_chunks_mut::<LANES>().0)
-        {
-            // SAFETY: both are 16 pairs.
-            unsafe {
-                let bytes = _mm256_loadu_si256(old.as_ptr().cast());
-                let low = _mm512_cvtepi8_epi32(_mm256_castsi256_si128(bytes));
-                let high = _mm512_cvtepi8_epi32(_mm256_extracti128_si256::<1>(bytes));
-                let both = _mm512_cvtne2ps_pbh(_mm512_cvtepi32_ps(high), _mm512_cvtepi32_ps(low));
-                let bits = std::mem::transmute::<__m512bh, __m512i>(both);
-                _mm512_storeu_si512(new.as_mut_ptr().cast(), bits);
-            }
-        }
-    }
-}
-
 #[target_feature(enable = "avx512f")]
 #[inline]
 fn pairs(bits: __m512i) -> __m512bh {
@@ -320,7 +276,7 @@ fn pairs(bits: __m512i) -> __m512bh {
 
 #[target_feature(enable = "avx512f")]
 #[inline]
-fn load(numbers: &[f32]) -> __m512 {
+pub(super) fn load(numbers: &[f32]) -> __m512 {
     let numbers = &numbers[..LANES];
     // SAFETY: there are 16.
     unsafe { _mm512_loadu_ps(numbers.as_ptr()) }

@@ -5,7 +5,7 @@
 //! batch    which rows of a step belong to which sequence, and where its blocks are
 //! store    norm, rotary, and the step's keys and values into the cache
 //! attend   every row over its own sequence: what is computed where, and in which order
-//! tile     one tile of keys for some rows, at any level; avx512: the same with its dot products
+//! tile     one tile of keys for some rows, at any level; avx512, avx512_int8: with dot products
 //! source   where tiles come from: the cache itself, or int8 made bf16
 //! ahead    fetches the next tile's memory meanwhile
 //! ```
@@ -20,6 +20,8 @@ mod ahead;
 mod attend;
 #[cfg(target_arch = "x86_64")]
 mod avx512;
+#[cfg(target_arch = "x86_64")]
+mod avx512_int8;
 mod batch;
 mod layout;
 mod source;

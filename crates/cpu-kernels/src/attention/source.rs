@@ -7,7 +7,9 @@ use super::ahead::Ahead;
 use super::avx512;
 use super::batch::{Batch, Span};
 use super::layout::{Cache, KvType};
-use super::tile::{LANES, TILE, Tile, VECTORS, widen_pair};
+#[cfg(target_arch = "x86_64")]
+use super::tile::WholeTile;
+use super::tile::{AnyTile, LANES, TILE, Tile, VECTORS, widen_pair};
 use crate::level::Level;
 use crate::vectorise::vectorised;
 
@@ -34,11 +36,23 @@ impl Source<'_> {
         base: usize,
         seen: Range<usize>,
         numbers: &'a mut [f32],
-    ) -> Tile<'a> {
+    ) -> AnyTile<'a> {
         match self.cache.layout().dtype() {
-            KvType::Bf16 => self.in_place(span, head, base, seen),
-            KvType::Int8 => self.converted(span, head, base, seen, numbers),
+            KvType::Bf16 => AnyTile::Bf16(self.in_place(span, head, base, seen)),
+            #[cfg(target_arch = "x86_64")]
+            KvType::Int8 if self.dot_products() => {
+                AnyTile::Int8(self.whole(span, head, base, seen))
+            }
+            KvType::Int8 => AnyTile::Bf16(self.converted(span, head, base, seen, numbers)),
         }
+    }
+
+    /// Whether queries are multiplied as whole numbers.
+    pub fn whole_queries(&self) -> bool {
+        #[cfg(target_arch = "x86_64")]
+        return self.dot_products() && self.cache.layout().dtype() == KvType::Int8;
+        #[cfg(not(target_arch = "x86_64"))]
+        false
     }
 
     /// The memory of the tile at position `base`, of positions below `end`.
@@ -87,6 +101,44 @@ impl Source<'_> {
         tile
     }
 
+    /// The tile at position `base`, of int8 as it lies; vectors outside of `seen` are left out.
+    #[cfg(target_arch = "x86_64")]
+    fn whole(&self, span: &Span, head: usize, base: usize, seen: Range<usize>) -> WholeTile<'_> {
+        let (block_tokens, dim) = {
+            let layout = self.cache.layout();
+            (layout.block_tokens(), layout.head_dim())
+        };
+        let mut tile = WholeTile {
+            key_stride: block_tokens,
+            ..WholeTile::default()
+        };
+        for vector in seen.start / LANES..seen.end.div_ceil(LANES) {
+            let (part, slot) = self.place(span, head, base + vector * LANES);
+            let (keys, values, scales) = self.parts_of_int8(part);
+            tile.keys[vector] = &keys[slot..];
+            tile.values[vector] = &values[slot / 2 * dim..][..LANES / 2 * dim];
+            let (of_keys, of_values) = scales.split_at(block_tokens);
+            tile.scales[vector] = (&of_keys[slot..][..LANES], &of_values[slot..][..LANES]);
+        }
+        tile
+    }
+
+    /// Keys, values and the scales of both in a head's part of a block.
+    fn parts_of_int8(&self, part: *mut u8) -> (&[[i8; 2]], &[[i8; 2]], &[f32]) {
+        let layout = self.cache.layout();
+        let pairs = layout.numbers() / 2;
+        // SAFETY: a head's part of a block is `pairs` pairs of keys, as many of values, then the
+        // scales of both, which nobody writes while `attend` runs.
+        unsafe {
+            let scales = part.add(4 * pairs).cast::<f32>();
+            (
+                std::slice::from_raw_parts(part.cast(), pairs),
+                std::slice::from_raw_parts(part.cast::<[i8; 2]>().add(pairs), pairs),
+                std::slice::from_raw_parts(scales, 2 * layout.block_tokens()),
+            )
+        }
+    }
+
     /// The tile at position `base`, of int8 made bf16 in `numbers`; vectors outside of `seen` are
     /// left out.
     fn converted<'a>(
@@ -99,7 +151,6 @@ impl Source<'_> {
     ) -> Tile<'a> {
         let layout = self.cache.layout();
         let (block_tokens, dim) = (layout.block_tokens(), layout.head_dim());
-        let pairs = layout.numbers() / 2;
         let (keys, numbers) = numbers.split_at_mut(TILE / 2 * dim);
         let (values, scales) = numbers.split_at_mut(TILE / 2 * dim);
         let (keys, values) = (as_pairs(keys), as_pairs(values));
@@ -109,19 +160,17 @@ impl Source<'_> {
         let pairs_of = |vector: usize| vector * LANES / 2 * dim..(vector + 1) * LANES / 2 * dim;
         for vector in vectors.clone() {
             let (part, slot) = self.place(span, head, base + vector * LANES);
-            // SAFETY: a head's part of a block is `pairs` pairs of keys, as many of values, then
-            // the scales of both, which nobody writes while `attend` runs.
-            let (whole, scales) = unsafe {
-                let scales = part.add(4 * pairs).cast::<f32>();
-                (
-                    std::slice::from_raw_parts(part.cast::<[i8; 2]>(), 2 * pairs),
-                    std::slice::from_raw_parts(scales, 2 * block_tokens),
-                )
-            };
-            let (old_keys, old_values) = whole.split_at(pairs);
+            let (old_keys, old_values, scales) = self.parts_of_int8(part);
             let (old_keys, old_values) = (&old_keys[slot..], &old_values[slot / 2 * dim..]);
-            self.widen(old_keys, block_tokens, LANES, &mut keys[pairs_of(vector)]);
-            self.widen(old_values, dim, dim, &mut values[pairs_of(vector)]);
+            let (level, into) = (self.level, pairs_of(vector));
+            widen_rows(
+                level,
+                old_keys,
+                block_tokens,
+                LANES,
+                &mut keys[into.clone()],
+            );
+            widen_rows(level, old_values, dim, dim, &mut values[into]);
             let into = vector * LANES..(vector + 1) * LANES;
             key_scales[into.clone()].copy_from_slice(&scales[slot..][..LANES]);
             value_scales[into].copy_from_slice(&scales[block_tokens + slot..][..LANES]);
@@ -136,17 +185,6 @@ impl Source<'_> {
         }
         tile.scales = Some((key_scales, value_scales));
         tile
-    }
-
-    /// Rows of `width` pairs, `stride` apart, as bf16.
-    fn widen(&self, old: &[[i8; 2]], stride: usize, width: usize, new: &mut [u32]) {
-        #[cfg(target_arch = "x86_64")]
-        if self.dot_products() {
-            // SAFETY: a level above portable is only made where the processor has it.
-            unsafe { avx512::widen(old, stride, width, new) };
-            return;
-        }
-        widen_rows(self.level, old, stride, width, new);
     }
 }
 

@@ -4,8 +4,9 @@ use half::bf16;
 
 use super::batch::{Batch, Span};
 use super::layout::{Cache, KvType};
-use crate::bfloat::widen;
+use crate::bfloat::{ROUND, widen};
 use crate::cpu::Cpu;
+use crate::level::Level;
 use crate::norm::normalise_in_place;
 use crate::rotary::turn;
 use crate::rows::{Rows, RowsMut};
@@ -96,7 +97,9 @@ pub fn store(
             unsafe {
                 match layout.dtype() {
                     KvType::Bf16 => write_bf16(part, layout.block_tokens(), slot, key, value),
-                    KvType::Int8 => write_int8(part, layout.block_tokens(), slot, key, value),
+                    KvType::Int8 => {
+                        write_int8(cpu.level, part, layout.block_tokens(), slot, key, value);
+                    }
                 }
             }
         }
@@ -154,6 +157,7 @@ unsafe fn write_bf16(
 /// # Safety
 /// `part` is a head's part of an int8 block with a token `slot`, and nobody else's.
 unsafe fn write_int8(
+    level: Level,
     part: *mut u8,
     block_tokens: usize,
     slot: usize,
@@ -162,7 +166,10 @@ unsafe fn write_int8(
 ) {
     let dim = key.len();
     let numbers = block_tokens * dim;
-    let (key_scale, value_scale) = (scale(key), scale(value));
+    let mut whole = [0_i8; 2 * 1024];
+    let (whole_key, whole_value) = whole[..2 * dim].split_at_mut(dim);
+    let key_scale = quantise(level, key, whole_key);
+    let value_scale = quantise(level, value, whole_value);
     // SAFETY: the scales lie behind both kinds of numbers, `block_tokens` of each.
     unsafe {
         let scales = part.add(2 * numbers).cast::<f32>();
@@ -170,32 +177,40 @@ unsafe fn write_int8(
         *scales.add(block_tokens + slot) = value_scale;
     }
     let keys = part.cast::<[i8; 2]>();
-    for (pair, &[a, b]) in key.as_chunks::<2>().0.iter().enumerate() {
-        let pair_of_key = [quantise(a, key_scale), quantise(b, key_scale)];
+    for (pair, &numbers) in whole_key.as_chunks::<2>().0.iter().enumerate() {
         // SAFETY: pair < head_dim / 2 and slot < block_tokens.
-        unsafe { *keys.add(pair * block_tokens + slot) = pair_of_key };
+        unsafe { *keys.add(pair * block_tokens + slot) = numbers };
     }
     // SAFETY: behind `numbers` keys lie as many values.
     let values = unsafe { part.cast::<i8>().add(numbers + slot / 2 * dim * 2) };
-    for (place, &number) in value.iter().enumerate() {
+    for (place, &number) in whole_value.iter().enumerate() {
         // SAFETY: the row of this pair of tokens has 2 * dim numbers.
-        unsafe { *values.add(2 * place + slot % 2) = quantise(number, value_scale) };
+        unsafe { *values.add(2 * place + slot % 2) = number };
     }
 }
 
-/// What 1 of int8 stands for, so that the largest number becomes 127.
-fn scale(numbers: &[bf16]) -> f32 {
-    let largest = numbers
-        .iter()
-        .fold(0.0_f32, |most, &x| most.max(widen(x).abs()));
-    largest / 127.0
-}
-
-/// To the nearest whole number, ties to even.
-fn quantise(x: bf16, scale: f32) -> i8 {
-    if scale > 0.0 {
-        (widen(x) / scale).round_ties_even() as i8
-    } else {
-        0
+vectorised! {
+    /// Numbers to the nearest whole ones, ties to even; returns what 1 of them stands for, so that
+    /// the largest became 127.
+    fn quantise(numbers: &[bf16], whole: &mut [i8]) -> f32 {
+        let mut lanes = [0.0_f32; 16];
+        let (chunks, rest) = numbers.as_chunks::<16>();
+        for chunk in chunks {
+            for (lane, &x) in lanes.iter_mut().zip(chunk) {
+                *lane = lane.max(widen(x).abs());
+            }
+        }
+        for (lane, &x) in lanes.iter_mut().zip(rest) {
+            *lane = lane.max(widen(x).abs());
+        }
+        let scale = lanes.iter().fold(0.0_f32, |most, &x| most.max(x)) / 127.0;
+        if scale > 0.0 {
+            for (whole, &x) in whole.iter_mut().zip(numbers) {
+                *whole = (widen(x) / scale + ROUND).to_bits() as i8;
+            }
+        } else {
+            whole.fill(0);
+        }
+        scale
     }
 }

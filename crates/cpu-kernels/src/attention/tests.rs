@@ -183,6 +183,29 @@ fn all_at_once(of: &[Sequence]) -> Vec<Vec<usize>> {
 }
 
 #[test]
+fn the_longest_head_of_the_largest_numbers_does_not_overflow() {
+    for level in Level::available() {
+        let mut cpu = Cpu::at_level(level, 1, 0).unwrap();
+        for dim in [512, 1024] {
+            let shape = Shape::new(1, 1, dim, KvType::Int8);
+            let both =
+                |a: f32, b: f32| [vec![bf16::from_f32(a); dim], vec![bf16::from_f32(b); dim]];
+            let of = [Sequence {
+                query: both(2.0, 2.0).concat(),
+                key: both(2.0, -2.0).concat(),
+                value: both(3.0, -5.0).concat(),
+                tokens: 2,
+            }];
+            let found = outputs(&mut cpu, &shape, &of, &all_at_once(&of));
+            assert!(
+                found[0].iter().all(|x| (x.to_f32() - 3.0).abs() < 0.02),
+                "{level}, {dim}"
+            );
+        }
+    }
+}
+
+#[test]
 fn every_row_is_close_to_the_reference() {
     let mut random = StdRng::seed_from_u64(1);
     for level in Level::available() {

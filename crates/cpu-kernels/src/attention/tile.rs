@@ -6,7 +6,7 @@ use std::ops::Range;
 use half::bf16;
 
 use super::attend::Scoring;
-use crate::bfloat::{round, widen};
+use crate::bfloat::{ROUND, round, widen};
 use crate::exp::{exp2, tanh};
 
 /// Keys that are taken together, beginning at a multiple of it in the sequence.
@@ -34,9 +34,37 @@ pub(super) struct Tile<'a> {
     pub scales: Option<(&'a [f32; TILE], &'a [f32; TILE])>,
 }
 
+/// A tile of int8 as it lies in the cache, for one kv head.
+///
+/// Vectors that no row of the task may see hold nothing.
+#[cfg(target_arch = "x86_64")]
+#[derive(Clone, Copy, Default)]
+pub(super) struct WholeTile<'a> {
+    /// [head_dim / 2] pairs of dimensions of 16 keys, every `key_stride`.
+    pub keys: [&'a [[i8; 2]]; VECTORS],
+    pub key_stride: usize,
+    /// [8][head_dim] pairs of tokens.
+    pub values: [&'a [[i8; 2]]; VECTORS],
+    /// What the numbers of 16 keys, and of 16 values, are multiplied with.
+    pub scales: [(&'a [f32], &'a [f32]); VECTORS],
+}
+
+/// A tile as the level's kernels want it.
+pub(super) enum AnyTile<'a> {
+    Bf16(Tile<'a>),
+    #[cfg(target_arch = "x86_64")]
+    Int8(WholeTile<'a>),
+}
+
+/// Weights of a tile's keys for each row, in pairs of 16 bits.
+#[cfg(target_arch = "x86_64")]
+pub(super) type Weights = [[u32; TILE / 2]; ROWS];
+
 /// Up to `ROWS` rows, the keys of a tile that each sees, and their states side by side.
 pub(super) struct Group<'a> {
     pub queries: [&'a [bf16]; ROWS],
+    /// The same as whole numbers, and what 1 of them stands for; empty where the cache is bf16.
+    pub whole: [(&'a [i16], f32); ROWS],
     /// Empty if a row sees none of the tile.
     pub seen: [Range<usize>; ROWS],
     pub states: &'a mut [f32],
@@ -78,6 +106,24 @@ impl<'a> State<'a> {
         self.sums.fill(0.0);
         self.values.fill(0.0);
     }
+}
+
+/// A query as int16; returns what 1 of them stands for. Its products with int8 stay below 2^31.
+#[inline(always)]
+pub(super) fn quantise_query(query: &[bf16], whole: &mut [i16]) -> f32 {
+    let most = if query.len() > 512 { 16383.0 } else { 32767.0 };
+    let mut lanes = [0.0_f32; LANES];
+    for chunk in query.chunks(LANES) {
+        for (lane, &x) in lanes.iter_mut().zip(chunk) {
+            *lane = lane.max(widen(x).abs());
+        }
+    }
+    let largest = lanes.iter().fold(0.0_f32, |most, &x| most.max(x));
+    let factor = if largest > 0.0 { most / largest } else { 0.0 };
+    for (whole, &x) in whole.iter_mut().zip(query) {
+        *whole = (widen(x) * factor + ROUND).to_bits() as i16;
+    }
+    largest / most
 }
 
 /// Add a tile's keys to a group's states.

@@ -15,6 +15,7 @@
 use half::bf16;
 
 use super::layout::{Format, Layout};
+use crate::bfloat::ROUND;
 use crate::level::Level;
 use crate::rows::{Rows, RowsMut};
 use crate::team::Team;
@@ -28,9 +29,6 @@ const SMALL: usize = 16 << 10;
 const UNIT_BYTES: usize = 4;
 /// Below this the reciprocal of a scale would come near overflow.
 const TINY: f32 = 1.0 / (1_u128 << 100) as f32;
-/// 1.5 * 2^23: a float added to this is rounded to an integer, ties to even, in its low bits.
-const ROUND: f32 = 12_582_912.0;
-
 /// How the rows of a batch are divided.
 #[derive(Clone, Copy)]
 pub(super) struct Tiles {
