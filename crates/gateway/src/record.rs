@@ -14,6 +14,7 @@ use crate::metering::Metering;
 use crate::stages::{Stage, StageTimes};
 
 pub const REQUEST_ID_HEADER: &str = "x-request-id";
+const TRACEPARENT_HEADER: &str = "traceparent";
 const MAX_ID_BYTES: usize = 128;
 
 pub struct RequestRecord {
@@ -153,7 +154,7 @@ impl RequestRecord {
     }
 }
 
-/// The client's `x-request-id` if it is 1 to 128 visible ASCII characters, otherwise a new one.
+/// The client's `x-request-id` if it is 1 to 128 visible ASCII characters, else its trace, else a new one.
 #[must_use]
 pub fn request_id(headers: &HeaderMap) -> String {
     let given = headers.get(REQUEST_ID_HEADER).map(HeaderValue::as_bytes);
@@ -163,8 +164,18 @@ pub fn request_id(headers: &HeaderMap) -> String {
         {
             String::from_utf8_lossy(id).into_owned()
         }
-        _ => format!("{:032x}", rand::random::<u128>()),
+        _ => trace_id(headers).unwrap_or_else(|| format!("{:032x}", rand::random::<u128>())),
     }
+}
+
+/// The trace of a W3C `traceparent`: `00-TRACE-SPAN-FLAGS`, the trace 32 hexadecimal digits and not zero
+/// (<https://www.w3.org/TR/trace-context/>).
+fn trace_id(headers: &HeaderMap) -> Option<String> {
+    let mut fields = headers.get(TRACEPARENT_HEADER)?.to_str().ok()?.split('-');
+    let (version, trace) = (fields.next()?, fields.next()?);
+    let is_hex = |text: &str| text.bytes().all(|b| matches!(b, b'0'..=b'9' | b'a'..=b'f'));
+    (version.len() == 2 && trace.len() == 32 && is_hex(trace) && trace.bytes().any(|b| b != b'0'))
+        .then(|| trace.to_owned())
 }
 
 #[cfg(test)]
@@ -183,6 +194,30 @@ mod tests {
             let made = id(bad);
             assert_eq!(made.len(), 32);
             assert_ne!(made, id(bad));
+        }
+    }
+
+    #[test]
+    fn a_request_of_a_trace_without_an_id_of_its_own_bears_the_traces() {
+        let id = |parent: &'static str, own: Option<&'static str>| {
+            let mut headers = HeaderMap::new();
+            headers.insert(TRACEPARENT_HEADER, HeaderValue::from_static(parent));
+            if let Some(own) = own {
+                headers.insert(REQUEST_ID_HEADER, HeaderValue::from_static(own));
+            }
+            request_id(&headers)
+        };
+        let parent = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01";
+        assert_eq!(id(parent, None), "0af7651916cd43dd8448eb211c80319c");
+        assert_eq!(id(parent, Some("mine")), "mine");
+        for bad in [
+            "00-00000000000000000000000000000000-b7ad6b7169203331-01",
+            "00-0AF7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01",
+            "00-0af7-b7ad6b7169203331-01",
+            "0af7651916cd43dd8448eb211c80319c",
+            "",
+        ] {
+            assert_ne!(id(bad, None), id(bad, None), "{bad}");
         }
     }
 }

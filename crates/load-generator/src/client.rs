@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use bytes::Bytes;
 use http_body_util::{BodyExt, Full};
 use hyper::body::Incoming;
-use hyper::header::{ACCEPT, AUTHORIZATION, CONTENT_TYPE, HOST, HeaderValue};
+use hyper::header::{ACCEPT, AUTHORIZATION, CONTENT_TYPE, HOST, HeaderName, HeaderValue};
 use hyper::{Request, Response};
 use tokio::time::timeout_at;
 
@@ -20,8 +20,12 @@ use crate::plan::Plan;
 use crate::reading::{ends_soon, finish, http_failure, read_up_to, require_event_stream};
 use crate::record::{Failure, FailureKind, Outcome, Record};
 use crate::sse::SseParser;
+use crate::tls::Tls;
 use crate::url::Target;
 
+const X_REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
+/// https://www.w3.org/TR/trace-context/
+const TRACEPARENT: HeaderName = HeaderName::from_static("traceparent");
 /// Largest event of a stream, and largest answer that is not streamed.
 const MAX_EVENT_BYTES: usize = 4 << 20;
 const MAX_WHOLE_BYTES: usize = 64 << 20;
@@ -34,6 +38,10 @@ const MAX_GAPS: usize = 1 << 20;
 pub(crate) struct Client {
     target: Target,
     addresses: Result<Vec<SocketAddr>, String>,
+    tls: Option<Tls>,
+    trace_prefix: Option<String>,
+    /// Requests begun so far, of all levels.
+    begun: AtomicU64,
     authorization: Option<HeaderValue>,
     conversations: Conversations,
     stream: bool,
@@ -94,9 +102,16 @@ impl Client {
             }
             None => None,
         };
+        let tls = match &target.tls_name {
+            Some(name) => Some(Tls::new(&plan.tls, name.clone())?),
+            None => None,
+        };
         Ok(Client {
             target,
             addresses,
+            tls,
+            trace_prefix: plan.trace_prefix.clone(),
+            begun: AtomicU64::new(0),
             authorization,
             conversations: Conversations::new(plan),
             stream: plan.stream,
@@ -150,7 +165,8 @@ impl Client {
             ..Observed::default()
         };
         let deadline = self.clock.instant(due_ns) + self.timeout;
-        let attempt = self.attempt(&conversation.body, &mut observed);
+        let id = self.next_id();
+        let attempt = self.attempt(&conversation.body, id.as_deref(), &mut observed);
         let outcome = match timeout_at(deadline.into(), attempt).await {
             Ok(Ok(())) => Outcome::Completed,
             Ok(Err(failure)) => Outcome::Failed(failure),
@@ -163,6 +179,7 @@ impl Client {
                 .then(|| observed.answer.text().map(str::to_owned))
                 .flatten(),
             record: Record {
+                id,
                 prompt: conversation.prompt,
                 turn: conversation.turn,
                 origin_ns: scheduled_ns.or(observed.sent_ns).unwrap_or(begin_ns),
@@ -182,8 +199,20 @@ impl Client {
         }
     }
 
-    async fn attempt(&self, body: &Bytes, observed: &mut Observed) -> Result<(), Failure> {
-        let (connection, response) = self.send(body, observed).await?;
+    /// The next request's id, where the plan gives them any.
+    fn next_id(&self) -> Option<String> {
+        let prefix = self.trace_prefix.as_ref()?;
+        let number = 1 + self.begun.fetch_add(1, Ordering::Relaxed);
+        Some(format!("{prefix}{number:016x}"))
+    }
+
+    async fn attempt(
+        &self,
+        body: &Bytes,
+        id: Option<&str>,
+        observed: &mut Observed,
+    ) -> Result<(), Failure> {
+        let (connection, response) = self.send(self.request(body.clone(), id), observed).await?;
         observed.status = Some(response.status().as_u16());
         let reusable = if !response.status().is_success() {
             let status = response.status();
@@ -220,10 +249,9 @@ impl Client {
     /// written is tried again.
     async fn send(
         &self,
-        body: &Bytes,
+        mut request: Request<Full<Bytes>>,
         observed: &mut Observed,
     ) -> Result<(Connection, Response<Incoming>), Failure> {
-        let mut request = self.request(body.clone());
         loop {
             let (mut connection, is_new) = match self.take_idle().await {
                 Some(connection) => (connection, false),
@@ -246,7 +274,7 @@ impl Client {
         }
     }
 
-    fn request(&self, body: Bytes) -> Request<Full<Bytes>> {
+    fn request(&self, body: Bytes, id: Option<&str>) -> Request<Full<Bytes>> {
         let mut request = Request::new(Full::new(body));
         *request.method_mut() = hyper::Method::POST;
         // Both were parsed from a URL, so they fit; what does not is the server's to refuse.
@@ -265,6 +293,15 @@ impl Client {
         if let Some(authorization) = &self.authorization {
             headers.insert(AUTHORIZATION, authorization.clone());
         }
+        if let Some(id) = id {
+            // The span is the request's number: the id's latter half.
+            let parent = format!("00-{id}-{}-01", &id[id.len() / 2..]);
+            for (name, value) in [(X_REQUEST_ID, id), (TRACEPARENT, parent.as_str())] {
+                if let Ok(value) = HeaderValue::from_str(value) {
+                    headers.insert(name, value);
+                }
+            }
+        }
         request
     }
 
@@ -274,7 +311,7 @@ impl Client {
             .addresses
             .as_ref()
             .map_err(|error| fail(error.clone()))?;
-        Connection::open(addresses, self.clock)
+        Connection::open(addresses, self.tls.as_ref(), self.clock)
             .await
             .map_err(|error| fail(format!("cannot connect to {}: {error}", self.target.socket)))
     }

@@ -1,4 +1,4 @@
-//! One HTTP/1.1 connection, with the moments its socket was written and read.
+//! One HTTP/1.1 connection, plain or within TLS, with the moments its socket was written and read.
 
 use std::io;
 use std::net::SocketAddr;
@@ -15,6 +15,8 @@ use hyper_util::rt::TokioIo;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::TcpStream;
 use tokio::task::JoinHandle;
+
+use crate::tls::Tls;
 
 /// The run's clock: nanoseconds since its epoch.
 #[derive(Debug, Clone, Copy)]
@@ -62,7 +64,12 @@ pub(crate) struct Connection {
 }
 
 impl Connection {
-    pub async fn open(addresses: &[SocketAddr], clock: Clock) -> Result<Connection, io::Error> {
+    /// Connects, and makes TLS of it where `tls` says how.
+    pub async fn open(
+        addresses: &[SocketAddr],
+        tls: Option<&Tls>,
+        clock: Clock,
+    ) -> Result<Connection, io::Error> {
         let stream = TcpStream::connect(addresses).await?;
         stream.set_nodelay(true)?;
         let stamps = Arc::new(Stamps {
@@ -74,6 +81,20 @@ impl Connection {
             stream,
             stamps: Arc::clone(&stamps),
         };
+        // The stamps are the socket's, below TLS.
+        match tls {
+            None => Connection::over(stream, stamps).await,
+            Some(tls) => {
+                let secured = tls.connector.connect(tls.name.clone(), stream).await?;
+                Connection::over(secured, stamps).await
+            }
+        }
+    }
+
+    async fn over<S>(stream: S, stamps: Arc<Stamps>) -> Result<Connection, io::Error>
+    where
+        S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
+    {
         let (sender, connection) = Builder::new()
             .handshake(TokioIo::new(stream))
             .await

@@ -11,7 +11,7 @@
 
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime};
 
 use tokio::sync::watch;
 use tokio::task::{JoinError, JoinSet};
@@ -54,6 +54,8 @@ pub(crate) struct Measured {
     pub cancelled: usize,
     pub cpu: Option<ThreadCpu>,
     pub start_ns: u64,
+    /// Unix time.
+    pub started_us: u64,
     pub wall_s: f64,
 }
 
@@ -87,6 +89,7 @@ impl LevelContext {
         limit: usize,
     ) -> Result<Measured, LoadError> {
         let start = Instant::now();
+        let started_us = unix_us(SystemTime::now());
         let duration = level
             .duration_s
             .filter(|_| phase == Phase::Measure)
@@ -141,6 +144,7 @@ impl LevelContext {
             cancelled,
             cpu,
             start_ns: self.clock.at_ns(start),
+            started_us,
             wall_s: start.elapsed().as_secs_f64(),
         })
     }
@@ -323,6 +327,7 @@ async fn open_loop_client(shared: Arc<Shared>, mut conversation: Conversation, m
 /// The record of a scheduled send that found the generator full.
 fn unsent(prompt: u32, due_ns: u64, now_ns: u64, limit: usize) -> Record {
     Record {
+        id: None,
         prompt,
         turn: 0,
         origin_ns: due_ns,
@@ -346,6 +351,11 @@ fn unsent(prompt: u32, due_ns: u64, now_ns: u64, limit: usize) -> Record {
 
 fn check(ended: Result<(), JoinError>) -> Result<(), LoadError> {
     ended.map_err(|error| LoadError::Panicked(error.to_string()))
+}
+
+fn unix_us(time: SystemTime) -> u64 {
+    let since = time.duration_since(SystemTime::UNIX_EPOCH);
+    u64::try_from(since.unwrap_or_default().as_micros()).unwrap_or(u64::MAX)
 }
 
 fn nanoseconds(duration: Duration) -> u64 {

@@ -31,6 +31,7 @@ pub mod report;
 mod run;
 pub mod sse;
 pub mod stats;
+mod tls;
 mod url;
 
 pub use error::LoadError;

@@ -11,6 +11,7 @@ pub const MAX_IN_FLIGHT: usize = 60_000;
 /// Most turns a conversation may have after its first.
 const MAX_TURNS: usize = 1_000;
 const MAX_WAIT_S: f64 = 1e6;
+const TRACE_PREFIX_DIGITS: usize = 16;
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
 #[serde(rename_all = "snake_case")]
@@ -23,12 +24,19 @@ pub enum Endpoint {
 #[derive(Clone, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Plan {
-    /// `http://HOST[:PORT][/PREFIX][/v1]`
+    /// `http[s]://HOST[:PORT][/PREFIX][/v1]`
     pub url: String,
     pub endpoint: Endpoint,
     pub model: String,
     #[serde(default)]
     pub api_key: Option<String>,
+    /// How an https target proves who it is.
+    #[serde(default)]
+    pub tls: Trust,
+    /// 16 hexadecimal digits. Request n of the run is then sent with the id `{trace_prefix}{n:016x}`,
+    /// from 1, as `x-request-id` and as the trace of a W3C `traceparent`; the records bear it.
+    #[serde(default)]
+    pub trace_prefix: Option<String>,
     #[serde(default = "yes")]
     pub stream: bool,
     /// Ask for `stream_options.include_usage`.
@@ -56,6 +64,18 @@ pub struct Plan {
     /// Keep every gap between chunks in the records (for timelines; costs 4 bytes a chunk).
     #[serde(default)]
     pub record_gaps: bool,
+}
+
+/// Whom to believe beside the public authorities.
+#[derive(Clone, Default, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Trust {
+    /// Certificates of authorities, PEM.
+    #[serde(default)]
+    pub ca_pem: Option<String>,
+    /// Take any certificate.
+    #[serde(default)]
+    pub insecure: bool,
 }
 
 #[derive(Clone, Deserialize)]
@@ -223,7 +243,9 @@ impl Plan {
     }
 
     fn check(&self) -> Result<(), LoadError> {
-        self.target()?;
+        if self.target()?.tls_name.is_some() {
+            self.tls.client_config()?;
+        }
         let bad = |what: &str| Err(LoadError::Plan(what.into()));
         if self.levels.is_empty() {
             return bad("levels: none given");
@@ -249,6 +271,11 @@ impl Plan {
             .is_some_and(|key| !key.bytes().all(|b| b.is_ascii_graphic()))
         {
             return bad("api_key: only visible ASCII characters can be sent in a header");
+        }
+        if self.trace_prefix.as_ref().is_some_and(|prefix| {
+            prefix.len() != TRACE_PREFIX_DIGITS || u64::from_str_radix(prefix, 16).is_err()
+        }) {
+            return bad("trace_prefix: must be 16 hexadecimal digits");
         }
         self.prompts
             .iter()
@@ -301,7 +328,7 @@ mod tests {
     #[test]
     fn each_bad_field_is_named() {
         type Change = fn(&mut Value);
-        let cases: [(&str, Change); 16] = [
+        let cases: [(&str, Change); 18] = [
             ("levels", |v| v["levels"] = json!([])),
             ("either concurrency or send_at_s", |v| {
                 v["levels"] = json!([{"requests": 1}])
@@ -341,6 +368,13 @@ mod tests {
             ("token_ids", |v| v["prompts"] = json!([{"token_ids": [1]}])),
             ("max_tokens", |v| v["max_tokens"] = json!(0)),
             ("timeout_s", |v| v["timeout_s"] = json!(0)),
+            ("trace_prefix", |v| {
+                v["trace_prefix"] = json!("12g4567812345678")
+            }),
+            ("ca_pem", |v| {
+                v["url"] = json!("https://h");
+                v["tls"] = json!({"ca_pem": "no certificate"});
+            }),
             ("unknown field `colour`", |v| v["colour"] = json!(1)),
         ];
         for (named, change) in cases {

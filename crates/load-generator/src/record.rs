@@ -60,6 +60,8 @@ pub enum TokenSource {
 /// One request's life. Times are nanoseconds on the run's clock.
 #[derive(Debug, Clone)]
 pub struct Record {
+    /// What it was sent as, where the plan gives ids.
+    pub id: Option<String>,
     pub prompt: u32,
     /// Of the conversation that the prompt began, from 0.
     pub turn: u32,

@@ -36,6 +36,8 @@ pub struct LevelReport {
     pub timed_out: usize,
     /// Open when the run was stopped.
     pub cancelled: usize,
+    /// Unix time that the records' `start_ms` counts from.
+    pub started_us: u64,
     /// First send (or scheduled send) to last end.
     pub duration_s: f64,
     /// Of completed requests, over the duration.
@@ -80,6 +82,7 @@ impl LevelReport {
             cancelled,
             cpu,
             start_ns,
+            started_us,
             wall_s,
         } = measured;
         let done: Vec<&Record> = records
@@ -117,6 +120,7 @@ impl LevelReport {
             failed,
             timed_out,
             cancelled,
+            started_us,
             duration_s: microseconds(duration_s),
             output_tok_s: microseconds(per_second(output_tokens as f64)),
             request_s: microseconds(per_second(done.len() as f64)),
@@ -225,6 +229,7 @@ fn columns(records: &[Record], start_ns: u64, with_gaps: bool) -> Value {
             record.chunks,
             record.status,
             record.turn,
+            record.id,
         ]);
         if let (true, Value::Array(row)) = (with_gaps, &mut row) {
             row.push(json!(record.gaps_us));
@@ -245,6 +250,7 @@ fn columns(records: &[Record], start_ns: u64, with_gaps: bool) -> Value {
         "chunks",
         "status",
         "turn",
+        "id",
     ];
     if with_gaps {
         names.push("gaps_us");

@@ -8,6 +8,7 @@ from typing import Any, Literal
 from scalellm.bench.lengths import Fixed
 from scalellm.bench.shapes import Prompt
 from scalellm.bench.sources import Source, Synthetic
+from scalellm.bench.target import PUBLIC_AUTHORITIES, Trust
 from scalellm.errors import ConfigError
 
 Endpoint = Literal["chat", "completions"]
@@ -122,6 +123,8 @@ class Workload:
         model: str,
         api_key: str,
         return_token_ids: bool,
+        trust: Trust = PUBLIC_AUTHORITIES,
+        trace_prefix: str | None = None,
     ) -> str:
         """The load generator's plan for one level; `send_at_s` where it is an open loop."""
         return json.dumps(
@@ -130,6 +133,8 @@ class Workload:
                 "endpoint": self.endpoint,
                 "model": model,
                 "api_key": api_key or None,
+                "tls": trust.plan_fields(),
+                "trace_prefix": trace_prefix,
                 "stream": self.stream,
                 "return_token_ids": return_token_ids and self.stream,
                 "max_tokens": self.output_tokens,

@@ -1,6 +1,7 @@
 """Profiles an endpoint: drives load at it, and asks it where the time of that load went."""
 
 import json
+import secrets
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -12,6 +13,7 @@ from rich.console import Console
 from scalellm.bench.plan import Level, Workload
 from scalellm.bench.profile_outside import Outside, look_from_outside
 from scalellm.bench.profile_stages import (
+    Joined,
     Waterfall,
     beside,
     between_tokens,
@@ -26,13 +28,14 @@ from scalellm.bench.profile_told import (
     requests_since,
     steps_since,
 )
+from scalellm.bench.records import Records
 from scalellm.bench.results import Row
 from scalellm.bench.serve import Options, run_bench
-from scalellm.bench.target import TargetClient, discover
+from scalellm.bench.target import PUBLIC_AUTHORITIES, TargetClient, Trust, discover
 from scalellm.errors import ConfigError
 
 SCHEMA = 1
-_ROUTES = {"chat": "/v1/chat/completions", "completions": "/v1/completions"}
+_TRACE_PREFIX_BYTES = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +48,7 @@ class ProfileOptions:
     model: str | None = None
     api_key: str = field(default="", repr=False)
     admin_key: str = field(default="", repr=False)  # to be told the stages
+    trust: Trust = PUBLIC_AUTHORITIES
     baseline: bool = True  # of a foreign endpoint: also measure ScaleLLM's front alone, beside it
 
 
@@ -109,8 +113,9 @@ def run_profile(options: ProfileOptions, console: Console) -> Profile:
                 f"requests: got {level.requests}, allowed: up to {MAX_REQUESTS - level.warmup}, "
                 "as many as a gateway keeps"
             )
-    client = TargetClient(options.url, options.admin_key or options.api_key)
-    target = discover(TargetClient(options.url, options.api_key))
+    trust = options.trust
+    client = TargetClient(options.url, options.admin_key or options.api_key, trust)
+    target = discover(TargetClient(options.url, options.api_key, trust))
     is_scalellm = target.owned_by == "scalellm"
     levels: list[LevelProfile] = []
     about: dict[str, Any] = {}
@@ -130,7 +135,13 @@ def _profile_level(
 ) -> tuple[LevelProfile, dict[str, Any]]:
     began_us = time.time_ns() // 1000
     bench = Options(
-        options.url, (level,), options.workload, model=options.model, api_key=options.api_key
+        options.url,
+        (level,),
+        options.workload,
+        model=options.model,
+        api_key=options.api_key,
+        trust=options.trust,
+        trace_prefix=secrets.token_hex(_TRACE_PREFIX_BYTES),
     )
     result = run_bench(bench, console)
     row = result.rows[0]
@@ -144,10 +155,10 @@ def _profile_level(
     elif first is None:
         outside = look_from_outside(bench, row, options.baseline, console)
     else:
-        route = _ROUTES[options.workload.endpoint]
-        requests = requests_since(client, first, route, row["completed"])
+        completed = {request["id"]: request for request in Records.of(row).completed()}
+        requests = requests_since(client, first, completed.keys())
         replicas = steps_since(client, began_us)
-        inside = _take_apart(requests, row)
+        inside = _take_apart([(told, completed[told["id"]]) for told in requests], row)
         notes += _notes(requests, replicas, row)
     about = {
         "target": dict(result.target),
@@ -160,13 +171,17 @@ def _profile_level(
     return found, about
 
 
-def _take_apart(requests: Sequence[RequestTimes], row: Row) -> Inside:
-    first = first_token(requests, row["ttft_ms"]["mean"])
-    tbt_ms = row["tbt_ms"]["mean"]
-    token = None if tbt_ms is None else between_tokens(requests, tbt_ms)
+def _take_apart(requests: Sequence[Joined], row: Row) -> Inside:
+    first = first_token(requests)
+    token = None if row["tbt_ms"]["mean"] is None else between_tokens(requests)
     tokens = row["output_tokens"] / row["completed"]
     nothing = Waterfall(0.0, 0.0, ())
-    return Inside(first, token, whole_answer(first, token or nothing, tokens), beside(requests))
+    return Inside(
+        first,
+        token,
+        whole_answer(first, token or nothing, tokens),
+        beside([told for told, _ in requests]),
+    )
 
 
 def _notes(

@@ -65,7 +65,7 @@ def look_from_outside(bench: Options, row: Row, baseline: bool, console: Console
             rows = run_bench(replace(bench, url=url, model=None, api_key=""), console).rows
             front = rows[0] if rows and rows[0]["completed"] else None
     return Outside(
-        _round_trip_ms(TargetClient(bench.url, bench.api_key)),
+        _round_trip_ms(TargetClient(bench.url, bench.api_key, bench.trust)),
         short,
         None if front is None else front["ttft_ms"]["mean"],
         None if front is None else front["tbt_ms"]["mean"],

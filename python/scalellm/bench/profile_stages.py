@@ -9,14 +9,16 @@ gateway's own work costs nothing as long as it keeps up; `Beside` says how much 
 vanish are predicted to take their time with them, and nothing else (Amdahl's law).
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from scalellm.bench.profile_told import RequestTimes
 
 CLIENT, GATEWAY, LINK, ENGINE = "client", "gateway", "link", "engine"
+_WAY = "socket and client"
 _BEFORE_ENGINE = (
     ("accept", GATEWAY),
     ("auth", GATEWAY),
@@ -34,6 +36,8 @@ _AFTER_ENGINE = (("emit", ENGINE), ("link_back", LINK))
 # In the order in which a step does them; others stand between forward and sample.
 _STEP_ORDER = ("between steps", "schedule", "prepare", "forward", "sample", "hand over", "update")
 
+# What the gateway tells of a request, and what its client measured.
+Joined = tuple[RequestTimes, Mapping[str, Any]]
 Parts = dict[tuple[str, str], float]  # (place, stage) -> milliseconds of one request
 
 
@@ -69,14 +73,14 @@ class Waterfall:
         return max(self.shares, key=lambda share: share.mean_ms, default=None)
 
 
-def first_token(requests: Sequence[RequestTimes], client_ms: float) -> Waterfall:
-    """The wait for the first token; `client_ms` is the mean TTFT as the client saw it."""
-    return _waterfall(_collect(requests, _first_token_parts), client_ms)
+def first_token(requests: Sequence[Joined]) -> Waterfall:
+    """The wait for the first token."""
+    return _waterfall(requests, _first_token_parts, "ttft_ms")
 
 
-def between_tokens(requests: Sequence[RequestTimes], client_ms: float) -> Waterfall:
-    """The time of one token after the first; `client_ms` is the client's mean TBT."""
-    return _waterfall(_collect(requests, _token_parts), client_ms)
+def between_tokens(requests: Sequence[Joined]) -> Waterfall:
+    """The time of one token after the first."""
+    return _waterfall(requests, _token_parts, "tbt_ms")
 
 
 def whole_answer(first: Waterfall, token: Waterfall, tokens: float) -> Waterfall:
@@ -106,12 +110,6 @@ def beside(requests: Sequence[RequestTimes]) -> dict[str, float]:
         ]
         found[stage] = float(np.mean(per_token)) if per_token else 0.0
     return found
-
-
-def _collect(
-    requests: Iterable[RequestTimes], parts: Callable[[RequestTimes], Parts | None]
-) -> list[Parts]:
-    return [found for request in requests if (found := parts(request)) is not None]
 
 
 def _first_token_parts(request: RequestTimes) -> Parts | None:
@@ -159,11 +157,26 @@ def _steps(phases_us: Mapping[str, int], prefix: str, times: int, whole_us: int)
     return parts
 
 
-def _waterfall(parts: Sequence[Parts], client_ms: float) -> Waterfall:
-    """Means over requests; a stage that a request did not pass took it no time."""
+def _waterfall(
+    requests: Sequence[Joined], parts_of: Callable[[RequestTimes], Parts | None], wait: str
+) -> Waterfall:
+    """Means over requests that both sides tell; a stage that one did not pass took it no time."""
+    parts: list[Parts] = []
+    waits_ms: list[float] = []
+    for told, measured in requests:
+        found = parts_of(told)
+        if found is not None and measured[wait] is not None:
+            way = {(CLIENT, _WAY): measured[wait] - sum(found.values())}
+            parts.append(found | way)
+            waits_ms.append(measured[wait])
+    if not parts:
+        return _all_unknown([measured[wait] for _, measured in requests if measured[wait]])
     names = list(dict.fromkeys(name for request in parts for name in request))
+    # The way to the client is last, whatever stages some requests have alone.
+    names.sort(key=lambda name: name[0] == CLIENT)
     times = np.array([[request.get(name, 0.0) for name in names] for request in parts])
-    inside_ms = float(times.sum(axis=1).mean()) if len(parts) else 0.0
+    client_ms = float(np.mean(waits_ms))
+    inside_ms = client_ms - float(times[:, -1].mean())
 
     def of_client(ms: float) -> float:
         return ms / client_ms if client_ms else 0.0
@@ -175,9 +188,15 @@ def _waterfall(parts: Sequence[Parts], client_ms: float) -> Waterfall:
         if stage.endswith("not told") and not times[:, column].any():
             continue
         shares.append(Share(place, stage, mean_ms, p99_ms, of_client(mean_ms)))
-    way_ms = client_ms - inside_ms
-    shares.append(Share(CLIENT, "socket and client", way_ms, None, of_client(way_ms)))
     return Waterfall(client_ms, inside_ms, tuple(shares))
+
+
+def _all_unknown(waits_ms: Sequence[float]) -> Waterfall:
+    """Of requests whose parts nobody tells."""
+    if not waits_ms:
+        return Waterfall(0.0, 0.0, ())
+    mean_ms, p99_ms = float(np.mean(waits_ms)), float(np.percentile(waits_ms, 99))
+    return Waterfall(mean_ms, 0.0, (Share(CLIENT, _WAY, mean_ms, p99_ms, 1.0),))
 
 
 def _ms(us: float) -> float:

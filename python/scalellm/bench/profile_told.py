@@ -8,7 +8,7 @@ The gateway keeps both always (crates/gateway, recent.rs); asking is what costs.
 """
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -49,19 +49,17 @@ def next_request(client: TargetClient, is_scalellm: bool) -> int | None:
         return None
 
 
-def requests_since(
-    client: TargetClient, first: int, route: str, completed: int
-) -> list[RequestTimes]:
-    """The last `completed` good requests of a route; those before them were the warm-up.
+def requests_since(client: TargetClient, first: int, ids: Collection[str]) -> list[RequestTimes]:
+    """The requests of these ids, as far as they are told.
 
     A request's record is there a moment after its client has read the end, so this waits for them.
     """
     until = time.monotonic() + _SETTLED_WITHIN_S
     while True:
         told = client.call("GET", f"{PATH}?from={first}")["requests"]
-        found = [r for r in told if r["route"] == route and r["status"] == 200 and r["first"]]
-        if len(found) >= completed or time.monotonic() > until:
-            return found[len(found) - completed :] if completed < len(found) else found
+        found = [request for request in told if request["id"] in ids and request["first"]]
+        if len(found) >= len(ids) or time.monotonic() > until:
+            return found
         time.sleep(_LOOK_EVERY_S)
 
 

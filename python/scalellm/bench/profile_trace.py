@@ -10,14 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from scalellm.bench.profile import Profile
-from scalellm.bench.profile_told import ReplicaSteps, RequestTimes
+from scalellm.bench.profile_slices import Slice, request_slices, step_slices
+from scalellm.bench.profile_told import ReplicaSteps, RequestTimes, StepTimes
 
 _GATEWAY = 1
-_BEFORE_FIRST = (
-    "accept", "auth", "body", "parse", "admission", "text_queue", "template", "tokenise", "route",
-    "link_out", "queue", "prefill", "emit", "link_back",
-)  # fmt: skip
-
 Event = dict[str, Any]
 
 
@@ -57,44 +53,23 @@ def _free_row(ends_us: list[int], start_us: int) -> int:
 
 
 def _request_events(request: RequestTimes, row: int, origin_us: int) -> Iterator[Event]:
-    stages = request["stages_us"]
-    at_us = request["started_us"] - origin_us
-    about = {
-        "id": request["id"],
-        "prompt_tokens": request["prompt_tokens"],
-        "cached_tokens": request["cached_tokens"],
-        "output_tokens": request["output_tokens"],
-        "replica": request["replica"],
-    }
-    yield _slice("request", _GATEWAY, row, at_us, stages["total"], about)
-    stage_at_us = at_us
-    for stage in _BEFORE_FIRST:
-        took_us = stages.get(stage, 0)
-        if took_us:
-            phases = (request["engine"] or {}).get("prefill_us") if stage == "prefill" else None
-            yield _slice(stage, _GATEWAY, row, stage_at_us, took_us, phases)
-        stage_at_us += took_us
-    first_us, last_us = stages.get("first"), request["last_tokens_us"]
-    if first_us is not None and last_us is not None and last_us > first_us:
-        phases = (request["engine"] or {}).get("decode_us")
-        yield _slice("decode", _GATEWAY, row, at_us + first_us, last_us - first_us, phases)
+    for part in request_slices(request):
+        yield _slice(part, _GATEWAY, row, origin_us)
 
 
-def _step_events(step: Any, process: int, origin_us: int) -> Iterator[Event]:
-    at_us = step["started_us"] - origin_us
-    phases = step["phases_us"]
-    about = {"requests": step["requests"], "tokens": step["tokens"]}
-    whole_us = sum(phases.values())
-    yield _slice(f"step {step['number']}", process, 0, at_us, whole_us, about)
-    yield {"ph": "C", "name": "batch", "pid": process, "ts": at_us, "args": about}
-    for phase, took_us in phases.items():
-        yield _slice(phase, process, 0, at_us, took_us, None)
-        at_us += took_us
+def _step_events(step: StepTimes, process: int, origin_us: int) -> Iterator[Event]:
+    whole, *phases = step_slices(step)
+    yield _slice(whole, process, 0, origin_us)
+    at_us = whole.start_us - origin_us
+    yield {"ph": "C", "name": "batch", "pid": process, "ts": at_us, "args": dict(whole.about)}
+    for phase in phases:
+        yield _slice(phase, process, 0, origin_us)
 
 
-def _slice(name: str, process: int, row: int, at_us: int, took_us: int, about: Any) -> Event:
-    event = {"ph": "X", "name": name, "pid": process, "tid": row, "ts": at_us, "dur": took_us}
-    return event | ({"args": dict(about)} if about else {})
+def _slice(part: Slice, process: int, row: int, origin_us: int) -> Event:
+    event = {"ph": "X", "name": part.name, "pid": process, "tid": row}
+    event |= {"ts": part.start_us - origin_us, "dur": part.took_us}
+    return event | ({"args": dict(part.about)} if part.about else {})
 
 
 def _process_name(process: int, name: str) -> Event:

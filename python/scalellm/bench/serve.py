@@ -24,7 +24,7 @@ from scalellm.bench.search import RateSearch
 from scalellm.bench.shapes import RequestShape, cut
 from scalellm.bench.slo import Slo
 from scalellm.bench.sources import describe_shapes
-from scalellm.bench.target import Target, TargetClient, discover
+from scalellm.bench.target import PUBLIC_AUTHORITIES, Target, TargetClient, Trust, discover
 
 # Sockets, files and pipes of the process beside one socket for each open request.
 _OTHER_FILES = 256
@@ -42,6 +42,9 @@ class Options:
     workload: Workload = field(default_factory=Workload)
     model: str | None = None
     api_key: str = field(default="", repr=False)
+    trust: Trust = PUBLIC_AUTHORITIES
+    # 16 hexadecimal digits: requests then bear ids and traces, see crates/load-generator, plan.rs.
+    trace_prefix: str | None = None
     json_path: Path | None = None
     slo: Slo | None = None
     # The level whose rate is searched after `levels`: its rate is the first to be tried.
@@ -57,7 +60,7 @@ def run_bench(options: Options, console: Console) -> Result:
     """
     started = datetime.now(UTC).isoformat(timespec="seconds")
     machine = describe_machine()
-    client = TargetClient(options.url, options.api_key)
+    client = TargetClient(options.url, options.api_key, options.trust)
     target = discover(client)
     if target.problem is not None:
         console.print(f"warning: {target.problem}; the bench goes on", style="yellow", markup=False)
@@ -138,7 +141,15 @@ def _prepare(
 
     def plan_json(url: str, model: str, api_key: str, return_token_ids: bool) -> str:
         return workload.plan_json(
-            level, planned.send_at_s, prompts, url, model, api_key, return_token_ids
+            level,
+            planned.send_at_s,
+            prompts,
+            url,
+            model,
+            api_key,
+            return_token_ids,
+            options.trust,
+            options.trace_prefix,
         )
 
     return _Prepared(level, shapes, plan_json)

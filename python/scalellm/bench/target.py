@@ -2,9 +2,11 @@
 
 import http.client
 import json
+import ssl
 import urllib.parse
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from scalellm.errors import ConfigError, EndpointError
@@ -15,19 +17,64 @@ _MAX_ANSWER_BYTES = 64 << 20
 _TELLS_TOKEN_IDS = ("scalellm", "vllm")
 
 
+@dataclass(frozen=True, slots=True)
+class Trust:
+    """Whom to believe of an https target, beside the public authorities."""
+
+    ca_pem: str | None = None  # certificates of authorities
+    insecure: bool = False  # anyone
+
+    @staticmethod
+    def read(ca_file: Path | None, insecure: bool) -> "Trust":
+        """Raises ConfigError for a file that holds no certificates."""
+        if ca_file is None:
+            return Trust(None, insecure)
+        try:
+            trust = Trust(ca_file.read_text(encoding="ascii"), insecure)
+            trust.context()
+        except OSError as error:
+            # Also what ssl raises, for what is not a certificate.
+            raise ConfigError(f"--ca-cert: {ca_file}: {error.strerror or error}") from None
+        except ValueError:
+            raise ConfigError(f"--ca-cert: {ca_file}: not PEM") from None
+        return trust
+
+    def context(self) -> ssl.SSLContext:
+        context = ssl.create_default_context()
+        if self.ca_pem is not None:
+            context.load_verify_locations(cadata=self.ca_pem)
+        if self.insecure:
+            context.check_hostname = False
+            context.verify_mode = ssl.CERT_NONE
+        return context
+
+    def plan_fields(self) -> dict[str, Any]:
+        """As the load generator wants it."""
+        return {"ca_pem": self.ca_pem, "insecure": self.insecure}
+
+
+PUBLIC_AUTHORITIES = Trust()
+
+
 class TargetClient:
     """Small requests to the target, beside the load. Not for measuring."""
 
-    def __init__(self, url: str, api_key: str = "") -> None:
+    def __init__(
+        self,
+        url: str,
+        api_key: str = "",
+        trust: Trust = PUBLIC_AUTHORITIES,
+        *,
+        flag: str = "url",
+    ) -> None:
         parts = urllib.parse.urlsplit(url)
+        self._tls = trust.context() if parts.scheme == "https" else None
         try:
-            port = parts.port or 80
+            port = parts.port or (80 if self._tls is None else 443)
         except ValueError:
             port = 0
-        if parts.scheme != "http" or not parts.hostname or port == 0:
-            raise ConfigError(
-                f"url: got {url!r}; allowed: http://HOST[:PORT], as the load speaks plain http"
-            )
+        if parts.scheme not in ("http", "https") or not parts.hostname or port == 0:
+            raise ConfigError(f"{flag}: got {url!r}; allowed: http[s]://HOST[:PORT]")
         self.url = url.rstrip("/").removesuffix("/v1")
         self.host = parts.hostname
         self._port = port
@@ -36,9 +83,16 @@ class TargetClient:
         if api_key:
             self._headers["Authorization"] = f"Bearer {api_key}"
 
+    def _connection(self) -> http.client.HTTPConnection:
+        if self._tls is None:
+            return http.client.HTTPConnection(self.host, self._port, timeout=_TIMEOUT_S)
+        return http.client.HTTPSConnection(
+            self.host, self._port, timeout=_TIMEOUT_S, context=self._tls
+        )
+
     def call(self, method: str, path: str, body: Mapping[str, Any] | None = None) -> Any:
         """The JSON of a 2xx answer. Raises EndpointError on anything else."""
-        connection = http.client.HTTPConnection(self.host, self._port, timeout=_TIMEOUT_S)
+        connection = self._connection()
         payload = None if body is None else json.dumps(body)
         try:
             connection.request(method, self._prefix + path, payload, self._headers)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from scalellm.cli.bench_workload import add_workload, check_positive, numbers, workload_of
 from scalellm.cli.flags import add_settings, resolve_arguments
+from scalellm.cli.trust import add_trust, trust_of
 from scalellm.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -41,6 +42,7 @@ def add_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
         allow_abbrev=False,
     )
     add_settings(serve, "bench")
+    add_trust(serve, "bench")
     _add_load(serve)
     add_workload(serve)
     _add_objectives(serve)
@@ -163,6 +165,7 @@ def run(arguments: argparse.Namespace) -> int:
         workload=workload,
         model=arguments.bench_model,
         api_key=keys[0] if keys else "",
+        trust=trust_of(arguments, "bench"),
         json_path=arguments.bench_json,
         slo=slo,
         find_max=find_max,

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from scalellm.bench.plan import ENDPOINTS, Level, Workload, closed_level, open_level
 from scalellm.cli.flags import add_settings, resolve_arguments
+from scalellm.cli.trust import add_trust, trust_of
 from scalellm.errors import ConfigError
 
 _FILE_WIDTH = 120
@@ -25,6 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = _EPILOG
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     add_settings(parser, "profile")
+    add_trust(parser, "profile")
     load = parser.add_argument_group("load")
     load.add_argument(
         "--concurrency",
@@ -75,6 +77,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="requests and steps for chrome://tracing or ui.perfetto.dev",
     )
     output.add_argument(
+        "--otlp",
+        metavar="URL",
+        dest="profile_otlp",
+        help="OpenTelemetry collector that spans are posted to, e.g. http://localhost:4318",
+    )
+    output.add_argument(
         "--all-stages", action="store_true", dest="profile_all", help="also those below 0.2%%"
     )
     output.add_argument("--quiet", action="store_true", dest="profile_quiet", help="no tables")
@@ -88,13 +96,16 @@ def run(arguments: argparse.Namespace) -> int:
     from rich.console import Console
 
     from scalellm.bench.profile import ProfileOptions, run_profile
+    from scalellm.bench.profile_otlp import export
     from scalellm.bench.profile_table import print_profile
     from scalellm.bench.profile_trace import write_trace
     from scalellm.bench.results import check_writable
+    from scalellm.bench.target import TargetClient
 
     for path in (arguments.profile_json, arguments.profile_trace):
         if path is not None:
             check_writable(path)
+    trust = trust_of(arguments, "profile")
     options = ProfileOptions(
         url=settings["url"].value,
         levels=levels,
@@ -102,8 +113,12 @@ def run(arguments: argparse.Namespace) -> int:
         model=arguments.profile_model,
         api_key=keys[0] if keys else "",
         admin_key=admin_keys[0] if admin_keys else "",
+        trust=trust,
         baseline=arguments.profile_baseline,
     )
+    collector = None
+    if arguments.profile_otlp is not None:
+        collector = TargetClient(arguments.profile_otlp, trust=trust, flag="--otlp")
     profile = run_profile(options, Console(stderr=True))
     if arguments.profile_json is not None:
         profile.write(arguments.profile_json)
@@ -112,6 +127,9 @@ def run(arguments: argparse.Namespace) -> int:
     if not arguments.profile_quiet:
         console = Console(width=None if sys.stdout.isatty() else _FILE_WIDTH)
         print_profile(profile, console, arguments.profile_all)
+    if collector is not None:
+        number = export(profile, collector)
+        print(f"{number} spans posted to {collector.url}", file=sys.stderr)
     return _EXIT_FAILED_REQUESTS if profile.failed or not profile.measured else _EXIT_OK
 
 

@@ -1,14 +1,19 @@
 """An endpoint in this process whose every answer a test can set."""
 
 import json
+import ssl
 import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 
 import pytest
+
+# Self-made, for localhost, until 2126, with its key; no authority (CA:FALSE).
+CERTIFICATE = Path(__file__).with_name("localhost.pem")
 
 
 @dataclass
@@ -33,15 +38,24 @@ class Behaviour:
 
 
 class FakeEndpoint:
-    def __init__(self) -> None:
+    def __init__(self, certificate: Path | None = None) -> None:
+        """`certificate`: with its key, to speak https."""
         self.behaviour = Behaviour()
         self.stopped = threading.Event()
         handler = type("Handler", (_Handler,), {"endpoint": self})
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
         self._server.daemon_threads = True
+        if certificate is not None:
+            tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+            tls.load_cert_chain(certificate)
+            # Shaking hands is for a connection's own thread.
+            self._server.socket = tls.wrap_socket(
+                self._server.socket, server_side=True, do_handshake_on_connect=False
+            )
         self._thread = threading.Thread(target=self._server.serve_forever, args=(0.01,))
         self._thread.start()
-        self.url = f"http://127.0.0.1:{self._server.server_port}"
+        begin = "http://127.0.0.1" if certificate is None else "https://localhost"
+        self.url = f"{begin}:{self._server.server_port}"
 
     def stop(self) -> None:
         self.stopped.set()
@@ -131,5 +145,12 @@ def _text(body: dict[str, Any]) -> str:
 @pytest.fixture
 def endpoint() -> Iterator[FakeEndpoint]:
     fake = FakeEndpoint()
+    yield fake
+    fake.stop()
+
+
+@pytest.fixture
+def secure_endpoint() -> Iterator[FakeEndpoint]:
+    fake = FakeEndpoint(CERTIFICATE)
     yield fake
     fake.stop()

@@ -10,6 +10,7 @@ from scalellm.bench.plan import Level
 from scalellm.bench.profile import LevelProfile, Profile
 from scalellm.bench.profile_outside import Outside
 from scalellm.bench.profile_stages import (
+    Joined,
     between_tokens,
     first_token,
     whole_answer,
@@ -19,12 +20,12 @@ from scalellm.bench.profile_told import ReplicaSteps
 from scalellm.bench.profile_trace import write_trace
 
 
-def told(prefill_ms: int = 40, started_us: int = 1_000_000) -> dict[str, Any]:
+def told(prefill_ms: int = 40, started_us: int = 1_000_000, id: str = "r") -> dict[str, Any]:
     """A request of 11 tokens: 10 ms before the engine, 4 ms a token, all of it in known stages."""
     prefill_us = prefill_ms * 1000
     first_us = 10_000 + prefill_us + 500
     return {
-        "id": "r",
+        "id": id,
         "route": "/v1/completions",
         "replica": "unix:/e",
         "status": 200,
@@ -66,30 +67,35 @@ def told(prefill_ms: int = 40, started_us: int = 1_000_000) -> dict[str, Any]:
     }
 
 
+def joined(ttft_ms: float, tbt_ms: float | None, *requests: dict[str, Any]) -> list[Joined]:
+    """With what their clients measured."""
+    return [(request, {"ttft_ms": ttft_ms, "tbt_ms": tbt_ms}) for request in requests]
+
+
 def test_the_first_tokens_stages_add_up_to_what_the_client_saw() -> None:
-    waterfall = first_token([told(), told(60)], client_ms=61.0)
-    assert sum(share.mean_ms for share in waterfall.shares) == pytest.approx(61.0)
+    waterfall = first_token(joined(61.0, None, told()) + joined(81.0, None, told(60)))
+    assert sum(share.mean_ms for share in waterfall.shares) == pytest.approx(71.0)
     assert sum(share.share for share in waterfall.shares) == pytest.approx(1.0)
     by_stage = {share.stage: share for share in waterfall.shares}
     assert by_stage["prefill: forward/linear"].mean_ms == pytest.approx(48.0)
     assert by_stage["prefill: forward/linear"].p99_ms == pytest.approx(57.8)
     # 0.1 ms of the wait is in no stage; the client's extra is its own.
     assert by_stage["between stages"].mean_ms == pytest.approx(0.0, abs=0.2)
-    assert by_stage["socket and client"].mean_ms == pytest.approx(61.0 - 60.73)
+    assert by_stage["socket and client"].mean_ms == pytest.approx(71.0 - 60.73)
     assert waterfall.inside_ms == pytest.approx(60.73)
     assert waterfall.largest is by_stage["prefill: forward/linear"]
-    assert waterfall.largest.without_ms(61.0) == pytest.approx(13.0)
+    assert waterfall.largest.without_ms(71.0) == pytest.approx(23.0)
 
 
 def test_a_steps_phases_stand_in_their_order() -> None:
-    stages = [share.stage for share in first_token([told()], 51.0).shares]
+    stages = [share.stage for share in first_token(joined(51.0, None, told())).shares]
     prefill = [stage for stage in stages if stage.startswith("prefill: ")]
     assert prefill == ["prefill: schedule", "prefill: forward/linear", "prefill: sample"]
     assert stages.index("queue") < stages.index("prefill: schedule") < stages.index("emit")
 
 
 def test_a_token_is_the_engines_step_and_what_the_gateway_falls_behind() -> None:
-    waterfall = between_tokens([told()], client_ms=4.2)
+    waterfall = between_tokens(joined(51.0, 4.2, told()))
     by_stage = {share.stage: share.mean_ms for share in waterfall.shares}
     assert by_stage == pytest.approx(
         {
@@ -105,12 +111,15 @@ def test_a_token_is_the_engines_step_and_what_the_gateway_falls_behind() -> None
 def test_time_that_the_engine_does_not_tell_is_shown() -> None:
     request = told()
     request["engine"]["decode_us"] = {"forward": 10_000}
-    by_stage = {share.stage: share for share in between_tokens([request], 4.1).shares}
+    by_stage = {share.stage: share for share in between_tokens(joined(51.0, 4.1, request)).shares}
     assert by_stage["step: not told"].mean_ms == pytest.approx(3.0)
 
 
 def test_a_cause_counts_in_the_answer_wherever_it_was() -> None:
-    first, token = first_token([told()], 51.0), between_tokens([told()], 4.2)
+    first, token = (
+        first_token(joined(51.0, None, told())),
+        between_tokens(joined(51.0, 4.2, told())),
+    )
     answer = whole_answer(first, token, tokens=11)
     assert answer.whole_ms == pytest.approx(51.0 + 42.0)
     linear = next(share for share in answer.shares if share.stage == "forward/linear")
@@ -119,7 +128,7 @@ def test_a_cause_counts_in_the_answer_wherever_it_was() -> None:
 
 
 def test_predictions_are_amdahls() -> None:
-    (largest, *_) = predictions("each further token", between_tokens([told()], 4.2))
+    (largest, *_) = predictions("each further token", between_tokens(joined(51.0, 4.2, told())))
     assert "step: forward/linear (engine) is largest, 71%" in largest
     assert "4.20 -> 1.20 ms, 3.50x" in largest
 
@@ -128,7 +137,7 @@ def test_answers_of_one_token_and_unknown_engines_have_no_time_a_token() -> None
     short, strange = told(), told()
     short["longest_choice_tokens"] = 1
     strange["engine"] = None
-    waterfall = between_tokens([short, strange], 1.0)
+    waterfall = between_tokens(joined(1.0, 1.0, short, strange))
     assert [share.stage for share in waterfall.shares] == ["socket and client"]
 
 

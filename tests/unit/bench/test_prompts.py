@@ -116,7 +116,7 @@ def test_discovery_survives_a_target_that_is_gone(endpoint) -> None:
     assert "refused" in target.problem
 
 
-@pytest.mark.parametrize("url", ["https://a", "a:8000", "http://", "http://a:x", ""])
+@pytest.mark.parametrize("url", ["ftp://a", "a:8000", "http://", "http://a:x", ""])
 def test_urls_that_cannot_be_are_refused(url) -> None:
     with pytest.raises(ConfigError, match="url: got"):
         TargetClient(url)

@@ -214,3 +214,36 @@ fn chunks_that_arrive_byte_by_byte_count_once() {
     );
     assert_eq!(row["token_sources"], json!({"chunks": 2}));
 }
+
+#[test]
+fn requests_bear_their_number_as_id_and_trace_where_the_plan_asks() {
+    let server = Server::start(|request| {
+        let id = format!("00000000000000ab{:016x}", request.number + 1);
+        let expected = [
+            format!("x-request-id: {id}"),
+            format!("traceparent: 00-{id}-{:016x}-01", request.number + 1),
+        ];
+        for header in expected {
+            assert!(request.head.contains(&header), "{}", request.head);
+        }
+        good_stream(0, 0, 2)
+    });
+    let level = json!({"concurrency": 1, "requests": 2, "warmup": 1});
+    let row = server.measure_with(level.clone(), |plan| {
+        plan["trace_prefix"] = json!("00000000000000ab");
+    });
+    assert_eq!(row["completed"], 2, "{row}");
+    let ids: Vec<_> = row["records"]["rows"]
+        .as_array()
+        .expect("rows")
+        .iter()
+        .map(|request| request[13].clone())
+        .collect();
+    let id = |number: u64| json!(format!("00000000000000ab{number:016x}"));
+    assert_eq!(ids, [id(2), id(3)], "the first was the warm-up's");
+    let plain = Server::start(|request| {
+        assert!(!request.head.contains("x-request-id"), "{}", request.head);
+        good_stream(0, 0, 2)
+    });
+    assert_eq!(plain.measure(level)["completed"], 2);
+}

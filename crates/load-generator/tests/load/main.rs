@@ -6,3 +6,4 @@ mod failures;
 mod open_loop;
 mod server;
 mod sse;
+mod tls;
