@@ -149,6 +149,94 @@ def run_gateway(config_toml: str) -> None:
     taken,
     ValueError on a bad configuration."""
 
+# ---------------------------------------------------------------- routing (crates/routing)
+
+def block_hashes(ids: Sequence[int], block_size: int, salt: bytes = b"") -> list[bytes]:
+    """Names of a prompt's full blocks, 16 bytes each, that chain over everything before them: what
+    an engine's KV events carry (engine.proto, KvEvents)."""
+
+@final
+class ReplicaLoad:
+    """What is known of one replica that could take a request; 0 where nothing is known.
+
+    `index` names the replica towards the router, below 128; `name` is the same in every gateway
+    and decides where sessions go (default: the index). `backlog_tokens` are prompt tokens accepted
+    and neither computed nor cached, `context_tokens` the lengths of the running requests together,
+    `steps` how many the engine has run: a cost ages while they stand still. `cost` is what a step
+    takes, (fixed_ms, token_ms, attended_ms, request_ms) as engine/step_time.py fits it.
+    `own_requests` have no end yet, `own_tokens` of prompts no answer: what this gateway has sent
+    and the replica's numbers may not show yet."""
+
+    def __init__(
+        self,
+        index: int,
+        *,
+        name: str | None = None,
+        running: int = 0,
+        waiting: int = 0,
+        backlog_tokens: int = 0,
+        context_tokens: int = 0,
+        step_ms: float = 0.0,
+        steps: int = 0,
+        max_num_seqs: int = 0,
+        tensor_parallel_size: int = 1,
+        block_size: int = 0,
+        cost: tuple[float, float, float, float] = (0.0, 0.0, 0.0, 0.0),
+        own_requests: int = 0,
+        own_tokens: int = 0,
+    ) -> None: ...
+
+@final
+class Route:
+    """A chosen replica and why."""
+
+    index: int
+    policy: str
+    reason: str  # only, load, prefix, cold, spread, session, moved, wide or narrow
+    predicted_ms: float  # until the first token
+    cached_tokens: int  # of the prompt, that the replica is believed to have
+
+@final
+class Router:
+    """The gateway's routing of one model, with the clock given: the simulator's choices are those
+    of the gateway. Times are milliseconds of any clock that never goes back."""
+
+    def __init__(self, policy: str) -> None:
+        """`policy` is least-load, prefix, shape or session. Raises ValueError for another."""
+    def pick(
+        self,
+        replicas: Sequence[ReplicaLoad],
+        prompt_tokens: int,
+        now_ms: float,
+        *,
+        max_tokens: int | None = None,
+        hashes: Sequence[bytes] | None = None,
+        block_size: int = 0,
+        session: str | None = None,
+        batch: bool = False,
+    ) -> Route | None:
+        """The replica for a request that is sent there now; None without a replica.
+
+        `hashes` name the prompt's full blocks (`block_hashes`; any 16 bytes will do in a
+        simulation), of `block_size` tokens: replicas of another block size count as empty.
+
+        Raises ValueError for a hash that has not 16 bytes."""
+    def predict_first_token_ms(
+        self, replicas: Sequence[ReplicaLoad], prompt_tokens: int, now_ms: float
+    ) -> float | None:
+        """The least predicted time until the first token; None while nothing was measured."""
+    def observe_prefill(self, index: int, tokens: int, took_ms: float, now_ms: float) -> None:
+        """A prompt's uncached tokens took this long, from scheduled to first token: what is known
+        of a replica that tells no `cost`."""
+    def observe_output(self, tokens: int, now_ms: float) -> None:
+        """A request ended with so many output tokens."""
+    def store(self, index: int, hashes: Sequence[bytes]) -> None:
+        """A replica's prefix cache has these blocks now."""
+    def remove(self, index: int, hashes: Sequence[bytes]) -> None:
+        """A replica's prefix cache has these blocks no more."""
+    def forget(self, index: int) -> None:
+        """The replica of that index restarted, or is another one now."""
+
 # ---------------------------------------------------------------- fake engine (crates/fake-engine)
 
 def run_fake_engine(address: str, settings_json: str) -> None: ...

@@ -8,7 +8,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use futures_util::future::join_all;
 use parking_lot::Mutex;
 use scalellm_engine_link::{Replica, ReplicaConfig, ReplicaState, proto};
-use scalellm_routing::{Candidate, LeastLoad};
+use scalellm_routing::{Candidate, Policy, Request, Router, stable_hash};
 
 use crate::admission::Admission;
 use crate::config::{Config, ModelConfig};
@@ -26,7 +26,7 @@ pub struct Model {
     pub metrics: Arc<ModelMetrics>,
     pub admission: Arc<Admission>,
     max_model_len: Option<u32>,
-    policy: Mutex<LeastLoad>,
+    router: Mutex<Router>,
 }
 
 /// What an engine said it can take.
@@ -55,7 +55,7 @@ impl Model {
             aliases: config.aliases.clone(),
             created_unix_s,
             text: Arc::new(text),
-            policy: Mutex::new(LeastLoad::new(addresses.len())),
+            router: Mutex::new(Router::new(Policy::LeastLoad)),
             replicas: addresses
                 .into_iter()
                 .map(|a| Replica::start(a, link.clone()))
@@ -155,20 +155,24 @@ impl Model {
     #[must_use]
     pub fn pick(&self, prompt_tokens: usize, avoid: &[usize], now_ms: f64) -> Option<usize> {
         let candidates = self.candidates(avoid);
-        self.policy
+        let request = Request {
+            prompt_tokens,
+            ..Request::default()
+        };
+        self.router
             .lock()
-            .pick(&candidates, prompt_tokens, now_ms)
-            .map(|pick| pick.index)
+            .pick(&candidates, &request, now_ms)
+            .map(|choice| choice.index)
     }
 
     /// When the first token of a prompt is to be expected, from now; `None` while nothing was measured.
     #[must_use]
     pub fn predict_first_token(&self, prompt_tokens: usize, now_ms: f64) -> Option<Duration> {
         let candidates = self.candidates(&[]);
-        let predicted_ms = self
-            .policy
-            .lock()
-            .predict_ms(&candidates, prompt_tokens, now_ms)?;
+        let predicted_ms =
+            self.router
+                .lock()
+                .predict_first_token_ms(&candidates, prompt_tokens, now_ms)?;
         Duration::try_from_secs_f64(predicted_ms / 1e3).ok()
     }
 
@@ -183,7 +187,7 @@ impl Model {
 
     /// Takes in how long a prompt's uncached tokens took a replica.
     pub fn observe_prefill(&self, replica: usize, tokens: usize, took_us: u64, now_ms: f64) {
-        self.policy
+        self.router
             .lock()
             .observe_prefill(replica, tokens, took_us as f64 / 1e3, now_ms);
     }
@@ -199,6 +203,7 @@ fn candidate(index: usize, replica: &Replica) -> Candidate {
     let load = replica.load();
     Candidate {
         index,
+        id: stable_hash(replica.address().to_string().as_bytes()),
         running: load.running,
         waiting: load.waiting,
         backlog_tokens: load.backlog_tokens,
@@ -206,6 +211,7 @@ fn candidate(index: usize, replica: &Replica) -> Candidate {
         max_num_seqs: replica.info().map_or(0, |info| info.max_num_seqs),
         own_requests: replica.in_flight(),
         own_tokens: replica.in_flight_tokens(),
+        ..Candidate::default()
     }
 }
 

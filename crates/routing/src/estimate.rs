@@ -38,9 +38,13 @@ impl Estimate {
     /// The mean, drawn towards `prior` as it ages.
     pub(crate) fn aged(&self, prior: f64, now_ms: f64) -> f64 {
         let Some(mean) = self.mean else { return prior };
-        let trust = (-(now_ms - self.at_ms).max(0.0) / FORGET_MS).exp();
-        prior + trust * (mean - prior)
+        prior + trust(now_ms - self.at_ms) * (mean - prior)
     }
+}
+
+/// How much a measurement of that age still says: 1 when fresh, towards 0 with time.
+pub(crate) fn trust(age_ms: f64) -> f64 {
+    (-age_ms.max(0.0) / FORGET_MS).exp()
 }
 
 #[cfg(test)]

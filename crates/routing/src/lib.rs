@@ -1,9 +1,30 @@
-//! Pure routing policies: which replica should run a request.
+//! Pure routing policies: which replica should run a request, and why.
 //!
 //! Nothing here does input or output or reads a clock; the caller hands in what it sees of the replicas and
 //! the time. The gateway and the simulator run this same code.
+//!
+//! ```text
+//!   engines' loads   --> Candidate --+
+//!   engines' costs   --> StepCost  --+--> Predictor: time to first token, time to the end
+//!   engines' KV events --> PrefixIndex: tokens cached by each --+          |
+//!                                                               v          v
+//!                                          least_load | prefix | shape | session --> Choice
+//! ```
 
+mod candidate;
 mod estimate;
+mod hash;
 mod least_load;
+mod policy;
+mod predict;
+mod prefix;
+mod prefix_index;
+mod router;
+mod session;
+mod shape;
 
-pub use least_load::{Candidate, LeastLoad, Pick};
+pub use candidate::{Candidate, Request, StepCost};
+pub use hash::{BlockHash, block_hashes, stable_hash};
+pub use policy::{Choice, Policy, Reason, UnknownPolicy};
+pub use prefix_index::{MAX_BLOCKS, MAX_REPLICAS, PrefixIndex};
+pub use router::Router;

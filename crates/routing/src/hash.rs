@@ -1,0 +1,85 @@
+//! Names of blocks and of replicas that are the same on every machine.
+
+use blake2::digest::consts::U16;
+use blake2::{Blake2b, Digest};
+
+/// Names a block and everything before it.
+pub type BlockHash = [u8; 16];
+
+/// Hashes of a prompt's full blocks: each BLAKE2b-128 over the parent's hash (16 zero bytes for the first), one
+/// length byte of the salt, the salt, and the block's ids as little-endian 32 bit, as engine.proto's KvEvents say.
+#[must_use]
+pub fn block_hashes(ids: &[u32], block_size: usize, salt: &[u8]) -> Vec<BlockHash> {
+    if block_size == 0 {
+        return Vec::new();
+    }
+    // Longer salts are refused before they get here; the engine would not find them.
+    let length = u8::try_from(salt.len()).unwrap_or(u8::MAX);
+    let mut content = Vec::with_capacity(4 * block_size);
+    let mut parent = BlockHash::default();
+    ids.chunks_exact(block_size)
+        .map(|block| {
+            content.clear();
+            content.extend(block.iter().flat_map(|id| id.to_le_bytes()));
+            let mut hash = Blake2b::<U16>::new();
+            hash.update(parent);
+            hash.update([length]);
+            hash.update(salt);
+            hash.update(&content);
+            parent = hash.finalize().into();
+            parent
+        })
+        .collect()
+}
+
+/// FNV-1a (Fowler, Noll, Vo) of some bytes, mixed: not for secrets, and the same everywhere.
+#[must_use]
+pub fn stable_hash(bytes: &[u8]) -> u64 {
+    let hash = bytes.iter().fold(0xcbf2_9ce4_8422_2325, |hash, byte| {
+        (hash ^ u64::from(*byte)).wrapping_mul(0x0000_0100_0000_01b3)
+    });
+    mix(hash)
+}
+
+/// The finaliser of SplitMix64 (Steele, Lea, Flood 2014).
+pub(crate) fn mix(mut x: u64) -> u64 {
+    x = x.wrapping_add(0x9e37_79b9_7f4a_7c15);
+    x = (x ^ (x >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+    x = (x ^ (x >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+    x ^ (x >> 31)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// From Python: `hashlib.blake2b(parent + bytes((len(salt),)) + salt + ids, digest_size=16)`.
+    #[test]
+    fn hashes_are_those_of_the_engine() {
+        let hashes = block_hashes(&[1, 2, 3, 4, 5, 6, 7, 8, 9], 4, b"tenant");
+        let hex: Vec<String> = hashes
+            .iter()
+            .map(|hash| hash.iter().map(|byte| format!("{byte:02x}")).collect())
+            .collect();
+        assert_eq!(
+            hex,
+            [
+                "e447d1d341138e4839107984ddd264f6",
+                "23bb976f0997fc83f5d72a68f1ea6e2a"
+            ]
+        );
+    }
+
+    #[test]
+    fn a_hash_names_everything_before_it() {
+        let of = |ids: &[u32]| block_hashes(ids, 2, b"");
+        assert_eq!(of(&[1, 2, 3, 4])[0], of(&[1, 2, 5, 6])[0]);
+        assert_ne!(of(&[1, 2, 3, 4])[1], of(&[9, 2, 3, 4])[1]);
+        assert_ne!(
+            block_hashes(&[1, 2], 2, b"a"),
+            block_hashes(&[1, 2], 2, b"b")
+        );
+        assert!(block_hashes(&[1, 2], 0, b"").is_empty());
+        assert!(of(&[1]).is_empty());
+    }
+}
