@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from scalellm.kernels.attention import HeadNorm, Heads, attention
+from scalellm.kernels.linear import Matrix
+from scalellm.kernels.quantise import Activations
 from scalellm.layers.linear import Linear
 from scalellm.layers.step import Step
 from scalellm.layers.weights import Use, WeightSource, take
@@ -54,7 +56,12 @@ class Attention:
             )
         self.heads = Heads(shape.num_heads, shape.num_kv_heads, d, window, norm)
 
-    def __call__(self, x: Tensor, step: Step, angles: Tensor) -> Tensor:
+    @property
+    def first(self) -> Matrix:
+        """What its input is multiplied by."""
+        return self.qkv.weight
+
+    def __call__(self, x: Activations, step: Step, angles: Tensor) -> Tensor:
         """`angles` [T, r] fp32: cos and sin of the step's positions, from Rotary."""
         cache = step.cache.layers[self.layer]
         return self.output(attention(self.qkv(x), self.heads, angles, cache, step.attention))

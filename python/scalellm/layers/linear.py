@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from scalellm.kernels.linear import Matrix, linear, linear_silu_and_mul, logits
+from scalellm.kernels.quantise import Activations
 from scalellm.layers.weights import MatrixSpec, Use, WeightSource
 
 
@@ -37,14 +38,14 @@ class Linear:
                 first += outputs
         return cls(source.matrix(spec), biases)
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def __call__(self, x: Activations) -> Tensor:
         return linear(x, self.weight, self.bias)
 
 
 class GatedLinear(Linear):
     """silu(gate x) * (up x), gate and up multiplied as one: [T, k] -> [T, n / 2]."""
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def gated(self, x: Activations) -> Activations:
         return linear_silu_and_mul(x, self.weight, self.bias)
 
 
@@ -57,7 +58,7 @@ class OutputLayer:
         """`tied`: the embedding's table, where the model has but one for both."""
         self.weight = source.matrix(MatrixSpec(((name, vocab_size),), k, Use.OUTPUT), tied)
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def __call__(self, x: Activations) -> Tensor:
         return logits(x, self.weight)
 
 

@@ -2,6 +2,8 @@
 
 from torch import Tensor
 
+from scalellm.kernels.linear import Matrix
+from scalellm.kernels.quantise import Activations
 from scalellm.layers.linear import GatedLinear, Linear
 from scalellm.layers.weights import Use, WeightSource
 
@@ -23,5 +25,10 @@ class GatedMLP:
             source, {f"{name}.down_proj": hidden_size}, intermediate_size, Use.ROW, bias
         )
 
-    def __call__(self, x: Tensor) -> Tensor:
-        return self.down(self.gate_up(x))
+    @property
+    def first(self) -> Matrix:
+        """What its input is multiplied by."""
+        return self.gate_up.weight
+
+    def __call__(self, x: Activations) -> Tensor:
+        return self.down(self.gate_up.gated(x))

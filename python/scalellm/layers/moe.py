@@ -10,8 +10,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from scalellm.kernels.linear import all_packed
-from scalellm.kernels.moe import experts
+from scalellm.kernels import device
+from scalellm.kernels.linear import Matrix, all_packed
+from scalellm.kernels.linear.fp8 import Stacked, stack, unstack
+from scalellm.kernels.moe import experts, stacked_experts
+from scalellm.kernels.quantise import Activations, plain_rows
 from scalellm.layers.linear import GatedLinear, Linear
 from scalellm.layers.weights import Use, WeightSource
 
@@ -59,14 +62,37 @@ class SparseMoE:
                     Linear.load(source, {f"{expert}.{names.down}": hidden}, inner, Use.ROW),
                 )
             )
+        self._stacked: tuple[Stacked, Stacked] | None = None
+        if isinstance(self.router.weight, Tensor) and device.on_gpu(self.router.weight):
+            self._stacked = self._stack()
 
-    def __call__(self, x: Tensor) -> Tensor:
+    @property
+    def first(self) -> Matrix:
+        """What its input is multiplied by, beside the router."""
+        return self.experts[0].gate_up.weight
+
+    def __call__(self, x: Activations) -> Tensor:
+        if self._stacked is not None:
+            top, normalise = self.shape.experts_per_token, self.shape.normalize_weights
+            return stacked_experts(x, self.router(x), *self._stacked, top, normalise)
+        x = plain_rows(x)
         gate_ups = [expert.gate_up.weight for expert in self.experts]
         downs = [expert.down.weight for expert in self.experts]
         if all_packed(gate_ups) and all_packed(downs):
             top, normalise = self.shape.experts_per_token, self.shape.normalize_weights
             return experts(x, self.router(x), gate_ups, downs, top, normalise)
         return self._by_torch(x)
+
+    def _stack(self) -> tuple[Stacked, Stacked]:
+        """Each kind of weight of all experts as one tensor, of which theirs become parts."""
+        stacked = []
+        for part in ("gate_up", "down"):
+            layers = [getattr(expert, part) for expert in self.experts]
+            stacked.append(stack([layer.weight for layer in layers]))
+            for layer, weight in zip(layers, unstack(stacked[-1]), strict=True):
+                layer.weight = weight
+        gate_ups, downs = stacked
+        return gate_ups, downs
 
     def _by_torch(self, x: Tensor) -> Tensor:
         weights, chosen = self._route(x)
@@ -80,7 +106,7 @@ class SparseMoE:
             if count:
                 rows = slice(first, first + count)
                 one = self.experts[expert]
-                computed[rows] = one.down(one.gate_up(x[tokens[rows]]))
+                computed[rows] = one.down(one.gate_up.gated(x[tokens[rows]]))
                 first += count
         computed *= weights.flatten()[by_expert, None]
         return torch.zeros_like(x).index_add_(0, tokens, computed)

@@ -4,14 +4,20 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from scalellm.kernels.attention import AttentionStep, KVCache, PackedKVCache, PackedStep
+from scalellm.kernels.attention import (
+    AttentionStep,
+    KVCache,
+    PackedKVCache,
+    PackedStep,
+    PagedStep,
+)
 
 
 @dataclass(frozen=True, slots=True)
 class Step:
     """T tokens of several sequences, concatenated in the batch's order."""
 
-    positions: Tensor  # [T] int64: each token's position in its sequence
+    positions: Tensor  # [T] int64, on a GPU int32: each token's position in its sequence
     cache: KVCache | PackedKVCache
-    attention: AttentionStep | PackedStep
-    logit_rows: Tensor  # [n] int64: rows of the batch whose logits are asked for
+    attention: AttentionStep | PackedStep | PagedStep
+    logit_rows: Tensor  # [n] alike: rows of the batch whose logits are asked for

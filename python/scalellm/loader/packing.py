@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from scalellm.kernels.linear import Matrix, MatrixLayout, PackedMatrix
+from scalellm.kernels.linear import Matrix, MatrixLayout
 from scalellm.kernels.linear.cpu import pack
 from scalellm.kernels.linear.packed import INT4_GROUP
 from scalellm.layers.weights import MatrixSpec, Use, WeightSource
@@ -47,6 +47,6 @@ class PackingSource:
 
     def matrix(self, spec: MatrixSpec, tied: Tensor | None = None) -> Matrix:
         plain = self._source.matrix(spec, tied)
-        if isinstance(plain, PackedMatrix):
+        if not isinstance(plain, Tensor):
             return plain
         return pack(plain, self._packing.layout(spec))

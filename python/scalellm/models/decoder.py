@@ -25,9 +25,13 @@ class CausalLM(Protocol):
 
 
 class Block(Protocol):
-    """One layer of a family: residual stream [T, hidden] -> [T, hidden]."""
+    """One layer of a family: residual stream [T, hidden] -> [T, hidden].
 
-    def __call__(self, x: Tensor, step: Step, angles: Tensor) -> Tensor: ...
+    What is still to be added to the stream goes beside it, to be added where it is normalised."""
+
+    def __call__(
+        self, x: Tensor, delta: Tensor | None, step: Step, angles: Tensor
+    ) -> tuple[Tensor, Tensor]: ...
 
 
 class BlockFactory(Protocol):
@@ -51,6 +55,11 @@ class Decoder:
     def forward(self, token_ids: Tensor, step: Step) -> Tensor:
         x = self.embedding(token_ids)
         angles = self.rotary(step.positions)
+        delta: Tensor | None = None
         for block in self.blocks:
-            x = block(x, step, angles)
-        return self.output(self.norm(x.index_select(0, step.logit_rows)))
+            x, delta = block(x, delta, step, angles)
+        x = x.index_select(0, step.logit_rows)
+        if delta is not None:
+            delta = delta.index_select(0, step.logit_rows)
+        _, normal = self.norm(x, delta, self.output.weight)
+        return self.output(normal)

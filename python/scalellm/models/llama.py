@@ -25,6 +25,10 @@ class LlamaBlock:
             source, f"{name}.mlp", hidden, config.intermediate_size, config.mlp_bias
         )
 
-    def __call__(self, x: Tensor, step: Step, angles: Tensor) -> Tensor:
-        x = x + self.attention(self.attention_norm(x), step, angles)
-        return x + self.mlp(self.mlp_norm(x))
+    def __call__(
+        self, x: Tensor, delta: Tensor | None, step: Step, angles: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        x, normal = self.attention_norm(x, delta, self.attention.first)
+        delta = self.attention(normal, step, angles)
+        x, normal = self.mlp_norm(x, delta, self.mlp.first)
+        return x, self.mlp(normal)

@@ -31,6 +31,10 @@ class MixtralBlock:
             raise ValueError("a Mixtral configuration has experts")
         return config.experts
 
-    def __call__(self, x: Tensor, step: Step, angles: Tensor) -> Tensor:
-        x = x + self.attention(self.attention_norm(x), step, angles)
-        return x + self.experts(self.experts_norm(x))
+    def __call__(
+        self, x: Tensor, delta: Tensor | None, step: Step, angles: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        x, normal = self.attention_norm(x, delta, self.attention.first)
+        delta = self.attention(normal, step, angles)
+        x, normal = self.experts_norm(x, delta, self.experts.first)
+        return x, self.experts(normal)

@@ -1,7 +1,8 @@
 """Attention over a paged KV cache.
 
 cache.py lays the memory out, step.py plans a step, reference.py computes it in torch; packed.py has
-the CPU kernels' own layout and plan, cpu.py calls them.
+the CPU kernels' own layout and plan, cpu.py calls them; paged.py has the GPU's plan, triton.py its
+kernels.
 """
 
 from torch import Tensor
@@ -14,6 +15,7 @@ from scalellm.kernels.attention.packed import (
     PackedLayerCache,
     PackedStep,
 )
+from scalellm.kernels.attention.paged import PagedArrays, PagedStep, plan_pages
 from scalellm.kernels.attention.reference import paged_attention, write_kv
 from scalellm.kernels.attention.step import AttentionStep, plan_attention
 
@@ -27,9 +29,12 @@ __all__ = [
     "PackedKVCache",
     "PackedLayerCache",
     "PackedStep",
+    "PagedArrays",
+    "PagedStep",
     "attention",
     "paged_attention",
     "plan_attention",
+    "plan_pages",
     "write_kv",
 ]
 
@@ -39,7 +44,7 @@ def attention(
     heads: Heads,
     angles: Tensor,
     cache: LayerCache | PackedLayerCache,
-    step: AttentionStep | PackedStep,
+    step: AttentionStep | PackedStep | PagedStep,
 ) -> Tensor:
     """Normalise, turn, store the step's keys and values, attend.
 
@@ -50,4 +55,8 @@ def attention(
         return cpu.attention(qkv, heads, angles, cache, step)
     if isinstance(cache, LayerCache) and isinstance(step, AttentionStep):
         return reference.attention(qkv, heads, angles, cache, step)
+    if isinstance(cache, LayerCache) and isinstance(step, PagedStep):
+        from scalellm.kernels.attention import triton
+
+        return triton.attention(qkv, heads, angles, cache, step)
     raise TypeError(f"a step planned as {type(step).__name__} over a {type(cache).__name__}")
