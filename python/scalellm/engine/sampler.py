@@ -55,7 +55,7 @@ class Sampler:
     """Keeps what is worth keeping between steps: parameters of an unchanged batch, seen tokens."""
 
     def __init__(self, vocab_size: int, kernels: bool = True) -> None:
-        """`kernels`: where logits are on a CPU, its kernels draw; without them torch does."""
+        """`kernels`: the device's kernels draw; without them torch does."""
         self.vocab_size = vocab_size
         self._kernels = kernels
         self._seen: dict[int, SeenTokens] = {}
@@ -72,7 +72,7 @@ class Sampler:
         if rows is None or rows.keys != keys or rows.device != logits.device:
             rows = self._rows = _Rows(keys, requests, self._seen, logits.device)
         edits = rows.edit(logits)
-        if self._kernels and logits.device.type == "cpu":
+        if self._kernels:
             token_ids = draw(logits, rows.draws())
         else:
             token_ids = draw_in_torch(logits, rows.untruncated, rows.truncated)

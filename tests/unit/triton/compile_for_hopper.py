@@ -6,6 +6,7 @@ Mixtral-8x7B. Triton carries the assembler, so registers and shared memory are t
 
 import sys
 
+import numpy as np
 import torch
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
@@ -54,6 +55,8 @@ def main() -> None:
     from scalellm.kernels.quantise import FP8, Fp8Rows
     from scalellm.kernels.quantise import triton as quantise
     from scalellm.kernels.rms_norm import triton as rms_norm
+    from scalellm.kernels.sampling import DRAW
+    from scalellm.kernels.sampling import triton as sampling
 
     def of(*shape, dtype=torch.bfloat16):
         return torch.empty(shape, dtype=dtype)
@@ -64,6 +67,9 @@ def main() -> None:
     def fp8(*shape, scales):
         return Fp8Matrix(of(*shape, dtype=FP8), of(*scales, dtype=torch.float32))
 
+    scores = of(2, 32000, dtype=torch.float32)
+    sampling.greedy(scores)
+    sampling.draw(scores, np.array([(1.0, 0.9, 0.0, 5, 1, 2, 3)] * 2, DRAW))
     hidden, inner, experts = 4096, 14336, 8
     x = of(4, hidden)
     rms_norm.add_rms_norm(x, x, x[0], 1e-5, fp8=True)

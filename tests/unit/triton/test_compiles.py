@@ -7,7 +7,7 @@ from pathlib import Path
 
 KERNELS = {
     "_rms_norm", "_quantise_rows", "_store_kv", "_decode", "_combine", "_prefill", "_linear",
-    "_route", "_sort", "_experts",
+    "_route", "_sort", "_experts", "_peaks", "_masses", "_draw", "_truncated",
 }  # fmt: skip
 HOPPER_SHARED_BYTES = 227 << 10  # of one program, at most
 

@@ -1,7 +1,7 @@
-"""The next token of every row of a batch, by the CPU's kernels.
+"""The next token of every row of a batch, by the CPU's kernels or by a GPU's.
 
-crates/cpu-kernels/src/sampling says how; `scalellm.engine.draw` and `scalellm.engine.logprobs` do
-the same in torch, on any device.
+crates/cpu-kernels/src/sampling says how, triton.py draws the same; `scalellm.engine.draw` and
+`scalellm.engine.logprobs` do it in torch, on any device.
 """
 
 from collections.abc import Sequence
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from scalellm import _core
+from scalellm.kernels import device
 
 # How a row's token is chosen, as _core.cpu_draw takes it. Below a temperature of 1e-5 the largest
 # score is; a top_k of 0 is off; `index` is how many tokens came before.
@@ -35,8 +36,18 @@ def draw(scores: Tensor, draws: npt.NDArray[np.void]) -> list[int | None]:
     """
     if draws.dtype != DRAW or draws.shape != scores.shape[:1] or not draws.flags.c_contiguous:
         raise ValueError(f"{draws.dtype} {draws.shape} for scores {list(scores.shape)}")
+    if device.on_gpu(scores):
+        from scalellm.kernels.sampling import triton
+
+        return ids_of(triton.draw(scores, draws))
     scores = _rows(scores)
     return _core.cpu_draw(_at(scores), scores.shape[1], draws.ctypes.data)
+
+
+def ids_of(drawn: Tensor) -> list[int | None]:
+    """What a GPU has drawn, -1 for none, as `draw` gives it; waits for it."""
+    ids: list[int] = drawn.tolist()
+    return [None if token_id < 0 else token_id for token_id in ids]
 
 
 def token_logprobs(
