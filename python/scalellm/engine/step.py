@@ -85,7 +85,8 @@ class Plan:
         token_ids = request.token_ids
         ids = (token_ids[start],) if tokens == 1 else tuple(token_ids[start:end])
         self.keys.append(request.key)
-        self.spans.append(Span(ids, start, request.block_table[:], num_logits))
+        last = request.num_output_tokens + 1 >= request.max_tokens
+        self.spans.append(Span(ids, start, request.block_table[:], num_logits, last))
         self.tokens_left -= tokens
         self._tokens += tokens
         self._attended += tokens * start + tokens * (tokens + 1) / 2

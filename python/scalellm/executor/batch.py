@@ -20,6 +20,7 @@ class Span:
         int
     ]  # physical KV blocks, covering at least start + len(token_ids) tokens
     num_logits: int  # how many of the last positions need logits: 0, 1, or more for prompt logprobs
+    last: bool = False  # its sequence ends with the next token, whichever that is
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,6 +11,8 @@ from torch import Tensor
 from scalellm import _core
 from scalellm.config import EngineConfig
 from scalellm.executor.batch import Batch
+from scalellm.executor.dry_step import dry_step_bytes, gpu_kv_budget
+from scalellm.executor.gpu import GpuSteps, gpu_steps
 from scalellm.executor.inputs import StepArrays, build_arrays, build_step
 from scalellm.executor.recording import NotRecordableError, greedy_ids, logits_of, record
 from scalellm.kernels.attention import KVCache, PackedKVCache
@@ -37,8 +39,10 @@ class SingleExecutor:
         cache: KVCache | PackedKVCache,
         max_model_len: int,
         plan: _core.CpuPlan | None = None,
+        gpu: GpuSteps | None = None,
     ) -> None:
-        """`plan`: runs a step in place of the model's Python; it points into both."""
+        """`plan`, or on a GPU `gpu`: runs a step in place of the model's Python; it points into
+        both."""
         self.model_config: ModelConfig = loaded.config
         self.device = loaded.device
         self.dtype = loaded.dtype
@@ -50,6 +54,7 @@ class SingleExecutor:
         self._geometry = loaded.geometry
         self._cache = cache
         self._plan = plan
+        self._gpu = gpu
         self._logits = torch.empty(0, loaded.config.vocab_size, dtype=torch.float32)
         # A plan has threads of its own; torch's would only get in their way.
         self.torch_threads: int | None = None if plan is None else 1
@@ -84,7 +89,8 @@ class SingleExecutor:
             phase += f"; max_model_len {size.max_model_len}, as {limit} needs more memory"
         report(phase, time.monotonic() - started)
         plan = _record(config, loaded, cache, report)
-        return cls(loaded, cache, size.max_model_len, plan)
+        gpu = gpu_steps(config, loaded, cache) if isinstance(cache, KVCache) else None
+        return cls(loaded, cache, size.max_model_len, plan, gpu)
 
     @property
     def block_size(self) -> int:
@@ -107,6 +113,10 @@ class SingleExecutor:
         """
         began = time.perf_counter()
         arrays = self._arrays(batch)
+        if self._gpu is not None:
+            self.last_forward_ms = {}
+            with torch.inference_mode():
+                return self._gpu.forward(arrays)
         if self._plan is None:
             with torch.inference_mode():
                 token_ids, step = build_step(
@@ -126,6 +136,12 @@ class SingleExecutor:
 
         None, and nothing is computed, where logits would have to be written for it.
         """
+        if self._gpu is not None:
+            self.last_forward_ms = {}
+            with torch.inference_mode():
+                return self._gpu.greedy(
+                    self._arrays(batch), followed=not any(span.last for span in batch.spans)
+                )
         if self._plan is None:
             return None
         began = time.perf_counter()
@@ -151,7 +167,7 @@ class SingleExecutor:
 
     def close(self) -> None:
         """Give the memory back; the executor is of no use afterwards. May be called again."""
-        for name in ("_plan", "_model", "_cache", "_logits"):
+        for name in ("_plan", "_gpu", "_model", "_cache", "_logits"):
             self.__dict__.pop(name, None)
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
@@ -203,5 +219,6 @@ def _kv_budget(config: EngineConfig, loaded: LoadedModel) -> int:
         # Mapped weights count as available, and are read in every step.
         available = available_device_bytes(loaded.device) - loaded.mapped_bytes
         return max(0, int(available * CPU_KV_SHARE))
+    step_bytes = dry_step_bytes(config, loaded)
     free, total = torch.cuda.mem_get_info(loaded.device)
-    return max(0, int(free - (1 - config.gpu_memory_utilization) * total))
+    return gpu_kv_budget(free, total, config.gpu_memory_utilization, step_bytes)

@@ -1,0 +1,54 @@
+"""How much memory a GPU's largest step takes, found by running one before the KV cache is made."""
+
+import torch
+
+from scalellm.config import EngineConfig
+from scalellm.executor.batch import Batch, Span
+from scalellm.executor.inputs import build_arrays, build_step
+from scalellm.executor.paged_inputs import build_paged_step
+from scalellm.kernels.attention import KVCache
+from scalellm.loader.load import LoadedModel, check_max_model_len, kv_dtype
+
+# Recorded steps keep activations of their own; a share of the driver's is not counted as torch's.
+RESERVE_BYTES = 512 << 20
+
+
+def dry_batch(config: EngineConfig, longest: int) -> Batch:
+    """As many tokens as a step may have, in prompts of at most `longest`, and as many logits."""
+    tokens, logits, spans, block = config.max_num_batched_tokens, config.max_num_seqs, [], 0
+    while tokens:
+        count = min(tokens, longest)
+        asked = min(logits, count)
+        blocks = -(-count // config.block_size)
+        spans.append(Span([0] * count, 0, range(block, block + blocks), asked))
+        tokens, logits, block = tokens - count, logits - asked, block + blocks
+    return Batch(tuple(spans))
+
+
+def dry_step_bytes(config: EngineConfig, loaded: LoadedModel) -> int:
+    """Bytes of a GPU that the largest step takes beside weights and KV cache."""
+    longest = config.max_model_len or check_max_model_len(None, loaded.config)
+    batch = dry_batch(config, longest)
+    blocks = batch.spans[-1].block_table[-1] + 1
+    device, dtype = loaded.device, kv_dtype(config, loaded.dtype)
+    with torch.inference_mode():
+        cache = KVCache.allocate(loaded.geometry, blocks, config.block_size, dtype, device)
+        arrays = build_arrays(batch, config.block_size, blocks)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        if loaded.config.family == "transformers":
+            ids, step = build_step(arrays, cache, loaded.geometry, loaded.dtype, device)
+        else:
+            ids, step = build_paged_step(arrays, cache, device)
+        loaded.model.forward(ids, step)
+        torch.cuda.synchronize(device)
+        taken = torch.cuda.max_memory_allocated(device) - before
+    del cache, ids, step
+    torch.cuda.empty_cache()
+    return taken
+
+
+def gpu_kv_budget(free: int, total: int, utilization: float, step_bytes: int) -> int:
+    """Bytes for the KV cache: what is free, but for the share that is not ours to use, the largest
+    step and a reserve."""
+    return max(0, int(free - (1 - utilization) * total) - step_bytes - RESERVE_BYTES)
