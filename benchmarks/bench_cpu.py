@@ -58,7 +58,7 @@ def main(arguments: list[str]) -> int:
     except KeyboardInterrupt:
         return 130
     targets = targets_of(record.machine["cpu"])
-    text = floor_tables(record, choose(options.systems).systems, ceilings, targets)
+    text = floor_tables(record, choose(options.systems), ceilings, targets)
     print(text)
     if options.docs != "none":
         write_section(Path(options.docs), SECTION, text)
@@ -81,7 +81,7 @@ def _measure(options: argparse.Namespace, command: str) -> tuple[Record, list[Ce
         results.mkdir(parents=True, exist_ok=True)
         ceilings_path.write_text(json.dumps([asdict(one) for one in ceilings], indent=1) + "\n")
         plan = Plan(
-            systems=choose(options.systems).systems,
+            systems=choose(options.systems),
             levels=options.levels,
             repeats=repeats,
             load=Load(options.timeout),

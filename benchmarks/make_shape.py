@@ -84,8 +84,13 @@ def pseudo_words() -> Iterator[str]:
 
 def write(shape: str, folder: Path) -> None:
     """Write the files of `shape` into `folder`, which is made."""
+    write_config(SHAPES[shape], folder)
+
+
+def write_config(shape: Mapping[str, Any], folder: Path) -> None:
+    """The same for a shape of one's own."""
     folder.mkdir(parents=True, exist_ok=True)
-    config = dict(SHAPES[shape])
+    config = dict(shape)
     tokenizer = make_tokenizer(config["vocab_size"])
     config["bos_token_id"] = tokenizer.token_to_id(SPECIAL[0])
     config["eos_token_id"] = tokenizer.token_to_id(SPECIAL[2])

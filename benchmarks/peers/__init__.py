@@ -8,8 +8,8 @@
     run, record     all systems in turns; what was measured so far
     tables          Markdown
 
-    vllm, openvino, llama_cpp, transformers_serve, scalellm_serve      SYSTEMS
-    litellm, smg, gateway (ScaleLLM's, and the backend for all)        a Gateway
+    scalellm_serve, openvino, llama_cpp, vllm, transformers_serve      systems(shape)
+    nginx, smg, litellm, gateway (ScaleLLM's, and the backends)        for bench_gateway.py
 
 A peer is a module that says how to build it and how to start it, and no more. A new one is listed
 in bench_peers.py. Its pins are what `pip freeze --all` says, without pip, where it was first

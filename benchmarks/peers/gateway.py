@@ -1,28 +1,36 @@
-"""Gateways before the same backend: an engine of set speed, behind ScaleLLM's own HTTP.
+"""Gateways, and what stands behind all of them: a fake engine and a fake foreign endpoint.
 
-    gateway, LiteLLM or SMG  --HTTP-->  ScaleLLM's gateway  --gRPC-->  fake engine
-    ScaleLLM's gateway       --------------------gRPC------------->    the same fake engine
+    nginx, LiteLLM, SMG, ScaleLLM's gateway  --HTTP-->  fake endpoint
+    ScaleLLM's gateway                       --gRPC-->  fake engine, of the same speed
 
-What is measured is the gateway alone: its processes' time and memory, not its backend's. All share
-the machine's cores, as they would on one host.
+The gateway has one core for itself; what stands behind it shares another with the load.
 """
 
 import json
 import sys
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import scalellm.demo
-from peers.system import Launch, free_port, running
+from peers.system import Launch, PeerError, free_port, running
+from scalellm.cli.accounts import DatabaseAccounts
 
 MODEL = "demo"
-# Long enough that every token is a chunk of its own, short enough that 64 clients ask for more than
-# a gateway on two cores gives.
-TTFT_MS, TBT_MS = 5.0, 1.0
 _MODEL_FOLDER = Path(scalellm.demo.__file__).parent / "model"
 _ENGINE_SOCKET = "engine.sock"
+# Room for every stream that is held and for the longest prompt.
+_MAX_SEQS, _MAX_MODEL_LEN = 16_384, 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Backend:
+    """A fake engine's address and a fake endpoint's URL, of the same speed; a folder for files."""
+
+    engine: str
+    url: str
+    folder: Path
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,60 +40,114 @@ class Gateway:
     name: str
     about: str
     build: Callable[[Path, Path], None]
-    launch: Callable[[Path, int, "Backend"], Launch]
+    launch: Callable[[Path, int, Backend], Launch]
+    # So many requests a second that thousands are out of its reach.
+    slow: bool = False
 
 
 @dataclass(frozen=True, slots=True)
-class Backend:
-    """A fake engine's address, and the URL of a gateway that serves it as an OpenAI endpoint."""
+class Cores:
+    """The gateway's own core, and the one for all else."""
 
-    engine: str
-    url: str
+    gateway: int
+    rest: int
+
+    @staticmethod
+    def of(allowed: Sequence[int]) -> "Cores":
+        """Raises PeerError where there is only one."""
+        if len(allowed) < 2:
+            raise PeerError("a gateway alone on a core needs a second one for the load")
+        return Cores(allowed[0], allowed[1])
+
+
+def pinned(launch: Launch, core: int) -> Launch:
+    return replace(launch, argv=("taskset", "--cpu-list", str(core), *launch.argv))
 
 
 @contextmanager
-def backend(logs: Path) -> Generator[Backend, None, None]:
-    """Run the fake engine and an HTTP endpoint before it."""
-    logs.mkdir(parents=True, exist_ok=True)
-    engine = f"unix:{logs / _ENGINE_SOCKET}"
+def backend(
+    folder: Path, ttft_ms: float, tbt_ms: float, core: int
+) -> Generator[Backend, None, None]:
+    """Run both until the block ends."""
+    folder.mkdir(parents=True, exist_ok=True)
+    engine = f"unix:{folder / _ENGINE_SOCKET}"
     port = free_port()
+    endpoint = _core_call(f"run_fake_endpoint({port}, {ttft_ms}, {tbt_ms})", "/v1/models")
+    settings = _engine_settings(ttft_ms, tbt_ms)
+    behind = _core_call(f"run_fake_engine({engine!r}, {settings!r})", None)
     with (
-        running(_fake_engine(engine), port, logs / "fake-engine.log"),
-        running(scalellm_gateway(port, engine), port, logs / "backend.log") as front,
+        running(pinned(behind, core), port, folder / "fake-engine.log"),
+        running(pinned(endpoint, core), port, folder / "fake-endpoint.log") as served,
     ):
-        yield Backend(engine, front.url)
+        yield Backend(engine, served.url, folder)
 
 
-def _fake_engine(address: str) -> Launch:
+def _engine_settings(ttft_ms: float, tbt_ms: float) -> str:
     vocab_size = json.loads((_MODEL_FOLDER / "config.json").read_text("utf-8"))["vocab_size"]
-    settings = {
-        "model": MODEL,
-        "model_path": str(_MODEL_FOLDER),
-        "vocab_size": vocab_size,
-        "ttft_ms": TTFT_MS,
-        "tbt_ms": TBT_MS,
-        "output": {"kind": "echo"},
-    }
-    return _core_function("run_fake_engine", address, json.dumps(settings), ready_path=None)
+    return json.dumps(
+        {
+            "model": MODEL,
+            "model_path": str(_MODEL_FOLDER),
+            "vocab_size": vocab_size,
+            "max_num_seqs": _MAX_SEQS,
+            "max_model_len": _MAX_MODEL_LEN,
+            "num_blocks": _MAX_MODEL_LEN,
+            "ttft_ms": ttft_ms,
+            "tbt_ms": tbt_ms,
+            "output": {"kind": "echo"},
+        }
+    )
 
 
 def scalellm_gateway(port: int, engine: str) -> Launch:
-    """ScaleLLM's gateway before `engine`."""
-    config = (
-        f'host = "127.0.0.1"\nport = {port}\n[[models]]\nname = "{MODEL}"\n'
-        f'path = "{_MODEL_FOLDER}"\nreplicas = ["{engine}"]\n'
-    )
-    return _core_function("run_gateway", config, ready_path="/ready")
+    """ScaleLLM's gateway before `engine`, with nothing but its defaults."""
+    return _gateway(f'host = "127.0.0.1"\nport = {port}\n{_model()}replicas = ["{engine}"]\n')
 
 
-def _core_function(function: str, *arguments: str, ready_path: str | None) -> Launch:
-    code = f"import sys; from scalellm._core import {function}; {function}(*sys.argv[1:])"
-    return Launch((sys.executable, "-c", code, *arguments), ready_path=ready_path)
+def _measured_gateway(port: int, behind: str, folder: Path) -> Launch:
+    """With what a public endpoint has on: keys and usage in SQLite, metrics, stage times."""
+    database = f"sqlite:{folder / f'accounts-{port}.db'}"
+    key = DatabaseAccounts(database).create({"name": "bench", "tenant": "bench"})["secret"]
+    settings = {
+        "host": "127.0.0.1",
+        "port": port,
+        "log_level": "error",
+        "database_url": database,
+        "max_in_flight": _MAX_SEQS,
+        "max_queued": _MAX_SEQS,
+    }
+    # Numbers and plain strings are the same in JSON and TOML.
+    lines = [f"{name} = {json.dumps(value)}" for name, value in settings.items()]
+    return replace(_gateway("\n".join([*lines, _model() + behind])), api_key=key)
 
 
-SCALELLM_GATEWAY = Gateway(
-    "scalellm-gateway",
-    "ScaleLLM",
-    lambda _cache, _log: None,
-    lambda _cache, port, behind: scalellm_gateway(port, behind.engine),
+def _model() -> str:
+    return f'[[models]]\nname = "{MODEL}"\npath = "{_MODEL_FOLDER}"\n'
+
+
+def _gateway(config: str) -> Launch:
+    return _core_call(f"run_gateway({config!r})", "/ready")
+
+
+def _core_call(call: str, ready_path: str | None) -> Launch:
+    code = f"import scalellm._core as core; core.{call}"
+    return Launch((sys.executable, "-c", code), ready_path=ready_path)
+
+
+def _own_engine(_: Path, port: int, behind: Backend) -> Launch:
+    return _measured_gateway(port, f'replicas = ["{behind.engine}"]\n', behind.folder)
+
+
+def _foreign_engine(_: Path, port: int, behind: Backend) -> Launch:
+    upstream = f'[[models.upstreams]]\nurl = "{behind.url}/v1"\n'
+    return _measured_gateway(port, upstream, behind.folder)
+
+
+def _nothing(_cache: Path, _log: Path) -> None:
+    pass
+
+
+SCALELLM_GATEWAYS = (
+    Gateway("scalellm", "ScaleLLM, own engine over gRPC", _nothing, _own_engine),
+    Gateway("scalellm-foreign", "ScaleLLM, foreign engine over HTTP", _nothing, _foreign_engine),
 )

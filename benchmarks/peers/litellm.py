@@ -43,4 +43,4 @@ def _launch(cache: Path, port: int, backend: Backend) -> Launch:
     )
 
 
-GATEWAY = Gateway("litellm", f"LiteLLM {VERSION}", _build, _launch)
+GATEWAY = Gateway("litellm", f"LiteLLM {VERSION}", _build, _launch, slow=True)

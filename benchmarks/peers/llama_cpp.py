@@ -49,11 +49,11 @@ def _binary(cache: Path, name: str) -> Path:
     return cache / _FOLDER / f"build-{VERSION}" / "bin" / name
 
 
-def _model(cache: Path, kind: str) -> Path:
-    return cache / "models" / f"{weights.SHAPE}-{kind.lower()}.gguf"
+def _model(cache: Path, shape: str, kind: str) -> Path:
+    return cache / "models" / f"{shape}-{kind.lower()}.gguf"
 
 
-def _build(cache: Path, log: Path, kind: str) -> None:
+def _build(cache: Path, log: Path, shape: str, kind: str) -> None:
     source = _source(cache, log)
     if not all(_binary(cache, target).exists() for target in _TARGETS):
         cmake = shutil.which("cmake")
@@ -64,34 +64,35 @@ def _build(cache: Path, log: Path, kind: str) -> None:
         call([cmake, "-S", str(source), "-B", str(build), *_SETTINGS, *left_out], log)
         jobs = str(len(os.sched_getaffinity(0)))
         call([cmake, "--build", str(build), "-j", jobs, "--target", *_TARGETS], log)
-    if not _model(cache, "bf16").exists():
-        partial = _model(cache, f"bf16.{os.getpid()}")
+    if not _model(cache, shape, "bf16").exists():
+        partial = _model(cache, shape, f"bf16.{os.getpid()}")
         convert = [str(transformers_serve.python(cache, log)), "-P", str(_CONVERT), str(source)]
-        call([*convert, str(weights.bf16_folder(cache)), str(partial)], log)
-        partial.rename(_model(cache, "bf16"))
-    if not _model(cache, kind).exists():
-        partial = _model(cache, f"{kind}.{os.getpid()}")
+        call([*convert, str(weights.bf16_folder(cache, shape)), str(partial)], log)
+        partial.rename(_model(cache, shape, "bf16"))
+    if not _model(cache, shape, kind).exists():
+        partial = _model(cache, shape, f"{kind}.{os.getpid()}")
         quantize = str(_binary(cache, "llama-quantize"))
-        call([quantize, str(_model(cache, "bf16")), str(partial), kind], log)
-        partial.rename(_model(cache, kind))
+        call([quantize, str(_model(cache, shape, "bf16")), str(partial), kind], log)
+        partial.rename(_model(cache, shape, kind))
 
 
-def _launch(cache: Path, port: int, kind: str) -> Launch:
-    argv = [str(_binary(cache, "llama-server")), "--model", str(_model(cache, kind))]
+def _launch(cache: Path, port: int, shape: str, kind: str) -> Launch:
+    argv = [str(_binary(cache, "llama-server")), "--model", str(_model(cache, shape, kind))]
     argv += ["--host", "127.0.0.1", "--port", str(port), "--alias", "peer", "--no-ui"]
     argv += ["--parallel", str(_SLOTS), "--ctx-size", str(_SLOTS * _TOKENS_PER_SLOT)]
     argv += ["--threads", str(len(os.sched_getaffinity(0)))]
     return Launch(tuple(argv), ready_path="/health")
 
 
-def _system(kind: str) -> System:
+def _system(shape: str, kind: str) -> System:
     return System(
         f"llama.cpp-{kind.lower()}",
         f"llama.cpp of llama-cpp-python {VERSION}",
         kind,
-        lambda cache, log: _build(cache, log, kind),
-        lambda cache, port: _launch(cache, port, kind),
+        lambda cache, log: _build(cache, log, shape, kind),
+        lambda cache, port: _launch(cache, port, shape, kind),
     )
 
 
-SYSTEMS = (_system("Q8_0"), _system("Q4_0"))
+def systems(shape: str) -> tuple[System, ...]:
+    return (_system(shape, "Q8_0"), _system(shape, "Q4_0"))

@@ -1,4 +1,4 @@
-"""Seeded random tensors of a Qwen3 shape, and their int8 form."""
+"""Seeded random tensors of a Qwen3 or Mixtral shape, and their int8 form."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -21,7 +21,7 @@ def quantise_channels(weight: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def random_weights(shape: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:
-    """Every tensor of a Qwen3 `shape` (a config.json) in order, bf16; the same on every machine."""
+    """Every tensor of a `shape` (a config.json) in order, bf16; the same on every machine."""
     source = torch.Generator().manual_seed(_SEED)
 
     def matrix(rows: int, columns: int) -> Tensor:
@@ -30,7 +30,9 @@ def random_weights(shape: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:
     def norm(size: int) -> Tensor:
         return torch.ones(size, dtype=torch.bfloat16)
 
-    width, inner, head = shape["hidden_size"], shape["intermediate_size"], shape["head_dim"]
+    width, inner = shape["hidden_size"], shape["intermediate_size"]
+    head = shape.get("head_dim", width // shape["num_attention_heads"])
+    experts = shape.get("num_local_experts", 0)
     queries = shape["num_attention_heads"] * head
     keys = shape["num_key_value_heads"] * head
     yield "model.embed_tokens.weight", matrix(shape["vocab_size"], width)
@@ -41,10 +43,21 @@ def random_weights(shape: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:
         yield layer + "self_attn.k_proj.weight", matrix(keys, width)
         yield layer + "self_attn.v_proj.weight", matrix(keys, width)
         yield layer + "self_attn.o_proj.weight", matrix(width, queries)
-        yield layer + "self_attn.q_norm.weight", norm(head)
-        yield layer + "self_attn.k_norm.weight", norm(head)
+        if shape["model_type"] == "qwen3":
+            yield layer + "self_attn.q_norm.weight", norm(head)
+            yield layer + "self_attn.k_norm.weight", norm(head)
         yield layer + "post_attention_layernorm.weight", norm(width)
-        yield layer + "mlp.gate_proj.weight", matrix(inner, width)
-        yield layer + "mlp.up_proj.weight", matrix(inner, width)
-        yield layer + "mlp.down_proj.weight", matrix(width, inner)
+        if experts:
+            yield layer + "block_sparse_moe.gate.weight", matrix(experts, width)
+        for expert in range(experts):
+            part = f"{layer}block_sparse_moe.experts.{expert}."
+            yield part + "w1.weight", matrix(inner, width)
+            yield part + "w2.weight", matrix(width, inner)
+            yield part + "w3.weight", matrix(inner, width)
+        if not experts:
+            yield layer + "mlp.gate_proj.weight", matrix(inner, width)
+            yield layer + "mlp.up_proj.weight", matrix(inner, width)
+            yield layer + "mlp.down_proj.weight", matrix(width, inner)
     yield "model.norm.weight", norm(width)
+    if not shape["tie_word_embeddings"]:
+        yield "lm_head.weight", matrix(shape["vocab_size"], width)

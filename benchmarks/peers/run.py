@@ -6,13 +6,14 @@ Systems take turns within a repeat, so that a machine that changes changes for a
 written down with its reason, stops nothing else, and is tried again by the next call.
 """
 
+import math
+import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from peers.gateway import Gateway
-from peers.measure import Load, Sample, measure
+from peers.measure import LATE_AFTER_S, Load, Sample, measure
 from peers.record import Record
 from peers.system import PeerError, Running, System, free_port, running
 
@@ -34,6 +35,10 @@ class Plan:
     load: Load
     cache: Path
     logs: Path
+    # Seconds after which nothing more is begun.
+    budget_s: float = math.inf
+    # A system whose levels took longer than this is measured once.
+    once_after_s: float = math.inf
 
 
 class Run:
@@ -52,12 +57,17 @@ class Run:
         self._measure = measure
         self._built: set[str] = set()
         self._broken: dict[str, str] = {}
+        self._slow: set[str] = set()
+        self._until = time.monotonic() + plan.budget_s
 
     def run(self) -> None:
         """Never raises for a system that fails."""
         for repeat in range(self._plan.repeats):
             for system in self._plan.systems:
-                if self._missing(system, repeat):
+                if self._is_over():
+                    self._say("the budget is spent; another call goes on from here")
+                    return
+                if self._missing(system, repeat) and system.name not in self._slow:
                     self._say(f"repeat {repeat + 1} of {self._plan.repeats}: {system.name}")
                     self._run_system(system, repeat)
 
@@ -68,25 +78,40 @@ class Run:
                 if system.name not in self._built:
                     build(system, self._plan)
                     self._built.add(system.name)
+                begun = time.monotonic()
                 with start(system, self._plan) as server:
                     self._run_levels(server, system, repeat)
+                if time.monotonic() - begun > self._plan.once_after_s:
+                    self._slow.add(system.name)
             except (PeerError, OSError) as error:
                 self._broken[system.name] = str(error)
-        for level in self._missing(system, repeat):
-            self._add(Sample(system.name, level, repeat, error=self._broken[system.name]))
+        if system.name in self._broken:
+            for level in self._missing(system, repeat):
+                self._add(Sample(system.name, level, repeat, error=self._broken[system.name]))
 
     def _run_levels(self, server: Running, system: System, repeat: int) -> None:
         load = replace(self._plan.load, ignore_eos=system.ignore_eos)
         hopeless: int | None = None
         for level in self._missing(system, repeat):
+            if self._is_over():
+                return
             if hopeless is None:
                 folder = self._plan.logs
                 sample = self._measure(server, load, system.name, level, repeat, folder)
             else:
                 sample = Sample(system.name, level, repeat, skipped_after=hopeless)
             self._add(sample)
-            if sample.unfinished > _HOPELESS_SHARE * sample.requests:
+            if self._is_hopeless(sample):
                 hopeless = level
+
+    def _is_hopeless(self, sample: Sample) -> bool:
+        """Where requests are cut off at a minute, a `timeout` says what larger levels would."""
+        cut_off = self._plan.load.timeout_s <= LATE_AFTER_S
+        few_finished = sample.unfinished > _HOPELESS_SHARE * sample.requests
+        return few_finished or (cut_off and sample.timed_out)
+
+    def _is_over(self) -> bool:
+        return time.monotonic() > self._until
 
     def _add(self, sample: Sample) -> None:
         self.record = self.record.add(sample)
@@ -100,7 +125,7 @@ class Run:
         ]
 
 
-def build(system: System | Gateway, plan: Plan) -> None:
+def build(system: System, plan: Plan) -> None:
     """Make the system's environment and model. Raises PeerError with the reason if it cannot be."""
     plan.cache.mkdir(parents=True, exist_ok=True)
     (plan.cache / "models").mkdir(exist_ok=True)

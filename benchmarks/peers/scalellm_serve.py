@@ -9,21 +9,22 @@ from peers.system import Launch, System
 _FLAGS = ("--max-model-len", "4096", "--kv-cache-memory", "2GiB")
 
 
-def _build(cache: Path, _: Path) -> None:
-    weights.bf16_folder(cache)
-
-
-def _system(name: str, precision: str, *flags: str) -> System:
+def _system(shape: str, name: str, precision: str) -> System:
     def launch(cache: Path, port: int) -> Launch:
-        serve = (sys.executable, "-m", "scalellm", "serve", str(weights.bf16_folder(cache)))
+        serve = (sys.executable, "-m", "scalellm", "serve", str(weights.bf16_folder(cache, shape)))
         listen = ("--port", str(port), "--served-model-name", "peer")
-        return Launch((*serve, *listen, *_FLAGS, *flags), ready_path="/ready")
+        quantization = ("--quantization", "none" if precision == "bf16" else precision)
+        return Launch((*serve, *listen, *_FLAGS, *quantization), ready_path="/ready")
 
-    return System(name, "ScaleLLM", precision, _build, launch)
+    def build(cache: Path, _: Path) -> None:
+        weights.bf16_folder(cache, shape)
+
+    return System(name, "ScaleLLM", precision, build, launch)
 
 
-SYSTEMS = (
-    _system("scalellm", "bf16", "--quantization", "none"),
-    _system("scalellm-int8", "int8", "--quantization", "int8"),
-    _system("scalellm-int4", "int4", "--quantization", "int4"),
-)
+def systems(shape: str) -> tuple[System, ...]:
+    return (
+        _system(shape, "scalellm-int8", "int8"),
+        _system(shape, "scalellm", "bf16"),
+        _system(shape, "scalellm-int4", "int4"),
+    )

@@ -14,11 +14,21 @@ def _build(cache: Path, log: Path) -> None:
     python_environment(cache, _ENVIRONMENT, log)
 
 
-def _launch(cache: Path, port: int, backend: Backend) -> Launch:
+def _launch(cache: Path, port: int, backend: Backend, policy: str) -> Launch:
     program = cache / _ENVIRONMENT / "env" / "bin" / "smg"
     argv = (str(program), "launch", "--worker-urls", backend.url, "--backend", "vllm")
     listen = ("--host", "127.0.0.1", "--port", str(port), "--log-level", "warn")
-    return Launch((*argv, *listen, "--disable-tokenizer-autoload"), ready_path="/readiness")
+    flags = ("--disable-tokenizer-autoload", "--policy", policy)
+    return Launch((*argv, *listen, *flags), ready_path="/readiness")
 
 
-GATEWAY = Gateway("smg", f"SMG {VERSION}", _build, _launch)
+def _gateway(name: str, policy: str) -> Gateway:
+    return Gateway(
+        name,
+        f"SMG {VERSION}, HTTP, {policy}",
+        _build,
+        lambda cache, port, backend: _launch(cache, port, backend, policy),
+    )
+
+
+GATEWAYS = (_gateway("smg", "round_robin"), _gateway("smg-cache-aware", "cache_aware"))

@@ -20,7 +20,7 @@ from peers.process_tree import ProcessTree
 
 READY_WITHIN_S = 600.0
 _STOPPED_WITHIN_S = 30.0
-_ASK_EVERY_S = 0.1
+_ASK_EVERY_S = 0.02
 _LOG_TAIL_LINES = 3
 
 
@@ -40,6 +40,7 @@ class Launch:
     environment: Mapping[str, str] = field(default_factory=dict)
     ready_path: str | None = "/v1/models"
     model: str | None = None
+    api_key: str = field(default="", repr=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +68,7 @@ class Running:
     ready_after_s: float
     processes: ProcessTree
     model: str | None
+    api_key: str = field(default="", repr=False)
 
 
 def free_port() -> int:
@@ -97,7 +99,8 @@ def running(launch: Launch, port: int, log: Path) -> Generator[Running, None, No
         if launch.ready_path is not None:
             _await_ready(process, port, launch.ready_path, log)
         ready_after_s = time.monotonic() - begun
-        yield Running(f"http://127.0.0.1:{port}", ready_after_s, tree, launch.model)
+        url = f"http://127.0.0.1:{port}"
+        yield Running(url, ready_after_s, tree, launch.model, launch.api_key)
     finally:
         _stop(process, tree)
 

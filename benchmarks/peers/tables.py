@@ -3,16 +3,20 @@
 import statistics
 from collections.abc import Callable, Iterable, Sequence
 
-from peers.gateway import TBT_MS, TTFT_MS, Gateway
-from peers.measure import LATE_AFTER_S, Load, Sample
+from peers.measure import LATE_AFTER_S, Sample
 from peers.record import Record
 from peers.system import System
+from peers.weights import MIXTRAL, QWEN3
 from scalellm.bench.table import NOT_MEASURED, milliseconds
 
 _GIB = 1 << 30
 _REASON_CHARACTERS = 300
+_SHAPES = {
+    QWEN3: "Qwen3-0.6B shape",
+    MIXTRAL: "Mixtral shape of 0.9 B parameters, 0.3 B active (8 experts, 2 for each token)",
+}
 _SYSTEMS_LOAD = (
-    "Qwen3-0.6B shape, the same random weights for all; 128 tokens in, 64 out, greedy, end of "
+    "the same random weights for all; 128 tokens in, 64 out, greedy, end of "
     "sequence ignored, a level's requests all at once, load generator on the same machine."
 )
 _LATENCY_CAPTION = (
@@ -24,22 +28,17 @@ _COST_CAPTION = (
     "prompts and warm-up included, at the lowest and the highest level; memory (PSS, largest "
     "seen); seconds from start to ready, with caches of an earlier start."
 )
-_GATEWAYS_LOAD = (
-    f"streamed, before a fake engine (first token after {TTFT_MS:g} ms, then one every "
-    f"{TBT_MS:g} ms): ScaleLLM's gateway speaks gRPC to it, the others HTTP to a ScaleLLM gateway "
-    "that does; gateway, backend and load generator share the machine."
-)
 Number = Callable[[Sample], float | None]
 
 
-def system_tables(record: Record, systems: Sequence[System]) -> str:
+def system_tables(record: Record, systems: Sequence[System], shape: str = QWEN3) -> str:
     """Servers that were measured at all, in the order given; medians over repeats."""
     rows = [(system.name, f"{system.about} | {system.precision}") for system in systems]
     rows = [row for row in rows if _samples(record, row[0])]
     levels = _levels(record, (name for name, _ in rows))
     ends = [levels[0], levels[-1]] if len(levels) > 1 else levels
     texts = [
-        f"{_SYSTEMS_LOAD} {_about(record)}\n",
+        f"{_SHAPES[shape]}, {_SYSTEMS_LOAD} {_about(record)}\n",
         f"{_LATENCY_CAPTION}\n",
         _table("system | weights", rows, levels, lambda name, at: _latencies(record, name, at)),
         "Output tokens a second (lowest to highest of the repeats); late requests count.\n",
@@ -50,45 +49,13 @@ def system_tables(record: Record, systems: Sequence[System]) -> str:
     return "\n".join(texts) + _not_measured(record, systems)
 
 
-def gateway_tables(record: Record, gateways: Sequence[Gateway], load: Load) -> str:
-    """Gateways by concurrent requests; their own processes' cost only."""
-    rows = [(gateway.name, gateway.about) for gateway in gateways]
-    rows = [row for row in rows if _samples(record, row[0])]
-    levels = _levels(record, (name for name, _ in rows))
-
-    def requests_s(sample: Sample) -> float:
-        return sample.output_tok_s / load.output_tokens
-
-    def cpu_us(sample: Sample) -> float | None:
-        seconds = sample.cpu_s_per_1000_tokens
-        return None if seconds is None else seconds * 1000 * load.output_tokens
-
-    def figure(number: Number) -> Callable[[str, int], str]:
-        return lambda name, at: _figure(_samples(record, name, at), number)
-
-    texts = [
-        f"{load.endpoint}, {load.input_tokens} tokens in, {load.output_tokens} out,",
-        _GATEWAYS_LOAD,
-        f"{_about(record)}\n",
-        "Requests a second by concurrent requests:\n",
-        _table("gateway", rows, levels, figure(requests_s)),
-        "TTFT, ms:\n",
-        _table("gateway", rows, levels, figure(lambda sample: sample.ttft_ms)),
-        "Processor time of the gateway's processes, us a request:\n",
-        _table("gateway", rows, levels, figure(cpu_us)),
-        "Memory (PSS) of the gateway's processes, GiB:\n",
-        _table("gateway", rows, levels, figure(lambda sample: sample.pss_bytes / _GIB)),
-    ]
-    return "\n".join(texts) + _not_measured(record, gateways)
-
-
 def _about(record: Record) -> str:
     machine = record.machine
     repeats = 1 + max((sample.repeat for sample in record.samples), default=0)
     return (
-        f"Medians of {repeats} repeats, in which the systems take turns. Begun {record.started} on "
-        f"{machine['cores_usable']} cores of {machine['cpu']} ({' '.join(machine['cpu_flags'])}), "
-        f"{machine['memory_bytes'] / _GIB:.0f} GiB, with\n\n    {record.command}"
+        f"Medians of up to {repeats} repeats, in which the systems take turns. Begun "
+        f"{record.started} on {machine['cores_usable']} cores of {machine['cpu']} "
+        f"({' '.join(machine['cpu_flags'])}), {machine['memory_bytes'] / _GIB:.0f} GiB, with\n\n    {record.command}"
     )
 
 
@@ -169,7 +136,7 @@ def _costs(record: Record, rows: Sequence[tuple[str, str]], ends: Sequence[int])
     return "\n".join(lines) + "\n"
 
 
-def _not_measured(record: Record, wanted: Sequence[System | Gateway]) -> str:
+def _not_measured(record: Record, wanted: Sequence[System]) -> str:
     """A line for each system without any figure, with the reason."""
     lines = []
     for system in wanted:

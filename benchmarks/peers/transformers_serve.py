@@ -17,37 +17,26 @@ def python(cache: Path, log: Path) -> Path:
     return python_environment(cache, _ENVIRONMENT, log)
 
 
-def _build(cache: Path, log: Path) -> None:
-    python(cache, log)
-    weights.bf16_folder(cache)
+def _system(shape: str, name: str, how: str, flags: tuple[str, ...]) -> System:
+    def build(cache: Path, log: Path) -> None:
+        python(cache, log)
+        weights.bf16_folder(cache, shape)
+
+    def launch(cache: Path, port: int) -> Launch:
+        program = cache / _ENVIRONMENT / "env" / "bin" / "transformers"
+        model = str(weights.bf16_folder(cache, shape))
+        argv = (str(program), "serve", model, "--device", "cpu")
+        listen = ("--host", "127.0.0.1", "--port", str(port))
+        return Launch(
+            (*argv, *listen, *flags), {"HF_HUB_OFFLINE": "1"}, ready_path="/health", model=model
+        )
+
+    about = f"transformers serve {VERSION}, {how}"
+    return System(name, about, "bf16", build, launch, ignore_eos=False)
 
 
-def _launch(cache: Path, port: int, flags: tuple[str, ...]) -> Launch:
-    program = cache / _ENVIRONMENT / "env" / "bin" / "transformers"
-    model = str(weights.bf16_folder(cache))
-    argv = (str(program), "serve", model, "--device", "cpu")
-    listen = ("--host", "127.0.0.1", "--port", str(port))
-    return Launch(
-        (*argv, *listen, *flags), {"HF_HUB_OFFLINE": "1"}, ready_path="/health", model=model
+def systems(shape: str) -> tuple[System, ...]:
+    return (
+        _system(shape, "transformers", "default", ()),
+        _system(shape, "transformers-batching", "--continuous-batching", _BATCHING),
     )
-
-
-_ABOUT = f"transformers serve {VERSION}"
-SYSTEMS = (
-    System(
-        "transformers",
-        f"{_ABOUT}, default",
-        "bf16",
-        _build,
-        lambda cache, port: _launch(cache, port, ()),
-        ignore_eos=False,
-    ),
-    System(
-        "transformers-batching",
-        f"{_ABOUT}, --continuous-batching",
-        "bf16",
-        _build,
-        lambda cache, port: _launch(cache, port, _BATCHING),
-        ignore_eos=False,
-    ),
-)

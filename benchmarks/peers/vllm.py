@@ -34,11 +34,6 @@ def _build(cache: Path, log: Path) -> Path:
     return python
 
 
-def _build_bf16(cache: Path, log: Path) -> None:
-    _build(cache, log)
-    weights.bf16_folder(cache)
-
-
 def _build_w8a8(cache: Path, log: Path) -> None:
     _build(cache, log)
     weights.w8a8_folder(cache)
@@ -63,21 +58,29 @@ def _launch(cache: Path, port: int, model: Path, tuned: bool) -> Launch:
     return Launch((*argv, *listen, *_FLAGS), settings, ready_path="/health")
 
 
-def _launch_default(cache: Path, port: int) -> Launch:
-    return _launch(cache, port, weights.bf16_folder(cache), tuned=False)
+def _bf16(shape: str, name: str, how: str, tuned: bool) -> System:
+    def build(cache: Path, log: Path) -> None:
+        _build(cache, log)
+        weights.bf16_folder(cache, shape)
+
+    def launch(cache: Path, port: int) -> Launch:
+        return _launch(cache, port, weights.bf16_folder(cache, shape), tuned)
+
+    return System(name, f"vLLM {VERSION} CPU, {how}", "bf16", build, launch)
 
 
-def _launch_bf16(cache: Path, port: int) -> Launch:
-    return _launch(cache, port, weights.bf16_folder(cache), tuned=True)
-
-
-def _launch_w8a8(cache: Path, port: int) -> Launch:
-    return _launch(cache, port, weights.w8a8_folder(cache), tuned=True)
-
-
-_ABOUT = f"vLLM {VERSION} CPU"
-SYSTEMS = (
-    System("vllm", f"{_ABOUT}, default", "bf16", _build_bf16, _launch_default),
-    System("vllm-bf16", f"{_ABOUT}, best", "bf16", _build_bf16, _launch_bf16),
-    System("vllm-w8a8", f"{_ABOUT}, best", "W8A8", _build_w8a8, _launch_w8a8),
+_W8A8 = System(
+    "vllm-w8a8",
+    f"vLLM {VERSION} CPU, best",
+    "W8A8",
+    _build_w8a8,
+    lambda cache, port: _launch(cache, port, weights.w8a8_folder(cache), tuned=True),
 )
+
+
+def systems(shape: str) -> tuple[System, ...]:
+    every = (
+        _bf16(shape, "vllm", "default", tuned=False),
+        _bf16(shape, "vllm-bf16", "best", tuned=True),
+    )
+    return (*every, _W8A8) if shape == weights.QWEN3 else every

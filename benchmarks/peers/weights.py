@@ -1,4 +1,4 @@
-"""One model with seeded random weights, as the checkpoints that peers load.
+"""Models with seeded random weights, as the checkpoints that peers load.
 
 bf16   what every converter starts from; names and shapes as transformers writes them
 w8a8   the same weights as compressed-tensors int8: symmetric per output channel, activations
@@ -15,7 +15,8 @@ import make_shape
 if TYPE_CHECKING:
     from torch import Tensor
 
-SHAPE = "qwen3-0.6b"
+QWEN3, MIXTRAL = "qwen3-0.6b", "mixtral-1b"
+SHAPES = (QWEN3, MIXTRAL)
 _INT8 = {"num_bits": 8, "type": "int", "symmetric": True}
 _W8A8 = {
     "quant_method": "compressed-tensors",
@@ -32,39 +33,39 @@ _W8A8 = {
 }
 
 
-def bf16_folder(cache: Path) -> Path:
-    """The bf16 checkpoint below `cache`, written if it is not there yet."""
-    folder = cache / "models" / f"{SHAPE}-bf16"
+def bf16_folder(cache: Path, shape: str = QWEN3) -> Path:
+    """The bf16 checkpoint of a shape below `cache`, written if it is not there yet."""
+    folder = cache / "models" / f"{shape}-bf16"
     if not folder.is_dir():
         from peers.random_weights import random_weights
 
-        _write(folder, dict(random_weights(make_shape.SHAPES[SHAPE])), {})
+        _write(shape, folder, dict(random_weights(make_shape.SHAPES[shape])), {})
     return folder
 
 
 def w8a8_folder(cache: Path) -> Path:
-    """The compressed-tensors int8 checkpoint below `cache`, written if it is not there yet."""
-    folder = cache / "models" / f"{SHAPE}-w8a8"
+    """The Qwen3 shape's compressed-tensors int8 checkpoint below `cache`, written if absent."""
+    folder = cache / "models" / f"{QWEN3}-w8a8"
     if not folder.is_dir():
         from peers.random_weights import quantise_channels, random_weights
 
         tensors: dict[str, Tensor] = {}
-        for name, weight in random_weights(make_shape.SHAPES[SHAPE]):
+        for name, weight in random_weights(make_shape.SHAPES[QWEN3]):
             if name.endswith("_proj.weight"):
                 scale_name = name.removesuffix("weight") + "weight_scale"
                 tensors[name], tensors[scale_name] = quantise_channels(weight)
             else:
                 tensors[name] = weight
-        _write(folder, tensors, {"quantization_config": _W8A8})
+        _write(QWEN3, folder, tensors, {"quantization_config": _W8A8})
     return folder
 
 
-def _write(folder: Path, tensors: "dict[str, Tensor]", config: dict[str, Any]) -> None:
+def _write(shape: str, folder: Path, tensors: "dict[str, Tensor]", config: dict[str, Any]) -> None:
     """Write beside `folder` and rename, so that a folder that is there is whole."""
     from safetensors.torch import save_file
 
     partial = folder.with_name(f".{folder.name}.{os.getpid()}")
-    make_shape.write(SHAPE, partial)
+    make_shape.write(shape, partial)
     path = partial / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text("utf-8")), **config}, indent=2))
     save_file(tensors, partial / "model.safetensors", metadata={"format": "pt"})

@@ -239,6 +239,7 @@ class Router:
 
 # ---------------------------------------------------------------- fake engine (crates/fake-engine)
 
+def run_fake_endpoint(port: int, ttft_ms: float, tbt_ms: float) -> None: ...
 def run_fake_engine(address: str, settings_json: str) -> None: ...
 
 # ----------------------------------------------------------- load generator (crates/load-generator)

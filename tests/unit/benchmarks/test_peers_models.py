@@ -8,18 +8,28 @@ import make_shape
 import peers
 import pytest
 import torch
+from peers import weights
 from peers.random_weights import quantise_channels, random_weights
 from peers.system import PeerError
 
 TINY = {
     **make_shape.SHAPES["qwen3-0.6b"],
-    "vocab_size": 64,
+    "vocab_size": 300,
     "hidden_size": 32,
     "intermediate_size": 48,
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "head_dim": 16,
+}
+TINY_MIXTRAL = {
+    **make_shape.SHAPES["mixtral-1b"],
+    "vocab_size": 300,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
 }
 PINS = sorted((Path(peers.__file__).parent / "pins").glob("*.txt"))
 
@@ -32,6 +42,19 @@ def test_weights_have_the_names_and_shapes_of_transformers() -> None:
     wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     del wanted["lm_head.weight"]  # the embedding
     assert {name: tuple(weight.shape) for name, weight in random_weights(TINY)} == wanted
+
+
+def test_experts_are_those_that_scalellm_loads(tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    from scalellm import LLM, SamplingParams
+
+    make_shape.write_config(TINY_MIXTRAL, tmp_path)
+    save_file(dict(random_weights(TINY_MIXTRAL)), tmp_path / "model.safetensors")
+    llm = LLM(str(tmp_path), max_model_len=64)
+    params = SamplingParams(max_tokens=3, ignore_eos=True)
+    (answer,) = llm.generate(["a"], params)
+    assert len(answer.outputs[0].token_ids) == 3
 
 
 def test_weights_are_the_same_every_time() -> None:
@@ -61,11 +84,9 @@ def test_every_environment_has_pins() -> None:
 
 
 def test_names_are_unique_and_unknown_ones_are_refused_with_the_known() -> None:
-    every = bench_peers.choose(None)
-    names = [system.name for system in (*every.systems, *every.gateways)]
-    assert len(names) == len(set(names))
-    some = bench_peers.choose("smg,vllm")
-    assert [system.name for system in some.systems] == ["vllm"]
-    assert [gateway.name for gateway in some.gateways] == ["smg"]
+    for shape in weights.SHAPES:
+        names = [system.name for system in bench_peers.choose(None, shape)]
+        assert len(names) == len(set(names))
+    assert [system.name for system in bench_peers.choose("vllm,scalellm")] == ["scalellm", "vllm"]
     with pytest.raises(PeerError, match=r"got vlm, x; known: .*vllm"):
         bench_peers.choose("vlm,x,vllm")

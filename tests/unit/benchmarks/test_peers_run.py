@@ -4,6 +4,7 @@ import json
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from peers.measure import Load, Sample
@@ -65,9 +66,13 @@ def record(tmp_path: Path) -> Record:
     return new_record(tmp_path / "systems.json", "python benchmarks/bench_peers.py")
 
 
-def run(record: Record, measured: Measured, *systems: System, repeats: int = 1) -> Record:
+def plan_of(record: Record, *systems: System, repeats: int) -> Plan:
     folder = record.path.parent
-    plan = Plan(systems, (1, 8), repeats, Load(timeout_s=1.0), folder / "cache", folder / "logs")
+    return Plan(systems, (1, 8), repeats, Load(timeout_s=1.0), folder / "cache", folder / "logs")
+
+
+def run(record: Record, measured: Measured, *systems: System, repeats: int = 1) -> Record:
+    plan = plan_of(record, *systems, repeats=repeats)
     measuring = Run(plan, record, lambda _: None, measured)
     measuring.run()
     return measuring.record
@@ -167,3 +172,30 @@ def test_the_file_is_json_that_names_schema_and_machine(record: Record) -> None:
     assert document["schema"] == 1
     assert document["machine"]["cpu"] == done.machine["cpu"]
     assert [sample["concurrency"] for sample in document["samples"]] == [1, 8]
+
+
+def test_a_timeout_ends_a_systems_levels_where_requests_are_cut_off_at_a_minute(
+    record: Record,
+) -> None:
+    class Late(Measured):
+        def __call__(self, *arguments: Any) -> Sample:
+            return replace(super().__call__(*arguments), late=1)
+
+    measured = Late()
+    found = run(record, measured, system("a"))
+    assert measured.asked == [("a", 1, 0)]
+    assert found.samples[1].skipped_after == 1
+
+
+def test_nothing_is_begun_when_the_budget_is_spent(record: Record) -> None:
+    measured = Measured()
+    plan = replace(plan_of(record, system("a"), repeats=2), budget_s=-1.0)
+    Run(plan, record, lambda _: None, measured).run()
+    assert measured.asked == []
+
+
+def test_a_slow_system_is_measured_once(record: Record) -> None:
+    measured = Measured()
+    plan = replace(plan_of(record, system("a"), repeats=3), once_after_s=0.0)
+    Run(plan, record, lambda _: None, measured).run()
+    assert measured.asked == [("a", 1, 0), ("a", 8, 0)]

@@ -4,12 +4,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from peers.gateway import Gateway
 from peers.measure import Costs, Load, Sample, sample_of
 from peers.plot import plot_throughput, throughput
 from peers.record import Record
 from peers.system import Launch, System
-from peers.tables import gateway_tables, system_tables
+from peers.tables import system_tables
 
 LOAD = Load(timeout_s=300.0)
 COSTS = Costs(cpu_s=3.0, pss_bytes=1 << 30, ready_after_s=2.0)
@@ -116,16 +115,6 @@ def test_a_system_without_figures_is_named_with_its_reason() -> None:
     text = system_tables(record(sample("a", 1), failed), [system("a"), system("b"), system("c")])
     assert cells(text, "B") == cells(text, "C") == []
     assert "- Not measured: B (`b`): no wheel for this machine" in text
-
-
-def test_gateways_are_told_by_the_request() -> None:
-    load = Load(timeout_s=60.0, output_tokens=16)
-    found = sample("g", 16, output_tok_s=1600.0, cpu_s_per_1000_tokens=0.5, pss_bytes=1 << 29)
-    gateway = Gateway("g", "G", lambda *_: None, lambda *_: Launch(()))
-    rate, _, cpu_us, memory = cells(gateway_tables(record(found), [gateway], load), "G")
-    assert rate[1] == "100"
-    assert cpu_us[1] == "8000"
-    assert memory[1] == "0.50"
 
 
 def test_the_plot_has_every_level_that_completed_and_is_the_same_each_time(tmp_path: Path) -> None:

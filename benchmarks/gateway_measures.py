@@ -1,0 +1,258 @@
+"""What is measured of one gateway, alone on a core: throughput, processor time, delay, memory.
+
+small     closed loop of 64, prompts of 500 bytes, answers of 16 tokens in one piece
+chunk     64 streams of 256 tokens, as fast as they go; 256 streams of a token every 20 ms
+added     constant arrivals; end to end, less the same load sent to the endpoint behind it
+big       closed loop of 16, prompts of 220 KB, each new
+held      streams that are open at once with a token a second
+"""
+
+import json
+import random
+import threading
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from peers.gateway import MODEL, Backend, Cores, Gateway, backend, pinned
+from peers.system import PeerError, Running, free_port, running
+
+from scalellm.bench.results import Row
+
+_SMALL_BYTES, _BIG_BYTES = 500, 220_000
+_SMALL_PROMPTS, _BIG_PROMPTS = 512, 192
+_CONCURRENCY, _BIG_CONCURRENCY, _PACED_STREAMS = 64, 16, 256
+_ANSWER_TOKENS, _STREAM_TOKENS, _PACED_TOKENS, _HELD_TOKENS = 16, 256, 100, 4
+_PACED_TBT_MS, _HELD_TBT_MS = 20.0, 1000.0
+_LOOK_EVERY_S = 0.2
+_MIB = 1 << 20
+
+Prompt = Mapping[str, str]
+
+
+@dataclass(frozen=True, slots=True)
+class Amounts:
+    """How much of each is asked for; a slow gateway is asked less, so that it answers at all."""
+
+    seconds: float
+    rate: float = 2000.0
+    held: int = 4000
+
+    def for_slow(self) -> "Amounts":
+        return replace(self, rate=50.0, held=200)
+
+
+@dataclass(frozen=True, slots=True)
+class Figures:
+    """One gateway in one repeat. `error` says why there are none."""
+
+    gateway: str
+    repeat: int
+    request_s: float | None = None
+    cpu_us_request: float | None = None
+    cpu_us_chunk: float | None = None
+    cpu_us_paced_chunk: float | None = None
+    added_p50_ms: float | None = None
+    added_p99_ms: float | None = None
+    rate: float | None = None  # at which that was
+    big_request_s: float | None = None
+    after_big_mib: float | None = None
+    held_kib: float | None = None
+    idle_mib: float | None = None
+    ready_s: float | None = None
+    failed: int = 0
+    error: str | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+class Prompts:
+    """Random words, made once."""
+
+    def __init__(self) -> None:
+        source = random.Random(0)
+        letters = "abcdefghijklmnopqrstuvwxyz"
+        words = ["".join(source.choices(letters, k=source.randint(2, 9))) for _ in range(4096)]
+
+        def text(size: int) -> str:
+            return " ".join(source.choices(words, k=size // 5))[:size]
+
+        self.small = [{"text": text(_SMALL_BYTES)} for _ in range(_SMALL_PROMPTS)]
+        self.big = [{"text": text(_BIG_BYTES)} for _ in range(_BIG_PROMPTS)]
+
+
+@dataclass(frozen=True, slots=True)
+class Bench:
+    """Where a gateway is measured, and with what."""
+
+    amounts: Amounts
+    prompts: Prompts
+    cores: Cores
+    cache: Path
+    folder: Path
+
+
+def measure_gateway(gateway: Gateway, repeat: int, bench: Bench) -> Figures:
+    """All of it, with a start for each speed of what stands behind. Raises PeerError."""
+    if gateway.slow:
+        bench = replace(bench, amounts=bench.amounts.for_slow())
+    found = Figures(gateway.name, repeat)
+    with _behind(bench, 0.0, 0.0) as behind:
+        direct = _open_loop(behind.url, "", bench)
+        with _running(gateway, behind, bench) as server:
+            mib = server.processes.pss_bytes() / _MIB
+            found = replace(found, ready_s=server.ready_after_s, idle_mib=mib)
+            found = _small_requests(found, server, bench)
+            found = _chunks(found, server, bench)
+            found = _added(found, server, bench, direct)
+            found = _big_requests(found, server, bench)
+    with (
+        _behind(bench, _PACED_TBT_MS, _PACED_TBT_MS) as behind,
+        _running(gateway, behind, bench) as server,
+    ):
+        found = _paced_chunks(found, server, bench)
+    with (
+        _behind(bench, _PACED_TBT_MS, _HELD_TBT_MS) as behind,
+        _running(gateway, behind, bench) as server,
+    ):
+        return _held(found, server, bench)
+
+
+def _behind(bench: Bench, ttft_ms: float, tbt_ms: float) -> AbstractContextManager[Backend]:
+    return backend(bench.folder, ttft_ms, tbt_ms, bench.cores.rest)
+
+
+def _running(gateway: Gateway, behind: Backend, bench: Bench) -> AbstractContextManager[Running]:
+    port = free_port()
+    launch = pinned(gateway.launch(bench.cache, port, behind), bench.cores.gateway)
+    return running(launch, port, bench.folder / f"{gateway.name}.log")
+
+
+def _small_requests(found: Figures, server: Running, bench: Bench) -> Figures:
+    level = {"concurrency": _CONCURRENCY, "duration_s": bench.amounts.seconds}
+    row, cpu_s = _costed(server, bench.prompts.small, level, _ANSWER_TOKENS, stream=False)
+    return _plus(
+        found,
+        row,
+        request_s=row["request_s"],
+        cpu_us_request=1e6 * cpu_s / max(row["completed"], 1),
+    )
+
+
+def _chunks(found: Figures, server: Running, bench: Bench) -> Figures:
+    level = {"concurrency": _CONCURRENCY, "duration_s": bench.amounts.seconds}
+    row, cpu_s = _costed(server, bench.prompts.small, level, _STREAM_TOKENS, stream=True)
+    return _plus(found, row, cpu_us_chunk=1e6 * cpu_s / max(row["output_tokens"], 1))
+
+
+def _paced_chunks(found: Figures, server: Running, bench: Bench) -> Figures:
+    """Each stream once, whole: what is cut off would cost and not count."""
+    level = {"concurrency": _PACED_STREAMS, "requests": _PACED_STREAMS}
+    row, cpu_s = _costed(server, bench.prompts.small, level, _PACED_TOKENS, stream=True)
+    return _plus(found, row, cpu_us_paced_chunk=1e6 * cpu_s / max(row["output_tokens"], 1))
+
+
+def _added(found: Figures, server: Running, bench: Bench, direct: Row) -> Figures:
+    row = _open_loop(server.url, server.api_key, bench)
+    if not row["completed"] or not direct["completed"]:
+        return _plus(found, row)
+
+    def added(percentile: str) -> float:
+        through, past = row["e2e_ms"][percentile], direct["e2e_ms"][percentile]
+        return float(through - past)
+
+    return _plus(
+        found,
+        row,
+        added_p50_ms=added("p50"),
+        added_p99_ms=added("p99"),
+        rate=bench.amounts.rate,
+    )
+
+
+def _open_loop(url: str, api_key: str, bench: Bench) -> Row:
+    rate, seconds = bench.amounts.rate, bench.amounts.seconds
+    send_at_s = [number / rate for number in range(round(rate * seconds))]
+    level = {"rate": rate, "send_at_s": send_at_s, "warmup": _CONCURRENCY}
+    return _load(url, api_key, bench.prompts.small, level, 1, stream=False)
+
+
+def _big_requests(found: Figures, server: Running, bench: Bench) -> Figures:
+    level = {
+        "concurrency": _BIG_CONCURRENCY,
+        "duration_s": bench.amounts.seconds,
+        "requests": len(bench.prompts.big),
+    }
+    row = _load(server.url, server.api_key, bench.prompts.big, level, 1, stream=False)
+    mib = server.processes.pss_bytes() / _MIB
+    return _plus(found, row, big_request_s=row["request_s"], after_big_mib=mib)
+
+
+def _held(found: Figures, server: Running, bench: Bench) -> Figures:
+    """The most that was seen while they were open, less what was there before."""
+    number = bench.amounts.held
+    before = server.processes.pss_bytes()
+    rows: list[Row] = []
+
+    def hold() -> None:
+        level = {"concurrency": number, "requests": number}
+        prompts = bench.prompts.small
+        loaded = _load(server.url, server.api_key, prompts, level, _HELD_TOKENS, stream=True)
+        rows.append(loaded)
+
+    holding = threading.Thread(target=hold)
+    holding.start()
+    most = before
+    while holding.is_alive():
+        most = max(most, server.processes.pss_bytes())
+        holding.join(_LOOK_EVERY_S)
+    if not rows:
+        raise PeerError("the load of held streams failed")
+    return _plus(found, rows[0], held_kib=(most - before) / number / 1024)
+
+
+def _costed(
+    server: Running, prompts: Sequence[Prompt], level: Mapping[str, Any], tokens: int, stream: bool
+) -> tuple[Row, float]:
+    """The load's row, and the processor seconds of the gateway's processes meanwhile."""
+    # What is done once is not what a request costs.
+    warmup = {"concurrency": _CONCURRENCY, "requests": _CONCURRENCY}
+    _load(server.url, server.api_key, prompts, warmup, 1, stream=stream)
+    before_s = server.processes.cpu_s()
+    row = _load(server.url, server.api_key, prompts, level, tokens, stream=stream)
+    return row, server.processes.cpu_s() - before_s
+
+
+def _load(
+    url: str,
+    api_key: str,
+    prompts: Sequence[Prompt],
+    level: Mapping[str, Any],
+    tokens: int,
+    *,
+    stream: bool,
+) -> Row:
+    from scalellm._core import run_load
+
+    plan = {
+        "url": url,
+        "endpoint": "chat",
+        "model": MODEL,
+        "api_key": api_key or None,
+        "stream": stream,
+        "max_tokens": tokens,
+        "ignore_eos": False,  # not every gateway lets it pass
+        "prompts": prompts,
+        "levels": [level],
+    }
+    report = json.loads(run_load(json.dumps(plan), None))
+    row: Row = report["levels"][0]
+    return row
+
+
+def _plus(found: Figures, row: Row, **figures: Any) -> Figures:
+    failed = found.failed + row["failed"] + row["timed_out"]
+    return replace(found, failed=failed, **figures)
