@@ -45,16 +45,14 @@ class EngineConfig:
     )
     quantization: str = setting(
         "auto",
-        "Weights quantised at load, and inputs as they come: on a CPU; `auto`: int8 there, unless "
-        "--dtype is given",
-        choices=("auto", "none", "int8", "int4"),
-        later=("fp8",),
+        "Weights quantised at load, and inputs as they come: int8 and int4 on a CPU, fp8 on a GPU; "
+        "`auto`: int8 on a CPU, unless --dtype is given",
+        choices=("auto", "none", "int8", "int4", "fp8"),
     )
     kv_cache_dtype: str = setting(
         "auto",
         "Type of the KV cache; `auto`: the model's",
-        choices=("auto", "float32", "bfloat16", "int8"),
-        later=("fp8",),
+        choices=("auto", "float32", "bfloat16", "int8", "fp8"),
     )
     max_model_len: int | None = setting(
         None, "Prompt and output tokens of one request; default: the model's limit", minimum=1

@@ -16,6 +16,7 @@ from scalellm.loader.checkpoint import Checkpoint, CheckpointSource
 from scalellm.loader.config import read_model_config
 from scalellm.loader.device import choose_device, choose_dtype
 from scalellm.loader.fallback import count_numbers, load_fallback
+from scalellm.loader.fp8 import Fp8Source, fp8_obstacle
 from scalellm.loader.memory import LEAST_MODEL_LEN, available_cpu_bytes, check_fits, gib
 from scalellm.loader.packed_cache import (
     LEAST_BYTES,
@@ -42,7 +43,7 @@ class LoadedModel:
     dtype: torch.dtype
     device: torch.device
     weight_bytes: int
-    quantization: str  # "none", "int8" or "int4"
+    quantization: str  # "none", "int8", "int4" or "fp8"
     packed: bool  # its matrices are laid out for the CPU's kernels
     mapped_bytes: int  # of them, in files: memory that the kernel could take away, but must not
 
@@ -75,11 +76,12 @@ def load_model(
     checkpoint = None if dummy else Checkpoint.open(folder)
     if checkpoint is not None and model_config.tie_word_embeddings:
         model_config = replace(model_config, tie_word_embeddings=_really_tied(checkpoint))
+    fp8 = check_fp8(config, model_config, dtype, device)
     packing = choose_packing(config, model_config, dtype, device)
-    quantization = "none" if packing is None else packing.quantization
+    quantization = "fp8" if fp8 else "none" if packing is None else packing.quantization
     if quantization == "int8" and config.quantization == "auto":
         reason += "; int8, as --quantization auto chooses on a CPU"
-    inventory = InventorySource(dtype, packing)
+    inventory = InventorySource(dtype, packing, fp8)
     if model_config.family == "transformers":
         numbers = (
             checkpoint.numbers if checkpoint else count_numbers(folder, model_config.architecture)
@@ -114,7 +116,7 @@ def load_model(
         model = load_fallback(folder, model_config, dtype, device, seed)
     elif packing is None:
         with _source(config, checkpoint, dtype, device) as source:
-            model = build(model_config, source)
+            model = build(model_config, Fp8Source(source) if fp8 else source)
     else:
         open_source = partial(_packing_source, config, checkpoint, dtype, packing)
         mapped, where = _mapped(config, checkpoint, inventory, open_source)
@@ -211,6 +213,17 @@ def choose_packing(
     return None
 
 
+def check_fp8(
+    config: EngineConfig, model: ModelConfig, dtype: torch.dtype, device: torch.device
+) -> bool:
+    """Whether weights become fp8. Raises ConfigError where they, or the cache, shall and cannot."""
+    flags = {"quantization": config.quantization, "kv-cache-dtype": config.kv_cache_dtype}
+    for flag, value in flags.items():
+        if value == "fp8" and (obstacle := fp8_obstacle(device, model.family, dtype)) is not None:
+            raise ConfigError(f"--{flag} fp8 {obstacle}")
+    return config.quantization == "fp8"
+
+
 def _really_tied(checkpoint: Checkpoint) -> bool:
     """Whether the output layer is the embedding, as config.json says.
 
@@ -239,7 +252,7 @@ def check_max_model_len(requested: int | None, config: ModelConfig) -> int:
 
 def kv_dtype(config: EngineConfig, model_dtype: torch.dtype) -> torch.dtype:
     """The type of cached keys and values."""
-    named = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+    named = {"float32": torch.float32, "bfloat16": torch.bfloat16, "fp8": torch.float8_e4m3fn}
     return named.get(config.kv_cache_dtype, model_dtype)
 
 

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from scalellm.kernels.linear import Matrix
 from scalellm.layers.weights import MatrixSpec, PlainMatrices
+from scalellm.loader.fp8 import becomes_fp8, fp8_bytes
 from scalellm.loader.packed_file import MatrixPart, Part, TensorPart
 from scalellm.loader.packing import Packing
 
@@ -16,16 +17,19 @@ _POOL = 4_194_301  # a prime, so that rows of a matrix never line up with the po
 class InventorySource:
     """A WeightSource on the meta device that records what a model asks for.
 
-    `packing`: how its matrices will be laid out; as they are if None.
+    `packing`: how its matrices will be laid out; as they are if None, or in fp8.
     """
 
-    def __init__(self, dtype: torch.dtype, packing: Packing | None = None) -> None:
+    def __init__(
+        self, dtype: torch.dtype, packing: Packing | None = None, fp8: bool = False
+    ) -> None:
         self.dtype = dtype
         self.device = torch.device("meta")
         self.shapes: dict[str, tuple[int, ...]] = {}  # of the checkpoint's tensors
         self.plan: list[Part] = []  # of packed weights, in the model's order
         self.bytes = 0
         self._packing = packing
+        self._fp8 = fp8
         self._tables: list[tuple[str, Tensor]] = []
 
     def fill(self, out: Tensor, name: str) -> None:
@@ -46,6 +50,8 @@ class InventorySource:
             part = MatrixPart(spec, self._packing.layout(spec), twin)
             self.plan.append(part)
             self.bytes += part.num_bytes
+        elif self._fp8 and becomes_fp8(spec, tied):
+            self.bytes += fp8_bytes(spec)
         elif tied is None:
             self.bytes += spec.n * spec.k * self.dtype.itemsize
         return torch.empty(spec.n, spec.k, dtype=self.dtype, device=self.device)
@@ -69,7 +75,7 @@ class DummySource(PlainMatrices):
         self.device = device
         self._seed = seed
         generator = torch.Generator().manual_seed(seed)
-        self._pool = torch.randn(_POOL, generator=generator)
+        self._pool = torch.randn(_POOL, generator=generator).to(device)
 
     def fill(self, out: Tensor, name: str) -> None:
         if out.dim() < 2:
