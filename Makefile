@@ -1,4 +1,4 @@
-# setup serve test check bench bench-peers bench-gateway bench-cpu clean; CONTRIBUTING.md says more.
+# setup serve test check bench bench-peers bench-gateway bench-blueprint bench-cpu clean; CONTRIBUTING.md says more.
 #
 #   make serve                          the demo model on 127.0.0.1:8000
 #   make serve MODEL=Qwen/Qwen3-0.6B ARGS="--port 9000"
@@ -19,7 +19,7 @@ endif
 RUST_SOURCES := Cargo.toml Cargo.lock $(shell find crates proto -type f \
     \( -name '*.rs' -o -name 'Cargo.toml' -o -name '*.proto' \) 2>/dev/null)
 
-.PHONY: setup serve test check bench bench-peers bench-gateway bench-cpu docs clean
+.PHONY: setup serve test check bench bench-peers bench-gateway bench-blueprint bench-cpu docs clean
 .DELETE_ON_ERROR:
 
 setup: $(VENV)/.built
@@ -41,6 +41,9 @@ bench-peers: setup
 
 bench-gateway: setup
 	@$(BIN)/python benchmarks/bench_gateway.py $(ARGS)
+
+bench-blueprint: setup
+	@$(BIN)/python benchmarks/bench_blueprint.py $(ARGS)
 
 bench-cpu: setup
 	@$(BIN)/python benchmarks/bench_cpu.py $(ARGS)

@@ -19,6 +19,7 @@ from scalellm.settings import SERVERS, Setting, declared, setting, suggestion
 CONFIG_FILE = "scalellm.toml"
 _CLIENTS = ("chat", "complete", "status", "bench", "profile")
 _ACCOUNTS = ("keys", "usage")
+_SHAPED = ("simulate",)
 
 
 @dataclass(frozen=True, slots=True)
@@ -228,6 +229,43 @@ class DeploymentConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class BlueprintConfig:
+    """Which shape the deployment has, and what would make it change."""
+
+    devices: int | None = setting(
+        None,
+        "Devices to divide among the replicas; default: those of the widest calibrated shape",
+        _SHAPED,
+        minimum=1,
+        maximum=1024,
+    )
+    replica: tuple[str, ...] = setting(
+        (), "tp=WIDTH,count=NUMBER: replicas of one shape; may be given several times", _SHAPED
+    )
+    objective: str = setting(
+        "latency",
+        "What `auto` improves: time a token takes, tokens a second, or requests within objectives",
+        _SHAPED,
+        choices=("latency", "throughput", "slo"),
+    )
+    slo_ttft_ms: float = setting(
+        1000.0, "Objective for the time to first token", _SHAPED, above=0, maximum=3_600_000
+    )
+    slo_tbt_ms: float = setting(
+        50.0, "Objective for the time between tokens", _SHAPED, above=0, maximum=3_600_000
+    )
+    min_stay_s: float = setting(
+        30.0, "Least time between two changes of shape", _SHAPED, minimum=0, maximum=86_400
+    )
+    calibration: str = setting(
+        "node-8gpu", "Costs of steps by shape: a file, or the name of a shipped one", _SHAPED
+    )
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+
+
+@dataclass(frozen=True, slots=True)
 class ClientConfig:
     """Commands that talk to a running endpoint."""
 
@@ -247,7 +285,14 @@ class ServeConfig:
     log: LogConfig
 
 
-GROUPS: tuple[type, ...] = (EngineConfig, GatewayConfig, DeploymentConfig, LogConfig, ClientConfig)
+GROUPS: tuple[type, ...] = (
+    EngineConfig,
+    GatewayConfig,
+    DeploymentConfig,
+    BlueprintConfig,
+    LogConfig,
+    ClientConfig,
+)
 
 
 SETTINGS: Mapping[str, Setting] = MappingProxyType(

@@ -50,7 +50,8 @@ def add_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
     serve.set_defaults(bench_run=run)
 
 
-def _add_load(parser: argparse.ArgumentParser) -> None:
+def add_levels(parser: argparse.ArgumentParser) -> "argparse._ArgumentGroup":
+    """What one level is: a number of clients or a rate, for how long."""
     load = parser.add_argument_group("load")
     load.add_argument(
         "--concurrency",
@@ -82,6 +83,11 @@ def _add_load(parser: argparse.ArgumentParser) -> None:
     load.add_argument(
         "--duration", type=float, metavar="S", dest="bench_duration", help="of each level"
     )
+    return load
+
+
+def _add_load(parser: argparse.ArgumentParser) -> None:
+    load = add_levels(parser)
     load.add_argument(
         "--warmup",
         type=int,

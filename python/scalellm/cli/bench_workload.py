@@ -19,11 +19,20 @@ _CLIENT_FIELDS = "rate=R, and: name, cv, arrivals, workload, input, output, reus
 
 
 def add_workload(parser: argparse.ArgumentParser) -> None:
-    work = parser.add_argument_group("workload")
-    work.add_argument("--model", dest="bench_model", help="default: the first the endpoint names")
-    work.add_argument(
+    """Everything that requests to an endpoint have."""
+    asked = parser.add_argument_group("endpoint")
+    asked.add_argument("--model", dest="bench_model", help="default: the first the endpoint names")
+    asked.add_argument(
         "--endpoint", choices=_ENDPOINTS, default="completions", dest="bench_endpoint"
     )
+    add_shapes(parser)
+    _add_prompt_file(parser)
+    _add_fields(parser)
+
+
+def add_shapes(parser: argparse.ArgumentParser) -> None:
+    """Lengths, shared beginnings and turns: what a simulation knows of a request."""
+    work = parser.add_argument_group("workload")
     work.add_argument(
         "--workload",
         choices=_WORKLOADS,
@@ -62,9 +71,9 @@ def add_workload(parser: argparse.ArgumentParser) -> None:
         dest="bench_prefix_reuse",
         help="of the prompts' tokens that repeat an earlier prompt's beginning; mooncake: 0.5",
     )
+    work.add_argument("--seed", type=int, default=0, dest="bench_seed", help="of prompts and times")
     _add_conversations(parser)
     _add_files(parser)
-    _add_fields(parser)
 
 
 def _add_conversations(parser: argparse.ArgumentParser) -> None:
@@ -99,19 +108,22 @@ def _add_files(parser: argparse.ArgumentParser) -> None:
         "--trace-speed", type=float, default=1.0, metavar="F", dest="bench_trace_speed"
     )
     files.add_argument(
-        "--prompt-file",
-        type=Path,
-        metavar="FILE",
-        dest="bench_prompt_file",
-        help="real prompts: JSONL with prompt, text or messages; else one a line",
-    )
-    files.add_argument(
         "--client",
         action="append",
         default=[],
         metavar="FIELD=VALUE,...",
         dest="bench_client",
         help=f"one kind of user of several whose sum is the load; {_CLIENT_FIELDS}",
+    )
+
+
+def _add_prompt_file(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--prompt-file",
+        type=Path,
+        metavar="FILE",
+        dest="bench_prompt_file",
+        help="real prompts: JSONL with prompt, text or messages; else one a line",
     )
 
 
@@ -130,9 +142,6 @@ def _add_fields(parser: argparse.ArgumentParser) -> None:
     )
     fields.add_argument(
         "--extra-body", metavar="JSON", dest="bench_extra_body", help="more fields of the request"
-    )
-    fields.add_argument(
-        "--seed", type=int, default=0, dest="bench_seed", help="of prompts and times"
     )
     fields.add_argument(
         "--gaps", action="store_true", dest="bench_gaps", help="keep every gap in the JSON"

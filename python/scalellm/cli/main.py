@@ -26,6 +26,7 @@ COMMANDS = {
     "doctor": "what this machine has, what would run and how fast, what is missing",
     "config": "show each setting with its origin",
     "bench": "measure an endpoint, the Python API or the kernels",
+    "simulate": "what a shape or a policy would make of a load, without running it",
     "profile": "where the time goes between a request and its tokens",
     "engine": "run one engine replica",
     "keys": "make, list and revoke API keys",

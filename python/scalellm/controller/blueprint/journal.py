@@ -1,0 +1,134 @@
+"""Every decision with its inputs, as JSON lines, so that it can be taken again.
+
+{"journal": 1, "calibration": TOML text, "settings": {...}, "candidates": [[{"tp","count"}], ...]}
+{"signals": {...}, "state": {...}, "decision": {...}}
+...
+"""
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, TextIO
+
+from scalellm.controller.blueprint.cost import Calibration, calibration_toml, parse_calibration
+from scalellm.controller.blueprint.policy import Decision, Settings, State, decide
+from scalellm.controller.blueprint.shape import Blueprint
+from scalellm.controller.blueprint.signals import Signals
+from scalellm.errors import ConfigError
+
+VERSION = 1
+
+
+class Policy:
+    """The policy with its state, each decision written to `journal` if there is one."""
+
+    def __init__(
+        self,
+        calibration: Calibration,
+        settings: Settings,
+        candidates: Sequence[Blueprint],
+        now_s: float,
+        journal: TextIO | None = None,
+    ) -> None:
+        # As the journal's reader will see it: text keeps six digits of a coefficient.
+        text = calibration_toml(calibration)
+        self._calibration = parse_calibration(text, calibration.name)
+        self._settings = settings
+        self._candidates = tuple(candidates)
+        self._state = State(now_s)
+        self._journal = journal
+        self._write(
+            {
+                "journal": VERSION,
+                "calibration": text,
+                "settings": asdict(settings),
+                "candidates": [found.to_json() for found in candidates],
+            }
+        )
+
+    @property
+    def state(self) -> State:
+        return self._state
+
+    def decide(self, signals: Signals) -> Decision:
+        before = self._state
+        decision, self._state = decide(
+            signals, before, self._candidates, self._calibration, self._settings
+        )
+        self._write(
+            {
+                "signals": signals.to_json(),
+                "state": _state_json(before),
+                "decision": decision.to_json(),
+            }
+        )
+        return decision
+
+    def _write(self, record: dict[str, Any]) -> None:
+        if self._journal is not None:
+            self._journal.write(json.dumps(record, separators=(",", ":")) + "\n")
+            self._journal.flush()
+
+
+def replay(path: Path) -> Iterator[tuple[Signals, dict[str, Any], Decision]]:
+    """Take every decision of a journal again: its inputs, what was decided, what is decided now.
+
+    A journal may hold several runs, each with its own head. Raises ConfigError naming the line."""
+    head: tuple[Calibration, Settings, tuple[Blueprint, ...]] | None = None
+    for number, line in _lines(path):
+        try:
+            record = json.loads(line)
+            if "journal" in record:
+                head = _head(record)
+                continue
+            if head is None:
+                raise ValueError("a decision before the journal's head")
+            calibration, settings, candidates = head
+            signals, state = Signals.of_json(record["signals"]), _state(record["state"])
+            told = dict(record["decision"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise ConfigError(f"{path}, line {number}: not of a journal: {error}") from None
+        yield signals, told, decide(signals, state, candidates, calibration, settings)[0]
+
+
+def _lines(path: Path) -> Iterator[tuple[int, str]]:
+    try:
+        with path.open(encoding="utf-8") as file:
+            yield from enumerate(file, start=1)
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: {error}") from None
+
+
+def _head(record: dict[str, Any]) -> tuple[Calibration, Settings, tuple[Blueprint, ...]]:
+    if record["journal"] != VERSION:
+        raise ValueError(f"version {record['journal']}, allowed: {VERSION}")
+    candidates = tuple(Blueprint.of_json(found) for found in record["candidates"])
+    calibration = parse_calibration(record["calibration"], "journal")
+    return calibration, Settings(**record["settings"]), candidates
+
+
+def _state_json(state: State) -> dict[str, Any]:
+    def shape(blueprint: Blueprint | None) -> Any:
+        return None if blueprint is None else blueprint.to_json()
+
+    return {
+        "since_s": state.since_s,
+        "left": shape(state.left),
+        "candidate": shape(state.candidate),
+        "candidate_since_s": state.candidate_since_s,
+        "factors": {str(tp): value for tp, value in state.factors.items()},
+    }
+
+
+def _state(found: dict[str, Any]) -> State:
+    def shape(groups: Any) -> Blueprint | None:
+        return None if groups is None else Blueprint.of_json(groups)
+
+    return State(
+        found["since_s"],
+        shape(found["left"]),
+        shape(found["candidate"]),
+        found["candidate_since_s"],
+        {int(tp): value for tp, value in found["factors"].items()},
+    )

@@ -1,0 +1,207 @@
+"""Stay, or switch to another blueprint: a pure function of signals, costs and its own state.
+
+    signals --> demand --> outlook of each blueprint --> score by the objective --> gain of the best
+                                                                                      |
+    stay, unless the gain                                                             |
+      is more than `hysteresis`                                  <-------------------'
+      repays the switch: gain * horizon > what the switch takes, the re-computed context included
+      has lasted `confirm_s`, the less the larger it is,
+      and the present blueprint has stood for `min_stay_s`
+
+A switch back to the blueprint that was left last must bring twice the gain, so that a load right at
+the crossover moves the deployment once and not to and fro.
+
+Scores, of which a gain is the relative improvement:
+    latency      time a token of a mean request takes, TTFT included, a growing queue as well
+    throughput   requests a second of a closed loop of as many as are there now
+    slo          expected share of requests that meet the objectives; a gain is the absolute one,
+                 but where hardly any would meet them, how much nearer they come
+Measured TTFT and TBT correct the prediction: each shape has a factor that follows its measured TBT
+slowly; a shape that never ran is taken to be as far off as the others.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+from scalellm.controller.blueprint.cost import Calibration
+from scalellm.controller.blueprint.predict import Demand, Outlook, predict
+from scalellm.controller.blueprint.shape import Blueprint
+from scalellm.controller.blueprint.signals import Signals
+
+Objective = Literal["latency", "throughput", "slo"]
+OBJECTIVES: tuple[Objective, ...] = ("latency", "throughput", "slo")
+_SHARPNESS = 8.0  # how fast the share that meets an objective falls around it
+_FEW = 0.5  # share of requests that meet the objectives, below which distance counts
+_FOLLOW = 0.1  # weight of a measured TBT against those before
+_FACTORS = (0.25, 4.0)  # beyond, a measurement is not believed
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """What the policy wants and how reluctant it is."""
+
+    objective: Objective = "latency"
+    ttft_slo_ms: float = 1000.0
+    tbt_slo_ms: float = 50.0
+    hysteresis: float = 0.1
+    min_stay_s: float = 30.0
+    confirm_s: float = 5.0
+    horizon_s: float = 60.0  # for which the present load is taken to last
+    drain_s: float = 10.0  # in which what waits now should be gone
+
+
+@dataclass(frozen=True, slots=True)
+class State:
+    """What the policy remembers from one decision to the next."""
+
+    since_s: float  # of the present blueprint
+    left: Blueprint | None = None  # where it was before
+    candidate: Blueprint | None = None
+    candidate_since_s: float = 0.0
+    factors: Mapping[int, float] = field(default_factory=dict)  # by tp: measured / predicted
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """What to do, and the figures behind it."""
+
+    blueprint: Blueprint  # to have from now on
+    switch: bool
+    reason: str
+    gain: float  # of the best over the present one
+    scores: tuple[tuple[Blueprint, float], ...]
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "blueprint": self.blueprint.to_json(),
+            "switch": self.switch,
+            "reason": self.reason,
+            "gain": round(self.gain, 6),
+            "scores": [[str(blueprint), round(score, 6)] for blueprint, score in self.scores],
+        }
+
+
+def decide(
+    signals: Signals,
+    state: State,
+    candidates: Sequence[Blueprint],
+    calibration: Calibration,
+    settings: Settings,
+) -> tuple[Decision, State]:
+    """The decision for this moment, and the state for the next one."""
+    present = signals.blueprint
+    if not signals.prompt_tokens or signals.output_tokens <= 0:
+        return _stay(present, "nothing was measured yet"), replace(state, candidate=None)
+    demand = demand_of(signals, settings)
+    outlooks = {
+        blueprint: predict(blueprint, demand, calibration, settings.horizon_s)
+        for blueprint in dict.fromkeys((*candidates, present))
+    }
+    state = replace(state, factors=_follow(state.factors, signals, outlooks[present]))
+    scores = {
+        blueprint: _score(_corrected(outlook, blueprint, state.factors), demand, settings)
+        for blueprint, outlook in outlooks.items()
+    }
+    best = max(candidates, key=lambda blueprint: scores[blueprint])
+    gain = _gain(scores[best], scores[present], settings.objective)
+    decision = Decision(present, False, "", gain, tuple(scores.items()))
+    if best == present:
+        return replace(decision, reason="it is the best"), replace(state, candidate=None)
+    needed = max(settings.hysteresis, _switch_s(best, signals, calibration) / settings.horizon_s)
+    if best == state.left:
+        needed *= 2
+    if gain <= needed:
+        reason = f"{best} would gain {gain:.1%}, a switch needs {needed:.1%}"
+        return replace(decision, reason=reason), replace(state, candidate=None)
+    if state.candidate != best:
+        state = replace(state, candidate=best, candidate_since_s=signals.now_s)
+    # Where a deployment begins was nobody's decision: the first switch need not wait.
+    min_stay_s = 0.0 if state.left is None else settings.min_stay_s
+    for name, since_s, least_s in (
+        ("the gain has lasted", state.candidate_since_s, settings.confirm_s * needed / gain),
+        ("this blueprint has stood", state.since_s, min_stay_s),
+    ):
+        if signals.now_s - since_s < least_s:
+            reason = f"{name} for {signals.now_s - since_s:.1f} s of {least_s:.1f}"
+            return replace(decision, reason=reason), state
+    reason = f"gains {gain:.1%}, needed {needed:.1%}"
+    after = State(signals.now_s, left=present, factors=state.factors)
+    return replace(decision, blueprint=best, switch=True, reason=reason), after
+
+
+def demand_of(signals: Signals, settings: Settings) -> Demand:
+    """The load to be carried: what arrives, and what waits to be gone within `drain_s`."""
+    return Demand(
+        signals.arrivals_s + signals.waiting / settings.drain_s,
+        signals.running + signals.waiting,
+        signals.waiting,
+        signals.prompt_tokens,
+        max(1.0, signals.output_tokens),
+    )
+
+
+def _stay(present: Blueprint, reason: str) -> Decision:
+    return Decision(present, False, reason, 0.0, ())
+
+
+def _switch_s(target: Blueprint, signals: Signals, calibration: Calibration) -> float:
+    """The pause, and computing the running requests' context again on the new shape."""
+    context = signals.prompt_tokens[len(signals.prompt_tokens) // 2] + signals.output_tokens / 2
+    again_ms = [
+        calibration.shapes[group.tp].cost.prompt_ms(context) / group.count
+        for group in target.groups
+    ]
+    return (calibration.switch_ms + signals.running * min(again_ms)) / 1e3
+
+
+def _score(outlook: Outlook, demand: Demand, settings: Settings) -> float:
+    """Higher is better; see the top of the file."""
+    if settings.objective == "throughput":
+        return outlook.requests_s
+    if settings.objective == "latency":
+        return -outlook.request_ms(demand.output_tokens) / demand.output_tokens
+    tbt = _met(outlook.tbt_ms / settings.tbt_slo_ms)
+    ttft = [_met(value / settings.ttft_slo_ms) for value in outlook.ttft_ms]
+    return tbt * sum(ttft) / len(ttft)
+
+
+def _met(ratio: float) -> float:
+    """Share of requests that meet an objective whose typical value is `ratio` of it."""
+    return 1.0 / (1.0 + math.pow(min(ratio, 1e3), _SHARPNESS))
+
+
+def _gain(best: float, present: float, objective: Objective) -> float:
+    if objective == "slo":
+        nearer = 1.0 - math.pow(present / best, 1.0 / _SHARPNESS) if best < _FEW else 0.0
+        return max(best - present, nearer)
+    if objective == "latency":
+        return 1.0 - best / present  # both negative times
+    return best / present - 1.0
+
+
+def _follow(factors: Mapping[int, float], signals: Signals, outlook: Outlook) -> dict[int, float]:
+    """Factors with the measured TBT of the present shape; nothing of a mix, whose parts differ."""
+    if signals.tbt_ms is None or len(signals.blueprint.groups) != 1:
+        return dict(factors)
+    measured = signals.tbt_ms / outlook.tbt_ms
+    low, high = _FACTORS
+    if not (math.isfinite(measured) and low <= measured <= high):
+        return dict(factors)
+    tp = signals.blueprint.groups[0].tp
+    before = factors.get(tp, 1.0)
+    return {**factors, tp: before + _FOLLOW * (measured - before)}
+
+
+def _corrected(outlook: Outlook, blueprint: Blueprint, factors: Mapping[int, float]) -> Outlook:
+    known = list(factors.values())
+    others = sum(known) / len(known) if known else 1.0
+    parts = [(group.devices, factors.get(group.tp, others)) for group in blueprint.groups]
+    factor = sum(devices * value for devices, value in parts) / blueprint.devices
+    return replace(
+        outlook,
+        ttft_ms=tuple(value * factor for value in outlook.ttft_ms),
+        tbt_ms=outlook.tbt_ms * factor,
+        requests_s=outlook.requests_s / factor,
+    )

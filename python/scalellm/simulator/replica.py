@@ -1,0 +1,122 @@
+"""One replica: the engine's scheduler and cache, and a clock where the engine has a worker.
+
+            submit                     schedule, or a stretch
+    idle -----------> at a boundary ----------------------------> busy until `ends_ms`
+      ^                   ^   | nothing to do                        |
+      |                   |   |                                      |
+      '-------------------+---'            finish_work <-------------'
+
+What is busy cannot be changed, except that a stretch ends with the step in which somebody arrives.
+"""
+
+import math
+from collections.abc import Sequence
+
+from scalellm.controller.blueprint.cost import ShapeCost
+from scalellm.engine.kv_cache import KVCache
+from scalellm.engine.request import Request
+from scalellm.engine.step import Limits, Output, Step
+from scalellm.errors import EngineError
+from scalellm.simulator.step_time import CalibratedStepTime
+from scalellm.simulator.stretch import Stretch, StretchScheduler, sampled_id
+
+
+class SimulatedReplica:
+    """Times in milliseconds of simulated time."""
+
+    def __init__(
+        self, shape: ShapeCost, *, prefix_caching: bool = False, exact: bool = False
+    ) -> None:
+        """`exact` computes every step by itself, none in closed form."""
+        self.shape = shape
+        limits = Limits(
+            max_num_seqs=shape.max_num_seqs,
+            max_num_batched_tokens=max(shape.max_num_batched_tokens, shape.max_num_seqs),
+            max_model_len=shape.max_model_len,
+            step_budget_ms=shape.step_budget_ms,
+        )
+        blocks = max(1, shape.kv_tokens // shape.block_size)
+        kv = KVCache(blocks, shape.block_size, prefix_caching)
+        self.scheduler = StretchScheduler(limits, kv, CalibratedStepTime(shape.cost))
+        self.ends_ms = math.inf  # of the work in progress; infinite while idle
+        self.busy_ms = 0.0
+        self.steps = 0
+        self.step_ms = 0.0  # of the last step that ended
+        self._exact = exact
+        self._step: Step | None = None
+        self._stretch: Stretch | None = None
+        self._started_ms = 0.0
+
+    @property
+    def is_idle(self) -> bool:
+        return self._step is None and self._stretch is None
+
+    def submit(self, request: Request, now_ms: float) -> list[Output]:
+        """Queue a request; an idle replica begins at once. Returns what ended by being refused."""
+        self.interrupt(now_ms)
+        self.scheduler.add(request, microseconds(now_ms))
+        if self.is_idle:
+            self._begin(now_ms)
+            return self.scheduler.take_outputs()
+        return []
+
+    def interrupt(self, now_ms: float) -> None:
+        """Let a stretch end with the step that runs at `now_ms`."""
+        if self._stretch is not None:
+            stretch = self._stretch
+            steps = stretch.begun_by(now_ms)
+            self._stretch = Stretch(stretch.start_ms, steps, stretch.first_ms, stretch.slope_ms)
+            self.ends_ms = self._stretch.end_ms()
+
+    def finish_work(self) -> list[Output]:
+        """End the work in progress at `ends_ms` and begin the next. Returns what came of it."""
+        now_ms = self.ends_ms
+        self._end(now_ms)
+        outputs = self.scheduler.take_outputs()
+        self._begin(now_ms)
+        return outputs + self.scheduler.take_outputs()
+
+    def stop(self) -> tuple[list[Output], list[Request]]:
+        """End the work in progress at `ends_ms` for good: what came of it, and what is left."""
+        if not self.is_idle:
+            self._end(self.ends_ms)
+        self.ends_ms = math.inf
+        return self.scheduler.take_outputs(), list(self.scheduler.requests.values())
+
+    def _begin(self, now_ms: float) -> None:
+        scheduler = self.scheduler
+        self._started_ms = now_ms
+        self.ends_ms = math.inf
+        if not self._exact:
+            self._stretch = scheduler.stretch(now_ms, self.shape.cost)
+            if self._stretch is not None:
+                self.ends_ms = self._stretch.end_ms()
+                return
+        step = scheduler.schedule(microseconds(now_ms))
+        if step.keys:
+            self._step = step
+            self.ends_ms = now_ms + step.predicted_ms
+        elif scheduler.requests:
+            raise EngineError("the scheduler has requests and gives none of them work")
+
+    def _end(self, now_ms: float) -> None:
+        scheduler, step, stretch = self.scheduler, self._step, self._stretch
+        self._step = self._stretch = None
+        self.busy_ms += now_ms - self._started_ms
+        if step is not None:
+            self.steps += 1
+            self.step_ms = step.predicted_ms
+            scheduler.update(step, _sampled(scheduler, step), microseconds(now_ms))
+        elif stretch is not None:
+            self.steps += stretch.steps
+            self.step_ms = stretch.end_ms() - stretch.end_ms(stretch.steps - 1)
+            scheduler.advance(stretch.steps, microseconds(now_ms))
+
+
+def _sampled(scheduler: StretchScheduler, step: Step) -> Sequence[int]:
+    return [sampled_id(scheduler.requests[key]) for key in step.keys]
+
+
+def microseconds(now_ms: float) -> int:
+    """As the scheduler counts; it takes 0 for "never"."""
+    return max(1, round(now_ms * 1e3))
