@@ -118,34 +118,6 @@ fn the_digest_is_of_the_file_that_decides_the_ids() {
     assert_eq!(tokenizer_digest(abc.path()).unwrap(), known);
 }
 
-/// Nanoseconds that this thread has run: unlike the wall's clock, no other process lengthens them.
-#[cfg(target_os = "linux")]
-fn thread_ns() -> u64 {
-    let times = std::fs::read_to_string("/proc/thread-self/schedstat").unwrap();
-    times.split(' ').next().unwrap().parse().unwrap()
-}
-
-#[cfg(target_os = "linux")]
-#[test]
-fn a_giant_word_takes_time_in_proportion() {
-    for trained in TRAINED.iter() {
-        let time = |bytes: usize| {
-            let word = "straßenbahn".repeat(bytes / 12);
-            let start = thread_ns();
-            assert!(!trained.model.encode(&word, false).unwrap().is_empty());
-            thread_ns() - start
-        };
-        time(1000);
-        let (small, large) = (time(25_000), time(200_000));
-        // Quadratic work would be 64 times as much.
-        assert!(
-            large < small * 40,
-            "{}: {small} to {large} ns",
-            trained.name
-        );
-    }
-}
-
 #[test]
 fn text_above_the_limit_is_refused() {
     let text = "a".repeat(MAX_TEXT_BYTES + 1);
