@@ -20,7 +20,10 @@ pub mod proto {
 }
 
 pub use address::{Address, AddressError};
-pub use client::{Replica, ReplicaConfig, ReplicaState, RequestStream, StreamError, SubmitError};
+pub use client::{
+    BlockHash, KvSink, Replica, ReplicaConfig, ReplicaState, RequestStream, StreamError,
+    SubmitError,
+};
 pub use listener::{
     Command, EngineHandle, EngineInfo, Listener, ListenerConfig, StepOutput, Submission,
 };

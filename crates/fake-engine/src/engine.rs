@@ -8,10 +8,13 @@ use std::thread;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use scalellm_engine_link::{
-    Address, Command, EngineHandle, Listener, ListenerConfig, StepOutput, Submission, proto,
+    Address, BlockHash, Command, EngineHandle, Listener, ListenerConfig, StepOutput, Submission,
+    proto,
 };
+use scalellm_routing::block_hashes;
 
 use crate::babbler;
+use crate::prefix_cache::PrefixCache;
 use crate::sequence::{Sequence, computing};
 use crate::settings::{Garbage, Refuse, Settings};
 
@@ -142,6 +145,9 @@ struct Loop {
     /// The running ones by time.
     due: BTreeSet<(Instant, u64)>,
     waiting: VecDeque<Submission>,
+    prefixes: PrefixCache,
+    /// When the prompts that were taken in will have been computed.
+    prompts_until: Instant,
     steps: u64,
     outputs: u64,
     /// When the last step ended, or when it first had something to do after that.
@@ -150,12 +156,15 @@ struct Loop {
 
 impl Loop {
     fn new(settings: Settings, handle: EngineHandle) -> Self {
+        let prefixes = PrefixCache::new(settings.num_blocks as usize);
         Self {
             settings,
             handle,
             running: HashMap::new(),
             due: BTreeSet::new(),
             waiting: VecDeque::new(),
+            prefixes,
+            prompts_until: Instant::now(),
             steps: 0,
             outputs: 0,
             step_began_us: 0,
@@ -176,7 +185,11 @@ impl Loop {
                         self.handle
                             .answer_calibrate(ticket, vec![step_ms; shapes.len()]);
                     }
-                    Command::KvSnapshot => self.handle.emit_kv(Vec::new(), Vec::new(), true),
+                    Command::KvSnapshot => {
+                        self.tell_changes();
+                        let all = self.prefixes.snapshot();
+                        self.handle.emit_kv(all, Vec::new(), true);
+                    }
                     Command::Drain => {}
                     Command::Stop => return End::Stopped,
                 }
@@ -209,13 +222,52 @@ impl Loop {
                 break;
             };
             let key = submission.key;
-            let now_us = unix_us();
+            let (now, now_us) = (Instant::now(), unix_us());
             if self.running.is_empty() {
                 self.step_began_us = now_us;
             }
-            let sequence = Sequence::new(submission, Instant::now() + self.settings.ttft(), now_us);
+            let sequence = self.begin(submission, now, now_us);
             self.due.insert((sequence.due, key));
             self.running.insert(key, sequence);
+        }
+    }
+
+    /// Puts a prompt behind those that are being computed.
+    fn begin(&mut self, submission: Submission, now: Instant, now_us: u64) -> Sequence {
+        let submit = &submission.submit;
+        let hashes = self.hashes(&submit.prompt_ids, &submit.cache_salt);
+        let most = submit.prompt_tokens.saturating_sub(1);
+        let cached_tokens = if self.settings.prefix_cache {
+            let blocks = u32::try_from(self.prefixes.leading(&hashes)).unwrap_or(u32::MAX);
+            blocks.saturating_mul(self.settings.block_size)
+        } else {
+            self.settings.cached_tokens
+        }
+        .min(most);
+        let begin = self.prompts_until.max(now);
+        self.prompts_until = begin + self.settings.prefill(submit.prompt_tokens - cached_tokens);
+        let waits_us = u64::try_from((begin - now).as_micros()).unwrap_or(u64::MAX);
+        Sequence::new(
+            submission,
+            self.prompts_until + self.settings.ttft(),
+            now_us,
+            now_us.saturating_add(waits_us),
+            hashes,
+            cached_tokens,
+        )
+    }
+
+    fn hashes(&self, ids: &[u32], salt: &[u8]) -> Vec<BlockHash> {
+        if self.settings.prefix_cache {
+            block_hashes(ids, self.settings.block_size as usize, salt)
+        } else {
+            Vec::new()
+        }
+    }
+
+    fn tell_changes(&mut self) {
+        if let Some((stored, removed)) = self.prefixes.take_changes() {
+            self.handle.emit_kv(stored, removed, false);
         }
     }
 
@@ -248,12 +300,19 @@ impl Loop {
                 continue;
             };
             self.due.remove(&(sequence.due, key));
+            if sequence.is_first() {
+                self.prefixes.store(&sequence.hashes);
+            }
             let output = sequence.step(&self.settings, now_us);
             if output.finish_reason == proto::FinishReason::Unspecified as i32 {
                 // From the time it was due, so that lateness does not add up.
-                sequence.due += self.settings.tbt();
+                sequence.due += self.settings.tbt(self.running.len());
                 self.due.insert((sequence.due, key));
                 self.running.insert(key, sequence);
+            } else if self.settings.prefix_cache {
+                let ids = sequence.all_ids(&self.settings);
+                let salt = &sequence.submission.submit.cache_salt;
+                self.prefixes.store(&self.hashes(&ids, salt));
             }
             outputs.push(StepOutput { key, output });
         }
@@ -265,6 +324,7 @@ impl Loop {
         }
         let load = self.load();
         self.handle.emit(outputs, load);
+        self.tell_changes();
         any
     }
 
@@ -300,10 +360,9 @@ impl Loop {
             .running
             .values()
             .filter(|sequence| sequence.is_first())
-            .map(|sequence| &sequence.submission);
-        let backlog = first
-            .chain(&self.waiting)
-            .map(|submission| u64::from(submission.submit.prompt_tokens));
+            .map(Sequence::uncached_tokens);
+        let waiting = self.waiting.iter().map(|s| s.submit.prompt_tokens);
+        let backlog = first.chain(waiting).map(u64::from);
         proto::Load {
             running: numbers.running.unwrap_or_else(|| count(self.running.len())),
             waiting: numbers.waiting.unwrap_or_else(|| count(self.waiting.len())),
@@ -314,6 +373,7 @@ impl Loop {
             kv_blocks_total: self.settings.num_blocks,
             step_ms: numbers.step_ms.unwrap_or(self.settings.tbt_ms as f32),
             steps: self.steps,
+            step_cost: self.settings.step_cost(),
             ..proto::Load::default()
         }
     }

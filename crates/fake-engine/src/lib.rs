@@ -6,6 +6,7 @@
 mod babbler;
 mod endpoint;
 mod engine;
+mod prefix_cache;
 mod sequence;
 mod settings;
 

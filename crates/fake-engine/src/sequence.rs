@@ -2,7 +2,7 @@
 
 use std::time::Instant;
 
-use scalellm_engine_link::{Submission, proto};
+use scalellm_engine_link::{BlockHash, Submission, proto};
 
 use crate::settings::{Garbage, Output, Settings};
 
@@ -10,6 +10,9 @@ pub(crate) struct Sequence {
     pub(crate) submission: Submission,
     /// When its next output is due.
     pub(crate) due: Instant,
+    /// Of the prompt's blocks, where they are remembered.
+    pub(crate) hashes: Vec<BlockHash>,
+    cached_tokens: u32,
     /// Ids given, those of earlier attempts included.
     given: u32,
     outputs: u32,
@@ -17,16 +20,26 @@ pub(crate) struct Sequence {
 }
 
 impl Sequence {
-    pub(crate) fn new(submission: Submission, due: Instant, now_us: u64) -> Self {
+    /// `queued_us` and `scheduled_us` are Unix times, the latter when its prompt is begun with.
+    pub(crate) fn new(
+        submission: Submission,
+        due: Instant,
+        queued_us: u64,
+        scheduled_us: u64,
+        hashes: Vec<BlockHash>,
+        cached_tokens: u32,
+    ) -> Self {
         let given = u32::try_from(submission.submit.resume_ids.len()).unwrap_or(u32::MAX);
         let times = proto::StageTimes {
-            queued_us: now_us,
-            first_scheduled_us: now_us,
+            queued_us,
+            first_scheduled_us: scheduled_us,
             ..proto::StageTimes::default()
         };
         Self {
             submission,
             due,
+            hashes,
+            cached_tokens,
             given,
             outputs: 0,
             times,
@@ -39,6 +52,21 @@ impl Sequence {
             .submit
             .prompt_tokens
             .saturating_add(self.given)
+    }
+
+    /// Prompt tokens that are to be computed.
+    pub(crate) fn uncached_tokens(&self) -> u32 {
+        self.submission
+            .submit
+            .prompt_tokens
+            .saturating_sub(self.cached_tokens)
+    }
+
+    /// Prompt and output, as far as it was given.
+    pub(crate) fn all_ids(&self, settings: &Settings) -> Vec<u32> {
+        let submit = &self.submission.submit;
+        let output = (0..self.given).map(|at| next_id(submit, settings, at));
+        submit.prompt_ids.iter().copied().chain(output).collect()
     }
 
     pub(crate) fn is_first(&self) -> bool {
@@ -74,9 +102,7 @@ impl Sequence {
         if self.outputs == 1 {
             self.times.first_token_us = now_us;
             self.times.prefill = computing(self.times.first_scheduled_us, now_us);
-            output.cached_tokens = settings
-                .cached_tokens
-                .min(submit.prompt_tokens.saturating_sub(1));
+            output.cached_tokens = self.cached_tokens;
             output.times = Some(self.times.clone());
             if let Some(count) = submit.prompt_logprobs {
                 output.prompt_logprobs =

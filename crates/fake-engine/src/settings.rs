@@ -27,13 +27,19 @@ pub struct Settings {
     pub ttft_ms: f64,
     /// From one output of a request to its next.
     pub tbt_ms: f64,
+    /// Prompts are computed one after the other, each token that is not cached taking so long.
+    pub prefill_ms_per_token: f64,
+    /// Added to `tbt_ms` for every running request.
+    pub tbt_ms_per_request: f64,
+    /// Remembers the beginnings of what it computed, `num_blocks` of them, and tells of it in KV events.
+    pub prefix_cache: bool,
     /// Ids in one output.
     pub tokens_per_step: u32,
     /// Ends every request after this many ids, whatever it asked for.
     pub max_tokens: Option<u32>,
     /// Ends with an end-of-sequence id after this many ids, unless the request ignores it.
     pub eos_after: Option<u32>,
-    /// Prompt ids that are said to come from the prefix cache, at most all but one.
+    /// Prompt ids that are said to come from the prefix cache, at most all but one; with `prefix_cache` what does.
     pub cached_tokens: u32,
     pub output: Output,
     pub load: LoadNumbers,
@@ -119,6 +125,9 @@ impl Default for Settings {
             eos_token_ids: vec![0],
             ttft_ms: 0.0,
             tbt_ms: 0.0,
+            prefill_ms_per_token: 0.0,
+            tbt_ms_per_request: 0.0,
+            prefix_cache: false,
             tokens_per_step: 1,
             max_tokens: None,
             eos_after: None,
@@ -151,7 +160,12 @@ impl Settings {
     }
 
     pub fn check(&self) -> Result<(), BadSettings> {
-        for (field, ms) in [("ttft_ms", self.ttft_ms), ("tbt_ms", self.tbt_ms)] {
+        for (field, ms) in [
+            ("ttft_ms", self.ttft_ms),
+            ("tbt_ms", self.tbt_ms),
+            ("prefill_ms_per_token", self.prefill_ms_per_token),
+            ("tbt_ms_per_request", self.tbt_ms_per_request),
+        ] {
             if !(0.0..=86_400_000.0).contains(&ms) {
                 return Err(BadSettings(format!(
                     "{field} is {ms}; allowed is 0 to 86400000"
@@ -205,8 +219,22 @@ impl Settings {
         Duration::from_secs_f64(self.ttft_ms / 1e3)
     }
 
-    pub(crate) fn tbt(&self) -> Duration {
-        Duration::from_secs_f64(self.tbt_ms / 1e3)
+    pub(crate) fn tbt(&self, running: usize) -> Duration {
+        Duration::from_secs_f64((self.tbt_ms + self.tbt_ms_per_request * running as f64) / 1e3)
+    }
+
+    pub(crate) fn prefill(&self, tokens: u32) -> Duration {
+        Duration::from_secs_f64(self.prefill_ms_per_token * f64::from(tokens) / 1e3)
+    }
+
+    /// As an engine that measures itself would say it; none for one whose prompts cost nothing.
+    pub(crate) fn step_cost(&self) -> Option<proto::StepCost> {
+        (self.prefill_ms_per_token > 0.0).then(|| proto::StepCost {
+            fixed_ms: self.tbt_ms as f32,
+            token_ms: self.prefill_ms_per_token as f32,
+            attended_ms: 0.0,
+            request_ms: (self.tbt_ms_per_request - self.prefill_ms_per_token).max(0.0) as f32,
+        })
     }
 }
 

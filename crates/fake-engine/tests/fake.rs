@@ -426,3 +426,42 @@ async fn wrong_settings_and_taken_addresses_are_errors() {
     assert_eq!(error.kind(), std::io::ErrorKind::InvalidInput);
     engine.stop();
 }
+
+#[tokio::test]
+async fn prompts_are_computed_one_after_the_other_and_remembered() {
+    let engine = start(Settings {
+        prefill_ms_per_token: 2.0,
+        block_size: 4,
+        prefix_cache: true,
+        ..Settings::default()
+    });
+    let replica = connect(&engine).await;
+    let prompt = |first: u32| Submit {
+        prompt_ids: (first..first + 20).collect(),
+        ..submit(3)
+    };
+    let took_us = |output: proto::Output| {
+        let times = output.times.expect("times");
+        times.first_token_us - times.queued_us
+    };
+    let both = [
+        replica.submit(prompt(100)).expect("submitted"),
+        replica.submit(prompt(200)).expect("submitted"),
+    ];
+    let mut ends = Vec::new();
+    for stream in both {
+        ends.push(finish(stream).await.1);
+    }
+    assert!(ends.iter().all(|end| took_us(end.clone()) >= 40_000));
+    assert!(ends.iter().any(|end| took_us(end.clone()) >= 75_000));
+    let mut again = replica.submit(prompt(100)).expect("submitted");
+    let first = next(&mut again).await.expect("one").expect("an output");
+    assert_eq!(
+        first.cached_tokens, 19,
+        "all but one of the prompt's tokens"
+    );
+    let load = replica.load();
+    let token_ms = load.step_cost.expect("a cost").token_ms;
+    assert!((token_ms - 2.0).abs() < 1e-6);
+    replica.shutdown().await;
+}

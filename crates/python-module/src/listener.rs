@@ -379,6 +379,7 @@ fn to_load(load: &Bound<'_, PyTuple>) -> PyResult<proto::Load> {
         preemptions,
         prefix_hit_tokens,
         prefix_query_tokens,
+        (fixed_ms, token_ms, attended_ms, request_ms),
     ) = load.extract()?;
     Ok(proto::Load {
         running,
@@ -392,6 +393,12 @@ fn to_load(load: &Bound<'_, PyTuple>) -> PyResult<proto::Load> {
         preemptions,
         prefix_hit_tokens,
         prefix_query_tokens,
+        step_cost: Some(proto::StepCost {
+            fixed_ms,
+            token_ms,
+            attended_ms,
+            request_ms,
+        }),
         ..proto::Load::default()
     })
 }

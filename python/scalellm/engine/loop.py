@@ -346,6 +346,7 @@ class EngineLoop:
             scheduler.num_preemptions,
             scheduler.prefix_hit_tokens,
             scheduler.prefix_query_tokens,
+            scheduler.step_time.coefficients,
         )
         self._listener.emit(outputs, load)
         self._emit_kv()

@@ -107,6 +107,7 @@ class Request:
     num_cached_blocks: int = field(
         default=0, init=False
     )  # leading blocks known to the prefix cache
+    uncached_tokens: int = field(default=0, init=False)  # to compute, when it was queued last
     reserved_blocks: int = field(default=0, init=False)  # still promised to a protected request
     prompt_logprobs_done: int = field(default=0, init=False)  # leading prompt positions answered
     cached_tokens: int = field(default=0, init=False)  # of the prompt, at the first admission

@@ -71,7 +71,8 @@ class Scheduler:
 
     @property
     def backlog_tokens(self) -> int:
-        """Tokens accepted and not yet computed, without those that running streams sample next."""
+        """Tokens accepted and neither computed nor cached, those that running streams sample next
+        not among them."""
         left = (request.num_tokens - request.num_computed_tokens for request in self._running)
         return self._waiting.num_tokens + sum(tokens for tokens in left if tokens > 1)
 
@@ -96,7 +97,7 @@ class Scheduler:
                 request.block_hashes, request.token_ids, self.kv.block_size, request.cache_salt
             )
         self._deadlines.add(request)
-        self._waiting.push(request)
+        self._enqueue(request)
 
     def _refusal(self, request: Request) -> str | None:
         if not request.prompt_ids:
@@ -296,7 +297,12 @@ class Scheduler:
             plan.admitted.append(request.key)
             self._append_chunk(request, plan, now_us)
         for request in deferred:
-            self._waiting.push(request)
+            self._enqueue(request)
+
+    def _enqueue(self, request: Request) -> None:
+        matched = len(self._match(request)) * self.kv.block_size
+        request.uncached_tokens = request.num_tokens - matched
+        self._waiting.push(request)
 
     def _match(self, request: Request) -> list[int]:
         """Cached blocks of the request's beginning, at least one token left to compute."""
@@ -395,7 +401,7 @@ class Scheduler:
         request.num_computed_tokens = 0
         request.preemptions += 1
         request.status = Status.WAITING
-        self._waiting.push(request)
+        self._enqueue(request)
         self.num_preemptions += 1
         plan.preempted.append(request.key)
 

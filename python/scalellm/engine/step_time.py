@@ -44,8 +44,10 @@ class StepTime:
         self._largest_tokens = 0
 
     @property
-    def coefficients(self) -> tuple[float, ...]:
-        return tuple(self._coefficients)
+    def coefficients(self) -> tuple[float, float, float, float]:
+        """(c0, c1, c2, c3); all zero before the first observation."""
+        fixed, token, attended, span = self._coefficients
+        return fixed, token, attended, span
 
     def observe(self, shape: StepShape, elapsed_ms: float) -> None:
         """Learn from a measured step. Times that cannot be are ignored."""

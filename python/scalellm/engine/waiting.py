@@ -18,7 +18,7 @@ class WaitingQueue:
     def __init__(self) -> None:
         self._heap: list[tuple[int, int, int]] = []
         self._requests: dict[int, Request] = {}
-        self.num_tokens = 0  # of the queued requests, to be computed
+        self.num_tokens = 0  # of the queued requests, to be computed: not cached when they came
 
     def __len__(self) -> int:
         return len(self._requests)
@@ -28,7 +28,7 @@ class WaitingQueue:
 
     def push(self, request: Request) -> None:
         self._requests[request.key] = request
-        self.num_tokens += request.num_tokens
+        self.num_tokens += request.uncached_tokens
         heapq.heappush(self._heap, request.order)
 
     def peek(self) -> Request | None:
@@ -43,7 +43,7 @@ class WaitingQueue:
         """Take a request out wherever it stands; nothing happens if it is not queued."""
         if self._requests.pop(request.key, None) is None:
             return
-        self.num_tokens -= request.num_tokens
+        self.num_tokens -= request.uncached_tokens
         if self._heap[0][2] == request.key:
             heapq.heappop(self._heap)
         elif len(self._heap) > 2 * len(self._requests) + _SLACK:

@@ -20,7 +20,7 @@ INFO: dict[str, Any] = {
     "epoch": 5,
     "eos_token_ids": [1, 2],
 }
-LOAD = (0, 0, 0, 0, 0, 1.0, 0.5, 0, 0, 0, 0)
+LOAD = (0, 0, 0, 0, 0, 1.0, 0.5, 0, 0, 0, 0, (1.0, 0.1, 0.0, 0.2))
 
 
 @pytest.fixture
@@ -128,7 +128,7 @@ def test_outputs_of_unknown_requests_fall_away(listener: _core.EngineListener) -
     [
         ([(1, [2])], LOAD, "9 items"),
         ([(1, [2], "bad", 0, None, None, None, None, None)], LOAD, "allowed are eos"),
-        ([], LOAD[:3], "length 11"),
+        ([], LOAD[:3], "length 12"),
     ],
 )
 def test_a_malformed_step_is_an_error(

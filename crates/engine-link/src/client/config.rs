@@ -27,8 +27,6 @@ pub struct ReplicaConfig {
     /// Acknowledge at the latest after this many frames, or this long.
     pub ack_frames: u64,
     pub ack_interval: Duration,
-    /// Follow the engine's prefix cache (see [`super::Replica::cached_prefix_blocks`]).
-    pub kv_events: bool,
 }
 
 impl Default for ReplicaConfig {
@@ -47,7 +45,6 @@ impl Default for ReplicaConfig {
             max_frame_bytes: 256 << 20,
             ack_frames: 32,
             ack_interval: Duration::from_millis(100),
-            kv_events: false,
         }
     }
 }

@@ -11,6 +11,7 @@ mod stream;
 mod table;
 
 pub use config::ReplicaConfig;
+pub use kv_view::{BlockHash, KvSink};
 pub use replica::{Replica, ReplicaState};
 pub use stream::{RequestStream, StreamError};
 pub use table::SubmitError;

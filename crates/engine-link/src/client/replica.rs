@@ -10,6 +10,7 @@ use tokio::task::JoinHandle;
 
 use super::config::ReplicaConfig;
 use super::connect::{full_message, open};
+use super::kv_view::KvSink;
 use super::session::SessionTask;
 use super::shared::Shared;
 use super::stream::RequestStream;
@@ -52,8 +53,25 @@ const GOODBYE: Duration = Duration::from_millis(500);
 impl Replica {
     /// Returns at once and connects in the background, for ever. Must be called inside a tokio runtime.
     pub fn start(address: Address, config: ReplicaConfig) -> Arc<Replica> {
+        Replica::connect(address, config, None)
+    }
+
+    /// The same, and tells `sink` what the engine's prefix cache holds.
+    pub fn start_following(
+        address: Address,
+        config: ReplicaConfig,
+        sink: Arc<dyn KvSink>,
+    ) -> Arc<Replica> {
+        Replica::connect(address, config, Some(sink))
+    }
+
+    fn connect(
+        address: Address,
+        config: ReplicaConfig,
+        sink: Option<Arc<dyn KvSink>>,
+    ) -> Arc<Replica> {
         let (stop, stopped) = watch::channel(false);
-        let shared = Shared::new(address, config);
+        let shared = Shared::new(address, config, sink);
         let tasks = (0..shared.tables.len())
             .map(|slot| tokio::spawn(SessionTask::new(slot, shared.clone()).run(stopped.clone())))
             .collect();
@@ -90,12 +108,6 @@ impl Replica {
     /// Prompt and resumed tokens submitted here whose first output has not come.
     pub fn in_flight_tokens(&self) -> usize {
         self.shared.in_flight.prompt_tokens.load(Ordering::Relaxed)
-    }
-
-    /// Leading blocks of a prompt, named by their chained hashes, that the engine's prefix cache holds. 0 without
-    /// [`ReplicaConfig::kv_events`].
-    pub fn cached_prefix_blocks(&self, hashes: &[[u8; 16]]) -> usize {
-        self.shared.kv.lock().leading(hashes)
     }
 
     /// Sends a request on the session with the fewest in flight. Gives `request.id` and `prompt_tokens`; the

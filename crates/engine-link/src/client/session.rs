@@ -10,11 +10,13 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use parking_lot::Mutex;
 use tokio::sync::watch;
 use tokio::time::{Instant, MissedTickBehavior};
 use tonic::Streaming;
 
 use super::connect::{Backoff, ConnectError, full_message, open};
+use super::kv_view::KvView;
 use super::replica::Replica;
 use super::shared::{Shared, SlotState};
 use super::socket::Link;
@@ -171,7 +173,7 @@ impl SessionTask {
         let hello = proto::Hello {
             session_id: self.session_id.clone(),
             last_sequence,
-            kv_events: config.kv_events && self.slot == 0,
+            kv_events: self.followed().is_some(),
         };
         let outgoing = self.table.attach(hello);
         let greeting = async {
@@ -220,14 +222,21 @@ impl SessionTask {
             self.shared.on_load(load);
         }
         self.table.welcomed();
-        if config.kv_events && self.slot == 0 && last_sequence.is_none() {
-            self.shared.kv.lock().reset();
+        if last_sequence.is_none()
+            && let Some(kv) = self.followed()
+        {
+            kv.lock().reset();
             self.table.request_kv_snapshot();
         }
         Ok(Inbound {
             frames,
             _link: link,
         })
+    }
+
+    /// The mirror of the engine's prefix cache that this session feeds: the first one alone does.
+    fn followed(&self) -> Option<&Mutex<KvView>> {
+        self.shared.kv.as_ref().filter(|_| self.slot == 0)
     }
 
     /// Distributes frames. Never waits for a request.
@@ -307,7 +316,8 @@ impl SessionTask {
         self.last_sequence = frame.sequence;
         self.table.deliver(frame.outputs, frame.refusals);
         if let Some(events) = frame.kv_events
-            && !self.shared.kv.lock().apply(&events)
+            && let Some(kv) = self.followed()
+            && !kv.lock().apply(&events)
         {
             self.table.request_kv_snapshot();
         }

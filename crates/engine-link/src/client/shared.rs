@@ -6,7 +6,7 @@ use parking_lot::Mutex;
 use tokio::sync::watch;
 
 use super::config::ReplicaConfig;
-use super::kv_view::KvView;
+use super::kv_view::{KvSink, KvView};
 use super::replica::ReplicaState;
 use super::table::{InFlight, Table};
 use crate::address::Address;
@@ -26,7 +26,8 @@ pub(super) struct Shared {
     pub(super) in_flight: Arc<InFlight>,
     /// One for each session, for the replica's whole life.
     pub(super) tables: Vec<Arc<Table>>,
-    pub(super) kv: Mutex<KvView>,
+    /// Of the engine whose prefix cache is to be followed.
+    pub(super) kv: Option<Mutex<KvView>>,
     pub(super) changed: watch::Sender<u64>,
     seen: Mutex<Seen>,
 }
@@ -41,7 +42,11 @@ struct Seen {
 }
 
 impl Shared {
-    pub(super) fn new(address: Address, config: ReplicaConfig) -> Arc<Self> {
+    pub(super) fn new(
+        address: Address,
+        config: ReplicaConfig,
+        sink: Option<Arc<dyn KvSink>>,
+    ) -> Arc<Self> {
         let sessions = config.sessions.max(1);
         let in_flight = Arc::new(InFlight::default());
         let table = || Table::new(in_flight.clone(), config.max_in_flight, config.chunk_ids);
@@ -49,7 +54,7 @@ impl Shared {
             address,
             tables: (0..sessions).map(|_| table()).collect(),
             in_flight,
-            kv: Mutex::new(KvView::default()),
+            kv: sink.map(|sink| Mutex::new(KvView::new(sink))),
             changed: watch::channel(0).0,
             seen: Mutex::new(Seen {
                 slots: vec![SlotState::Connecting; sessions],

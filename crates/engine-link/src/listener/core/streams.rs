@@ -50,7 +50,6 @@ impl Core {
             session.welcome = Some(proto::Welcome {
                 epoch: self.info.epoch,
                 reattached,
-                kv_hash_key: Vec::new(),
             });
         }
         Ok(Attachment {
