@@ -166,6 +166,13 @@ class GatewayConfig:
         minimum=0,
         maximum=1_000_000,
     )
+    routing: str = setting(
+        "prefix",
+        "How a replica is chosen: `prefix` by what it has cached and its load, `least-load` by load "
+        "alone, `shape` by width, `session` to stay (docs/routing.md)",
+        ("serve",),
+        choices=("prefix", "least-load", "shape", "session"),
+    )
     request_timeout_s: float = setting(
         3600.0, "Longest life of one request; 0: no limit", ("serve",), minimum=0, maximum=86_400
     )

@@ -6,10 +6,12 @@ use std::task::{Context, Poll, ready};
 
 use futures_util::StreamExt;
 use scalellm_engine_link::{RequestStream, StreamError, SubmitError, proto};
+use scalellm_routing::Choice;
 
 use crate::app::App;
 use crate::error::{ApiError, ApiResult};
 use crate::fleet::Model;
+use crate::routing::{Placement, RouteWish};
 
 /// A submitted request: its first replica and one more.
 const MAX_ATTEMPTS: usize = 2;
@@ -19,11 +21,14 @@ pub struct Attempt {
     stream: RequestStream,
     /// Kept until the first output, after which another replica could not start anew.
     submit: Option<proto::Submit>,
+    wish: RouteWish,
+    /// Kept as long.
+    placement: Option<Placement>,
     tried: Vec<usize>,
 }
 
 impl Attempt {
-    /// Submits to `preferred`, or where the policy says.
+    /// Submits to `preferred`, or where the model's policy says.
     ///
     /// # Errors
     /// 503 when no replica takes it.
@@ -31,16 +36,25 @@ impl Attempt {
         app: &App,
         model: &Model,
         submit: proto::Submit,
+        wish: RouteWish,
         preferred: Option<usize>,
     ) -> ApiResult<Attempt> {
         let mut tried = Vec::new();
-        let stream = submit_to_any(app, model, &submit, preferred, &mut tried)
+        let (stream, placement) = submit_to_any(app, model, &submit, wish, preferred, &mut tried)
             .inspect_err(|_| app.metrics.rejected("no_replica"))?;
         Ok(Attempt {
             stream,
             submit: Some(submit),
+            wish,
+            placement,
             tried,
         })
+    }
+
+    /// Why the policy chose the replica, while it has not answered.
+    #[must_use]
+    pub fn route(&self) -> Option<Choice> {
+        self.placement.as_ref().map(|placement| placement.choice)
     }
 
     /// The replica that runs it now.
@@ -60,6 +74,7 @@ impl Attempt {
             let error = match ready!(self.stream.poll_next_unpin(cx)) {
                 Some(Ok(output)) => {
                     self.submit = None;
+                    self.placement = None;
                     return Poll::Ready(Ok(output));
                 }
                 Some(Err(error)) => error,
@@ -69,14 +84,18 @@ impl Attempt {
             };
             let another = may_go_elsewhere(&error) && self.tried.len() < MAX_ATTEMPTS;
             match self.submit.as_mut().filter(|_| another) {
-                Some(submit) => match submit_to_any(app, model, submit, None, &mut self.tried) {
-                    Ok(stream) => {
-                        tracing::warn!(trace_id = submit.trace_id, %error, "trying another replica");
-                        app.metrics.retried.fetch_add(1, Relaxed);
-                        self.stream = stream;
+                Some(submit) => {
+                    self.placement = None;
+                    match submit_to_any(app, model, submit, self.wish, None, &mut self.tried) {
+                        Ok((stream, placement)) => {
+                            tracing::warn!(trace_id = submit.trace_id, %error, "trying another replica");
+                            app.metrics.retried.fetch_add(1, Relaxed);
+                            self.stream = stream;
+                            self.placement = placement;
+                        }
+                        Err(_) => return Poll::Ready(Err(answer(model, error))),
                     }
-                    Err(_) => return Poll::Ready(Err(answer(model, error))),
-                },
+                }
                 None => return Poll::Ready(Err(answer(model, error))),
             }
         }
@@ -87,22 +106,24 @@ fn submit_to_any(
     app: &App,
     model: &Model,
     submit: &proto::Submit,
+    wish: RouteWish,
     mut preferred: Option<usize>,
     tried: &mut Vec<usize>,
-) -> ApiResult<RequestStream> {
+) -> ApiResult<(RequestStream, Option<Placement>)> {
     while tried.len() < MAX_ATTEMPTS {
-        let prompt_tokens = submit.prompt_tokens as usize;
-        let picked = preferred
-            .take()
-            .or_else(|| model.pick(prompt_tokens, tried, app.clock.now_ms()));
-        let Some((index, replica)) =
-            picked.and_then(|index| Some((index, model.replicas.get(index)?)))
-        else {
+        let (index, placement) = match preferred.take() {
+            Some(index) => (index, None),
+            None => match model.place(submit, wish, tried, app.clock.now_ms()) {
+                Some(placement) => (placement.choice.index, Some(placement)),
+                None => break,
+            },
+        };
+        let Some(replica) = model.replicas.get(index) else {
             break;
         };
         tried.push(index);
         match replica.submit(submit.clone()) {
-            Ok(stream) => return Ok(stream),
+            Ok(stream) => return Ok((stream, placement)),
             Err(SubmitError::NotReady | SubmitError::Full) => {}
         }
     }

@@ -5,6 +5,7 @@ use std::str::FromStr;
 use std::time::Duration;
 
 use scalellm_engine_link::{Address, ReplicaConfig};
+use scalellm_routing::Policy;
 use serde::Deserialize;
 
 use crate::error::GatewayError;
@@ -113,6 +114,13 @@ pub struct ModelConfig {
     /// File with a chat template that replaces the folder's.
     #[serde(default)]
     pub chat_template: Option<PathBuf>,
+    /// How a replica is chosen: `prefix`, `least-load`, `shape` or `session`.
+    #[serde(default = "default_routing")]
+    pub routing: String,
+}
+
+fn default_routing() -> String {
+    Policy::Prefix.name().to_owned()
 }
 
 impl Default for Config {
@@ -247,6 +255,7 @@ impl Config {
                 return bad(format!("models.replicas: model {:?} has none", model.name));
             }
             model.addresses()?;
+            model.policy()?;
             if model.max_model_len == Some(0) {
                 return bad(format!(
                     "models.max_model_len: got 0 for {:?}, allowed is 1 or more",
@@ -298,6 +307,16 @@ impl Config {
 }
 
 impl ModelConfig {
+    /// How a replica is chosen.
+    ///
+    /// # Errors
+    /// `GatewayError::Config` names what is allowed.
+    pub fn policy(&self) -> Result<Policy, GatewayError> {
+        self.routing.parse().map_err(|error| {
+            GatewayError::Config(format!("models.routing: {error}, for {:?}", self.name))
+        })
+    }
+
     /// The replicas' addresses, parsed.
     ///
     /// # Errors
@@ -354,6 +373,10 @@ mod tests {
                 "models.replicas",
             ),
             (format!("{MODEL}max_model_len = 0\n"), "max_model_len"),
+            (
+                format!("{MODEL}routing = 'random'\n"),
+                "models.routing: got \"random\", allowed are least-load, prefix, shape, session",
+            ),
         ] {
             let message = Config::from_toml(&text).unwrap_err().to_string();
             assert!(

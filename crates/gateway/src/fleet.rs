@@ -6,14 +6,14 @@ use std::sync::atomic::Ordering::Relaxed;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use futures_util::future::join_all;
-use parking_lot::Mutex;
 use scalellm_engine_link::{Replica, ReplicaConfig, ReplicaState, proto};
-use scalellm_routing::{Candidate, Policy, Request, Router, stable_hash};
+use scalellm_routing::Candidate;
 
 use crate::admission::Admission;
 use crate::config::{Config, ModelConfig};
 use crate::error::{ApiError, ApiResult, GatewayError};
 use crate::metrics::{Metrics, ModelMetrics};
+use crate::routing::{Placement, RouteWish, Routing};
 use crate::text::TextModel;
 
 /// One served model.
@@ -26,7 +26,7 @@ pub struct Model {
     pub metrics: Arc<ModelMetrics>,
     pub admission: Arc<Admission>,
     max_model_len: Option<u32>,
-    router: Mutex<Router>,
+    pub routing: Routing,
 }
 
 /// What an engine said it can take.
@@ -46,6 +46,7 @@ impl Model {
         admission: Arc<Admission>,
     ) -> Result<Model, GatewayError> {
         let addresses = config.addresses()?;
+        let routing = Routing::new(config.policy()?, addresses.len());
         let created_unix_s = SystemTime::now()
             .duration_since(UNIX_EPOCH)
             .unwrap_or_default()
@@ -55,11 +56,15 @@ impl Model {
             aliases: config.aliases.clone(),
             created_unix_s,
             text: Arc::new(text),
-            router: Mutex::new(Router::new(Policy::LeastLoad)),
             replicas: addresses
                 .into_iter()
-                .map(|a| Replica::start(a, link.clone()))
+                .enumerate()
+                .map(|(index, address)| match routing.mirror(index) {
+                    Some(sink) => Replica::start_following(address, link.clone(), sink),
+                    None => Replica::start(address, link.clone()),
+                })
                 .collect(),
+            routing,
             metrics,
             admission,
             max_model_len: config.max_model_len,
@@ -151,18 +156,17 @@ impl Model {
         })
     }
 
-    /// The replica for a prompt; `avoid` are those that failed it. `None` if no other is ready.
+    /// The replica for a prompt that is sent now; `avoid` are those that failed it. `None` if no other is ready.
     #[must_use]
-    pub fn pick(&self, prompt_tokens: usize, avoid: &[usize], now_ms: f64) -> Option<usize> {
+    pub fn place(
+        &self,
+        submit: &proto::Submit,
+        wish: RouteWish,
+        avoid: &[usize],
+        now_ms: f64,
+    ) -> Option<Placement> {
         let candidates = self.candidates(avoid);
-        let request = Request {
-            prompt_tokens,
-            ..Request::default()
-        };
-        self.router
-            .lock()
-            .pick(&candidates, &request, now_ms)
-            .map(|choice| choice.index)
+        self.routing.place(&candidates, submit, wish, now_ms)
     }
 
     /// When the first token of a prompt is to be expected, from now; `None` while nothing was measured.
@@ -170,8 +174,7 @@ impl Model {
     pub fn predict_first_token(&self, prompt_tokens: usize, now_ms: f64) -> Option<Duration> {
         let candidates = self.candidates(&[]);
         let predicted_ms =
-            self.router
-                .lock()
+            self.routing
                 .predict_first_token_ms(&candidates, prompt_tokens, now_ms)?;
         Duration::try_from_secs_f64(predicted_ms / 1e3).ok()
     }
@@ -181,37 +184,14 @@ impl Model {
             .iter()
             .enumerate()
             .filter(|(index, replica)| !avoid.contains(index) && self.is_usable(replica))
-            .map(|(index, replica)| candidate(index, replica))
+            .map(|(index, replica)| self.routing.candidate(index, replica))
             .collect()
-    }
-
-    /// Takes in how long a prompt's uncached tokens took a replica.
-    pub fn observe_prefill(&self, replica: usize, tokens: usize, took_us: u64, now_ms: f64) {
-        self.router
-            .lock()
-            .observe_prefill(replica, tokens, took_us as f64 / 1e3, now_ms);
     }
 
     pub fn count_tokens(&self, prompt: u64, cached: u64, output: u64) {
         self.metrics.prompt_tokens.fetch_add(prompt, Relaxed);
         self.metrics.cached_tokens.fetch_add(cached, Relaxed);
         self.metrics.output_tokens.fetch_add(output, Relaxed);
-    }
-}
-
-fn candidate(index: usize, replica: &Replica) -> Candidate {
-    let load = replica.load();
-    Candidate {
-        index,
-        id: stable_hash(replica.address().to_string().as_bytes()),
-        running: load.running,
-        waiting: load.waiting,
-        backlog_tokens: load.backlog_tokens,
-        step_ms: load.step_ms,
-        max_num_seqs: replica.info().map_or(0, |info| info.max_num_seqs),
-        own_requests: replica.in_flight(),
-        own_tokens: replica.in_flight_tokens(),
-        ..Candidate::default()
     }
 }
 

@@ -5,7 +5,9 @@ use std::sync::Arc;
 use std::task::{Context, Poll};
 use std::time::{Duration, Instant};
 
+use scalellm_accounts::Class;
 use scalellm_engine_link::proto;
+use scalellm_routing::stable_hash;
 use tokio::sync::watch;
 use tokio::time::Sleep;
 
@@ -17,6 +19,7 @@ use crate::error::{ApiError, ApiResult, ErrorNote};
 use crate::fleet::Model;
 use crate::record::RequestRecord;
 use crate::request::Params;
+use crate::routing::{RouteNote, RouteWish};
 use crate::stages::Stage;
 use crate::submit::submit;
 
@@ -93,6 +96,7 @@ impl Generation {
         {
             admission::check_deadline(app, model, prompts, left, name)?;
         }
+        let wish = wish(record, params);
         let seed = params.seed.unwrap_or_else(rand::random);
         let mut choices = Vec::with_capacity(prompts.len() * params.n as usize);
         for (index, prompt) in prompts.iter().enumerate() {
@@ -107,7 +111,10 @@ impl Generation {
                     choice,
                     left.map(|(left, _)| left),
                 );
-                let attempt = Attempt::start(app, model, submit, replica)?;
+                let attempt = Attempt::start(app, model, submit, wish, replica)?;
+                if choices.is_empty() {
+                    note_route(record, model, &attempt);
+                }
                 // The choices of a prompt share its prefix: they belong on one replica.
                 replica = Some(attempt.replica());
                 choices.push(Choice::new(
@@ -321,8 +328,9 @@ impl Generation {
         let computed =
             self.prompt_tokens[choice.prompt].saturating_sub(choice.cached_tokens as usize);
         let took_us = crate::stages::micros(prefill);
-        self.model
-            .observe_prefill(choice.replica, computed, took_us, self.app.clock.now_ms());
+        let now_ms = self.app.clock.now_ms();
+        let routing = &self.model.routing;
+        routing.observe_prefill(choice.replica, computed, took_us, now_ms);
     }
 }
 
@@ -383,6 +391,32 @@ async fn expired(deadline: &mut Option<(Pin<Box<Sleep>>, &'static str)>) -> &'st
 
 fn late(limit: &str) -> Box<ApiError> {
     ApiError::deadline(format!("the request was not finished within its {limit}"))
+}
+
+fn wish(record: &RequestRecord, params: &Params) -> RouteWish {
+    let wish = record.update(|progress| progress.wish);
+    let of_body = params.session.as_ref();
+    RouteWish {
+        session: wish
+            .session
+            .or_else(|| of_body.map(|name| stable_hash(name.as_bytes()))),
+        batch: record
+            .key()
+            .is_some_and(|state| state.key().class == Class::Batch),
+        ..wish
+    }
+}
+
+fn note_route(record: &RequestRecord, model: &Model, attempt: &Attempt) {
+    let replica = model.replicas.get(attempt.replica());
+    if let (Some(choice), Some(replica)) = (attempt.route(), replica) {
+        record.update(|progress| {
+            progress.route = progress
+                .wish
+                .explain
+                .then(|| RouteNote::new(replica, choice));
+        });
+    }
 }
 
 fn replica_name(model: &Model, choice: &Choice) -> Option<String> {

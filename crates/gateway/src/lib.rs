@@ -40,6 +40,7 @@ mod record;
 mod request;
 mod respond;
 mod routes;
+mod routing;
 mod serve;
 mod server;
 mod stages;

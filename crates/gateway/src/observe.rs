@@ -18,6 +18,7 @@ use crate::connection::ConnectionState;
 use crate::error::{ApiError, ApiResult, ErrorNote};
 use crate::recent::{EndedRequest, serialised_us};
 use crate::record::{REQUEST_ID_HEADER, RequestRecord, request_id};
+use crate::routing::{ROUTE_HEADER, RouteWish};
 use crate::stages::{Stage, micros};
 use crate::written::Written;
 use crate::{auth, metering, quota, routes};
@@ -48,6 +49,7 @@ pub async fn observe(State(app): State<Arc<App>>, mut request: Request, next: Ne
         first_byte.unwrap_or(now),
     );
     record.add(Stage::Accept, now.saturating_duration_since(record.started));
+    record.update(|progress| progress.wish = RouteWish::of_headers(request.headers()));
     let mut end = RequestEnd::new(Arc::clone(&app), Arc::clone(&record), connection);
     request.extensions_mut().insert(Arc::clone(&record));
 
@@ -74,6 +76,10 @@ pub async fn observe(State(app): State<Arc<App>>, mut request: Request, next: Ne
     let headers = response.headers_mut();
     if let Some(key) = record.key() {
         quota::write_headers(key, headers);
+    }
+    let route = record.update(|progress| progress.route.take());
+    if let Some(value) = route.and_then(|route| HeaderValue::try_from(route.to_string()).ok()) {
+        headers.insert(ROUTE_HEADER, value);
     }
     for (name, value) in [
         (
@@ -185,6 +191,12 @@ impl Drop for RequestEnd {
                 progress.cached_tokens,
                 progress.output_tokens,
             );
+            if outcome == "ok" && progress.longest_choice_tokens > 0 {
+                let tokens = usize::try_from(progress.longest_choice_tokens).unwrap_or(usize::MAX);
+                model
+                    .routing
+                    .observe_output(tokens, self.app.clock.now_ms());
+            }
             if let Some(us) = progress.times.get_us(Stage::First) {
                 model.metrics.time_to_first_token.observe_us(us);
             }

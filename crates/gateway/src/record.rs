@@ -11,6 +11,7 @@ use scalellm_engine_link::proto;
 use crate::error::ErrorNote;
 use crate::fleet::Model;
 use crate::metering::Metering;
+use crate::routing::{RouteNote, RouteWish};
 use crate::stages::{Stage, StageTimes};
 
 pub const REQUEST_ID_HEADER: &str = "x-request-id";
@@ -35,6 +36,9 @@ pub struct Progress {
     pub times: StageTimes,
     pub model: Option<Arc<Model>>,
     pub replica: Option<String>,
+    pub wish: RouteWish,
+    /// If the client wishes to know.
+    pub route: Option<RouteNote>,
     pub body_bytes: usize,
     /// What the request holds of its key's budgets, and its row of usage.
     pub metering: Metering,

@@ -10,8 +10,10 @@ use crate::policy::Reason;
 use crate::prefix;
 use crate::router::View;
 
-/// A replica may be predicted to take this many times the mean until its first token.
+/// A replica may be predicted to take this many times the mean until its first token, and so much more, which nobody
+/// feels.
 const BOUND: f64 = 1.25;
+const SLACK_MS: f64 = 50.0;
 
 /// Requests that name no session go where [`crate::Policy::Prefix`] sends them.
 pub(crate) fn choose(view: &View<'_>) -> Option<(usize, Reason)> {
@@ -29,7 +31,7 @@ pub(crate) fn choose(view: &View<'_>) -> Option<(usize, Reason)> {
     ranked.sort_by_key(|at| std::cmp::Reverse(mix(session ^ mix(view.candidates[*at].id))));
     let rank = ranked
         .iter()
-        .position(|at| view.predictions[*at].first_token_ms <= BOUND * mean)
+        .position(|at| view.predictions[*at].first_token_ms <= BOUND * mean + SLACK_MS)
         .unwrap_or(0);
     let reason = if rank == 0 {
         Reason::Session

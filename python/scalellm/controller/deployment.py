@@ -98,6 +98,7 @@ def gateway_toml(config: ServeConfig, model_path: Path, port: int, addresses: Se
         "name": served_name(config.engine),
         "path": str(model_path),
         "replicas": list(addresses),
+        "routing": gateway.routing,
     }
     if config.engine.max_model_len is not None:
         model["max_model_len"] = config.engine.max_model_len

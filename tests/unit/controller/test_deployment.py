@@ -76,6 +76,7 @@ def test_the_gateways_file_is_private_toml(tmp_path: Path) -> None:
             "name": name,
             "path": str(tmp_path / "model"),
             "replicas": [f"unix:{tmp_path}/engine-{i}.sock" for i in range(2)],
+            "routing": "prefix",
             "max_model_len": 77,
         }
     ]

@@ -48,6 +48,8 @@ pub struct Params {
     pub priority: i32,
     pub deadline_ms: Option<u32>,
     pub cache_salt: Vec<u8>,
+    /// Requests with the same one are likely to begin alike: they go to one replica where that is the policy.
+    pub session: Option<String>,
     pub stream: bool,
     pub include_usage: bool,
     pub continuous_usage: bool,
@@ -97,6 +99,7 @@ impl Params {
                 .unwrap_or(0),
             deadline_ms: fields.u32("deadline_ms", 1, MAX_DEADLINE_MS)?,
             cache_salt: cache_salt(fields)?,
+            session: session(fields)?,
             stream,
             include_usage,
             continuous_usage,
@@ -121,15 +124,15 @@ impl Params {
     }
 }
 
+/// `prompt_cache_key`, OpenAI's word for what is likely to begin alike, or `user`.
+fn session(fields: &mut Fields) -> ApiResult<Option<String>> {
+    let user = fields.string("user")?;
+    Ok(fields.string("prompt_cache_key")?.or(user))
+}
+
 /// Fields that say something about the request and change nothing of its answer.
 fn informative(fields: &mut Fields) -> ApiResult<()> {
-    for name in [
-        "user",
-        "safety_identifier",
-        "prompt_cache_key",
-        "service_tier",
-        "request_id",
-    ] {
+    for name in ["safety_identifier", "service_tier", "request_id"] {
         fields.string(name)?;
     }
     fields.object("metadata")?;

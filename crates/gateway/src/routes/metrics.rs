@@ -135,6 +135,7 @@ pub async fn metrics(State(app): State<Arc<App>>) -> Response {
         let _ = writeln!(out, "{name} {value}");
     }
     write_queues(&mut out, &app);
+    write_routing(&mut out, &app);
     write_accounts(&mut out, &app);
     app.metrics.write(&mut out);
     let replicas: Vec<(String, &Arc<Replica>)> = app
@@ -203,6 +204,38 @@ fn write_queues(out: &mut String, app: &App) {
                 model.admission.queued(class)
             );
         }
+    }
+}
+
+fn write_routing(out: &mut String, app: &App) {
+    let name = "scalellm_routed_total";
+    family(
+        out,
+        name,
+        "counter",
+        "Choices of a replica, by the model's policy and why it chose so.",
+    );
+    for model in &app.fleet.models {
+        let policy = model.routing.policy().name();
+        for (reason, count) in model.routing.counts().filter(|(_, count)| *count > 0) {
+            let model = label(&model.name);
+            let reason = reason.name();
+            let _ = writeln!(
+                out,
+                "{name}{{model={model},policy=\"{policy}\",reason=\"{reason}\"}} {count}"
+            );
+        }
+    }
+    let name = "scalellm_prefix_blocks";
+    family(
+        out,
+        name,
+        "gauge",
+        "Different blocks known to be in the replicas' prefix caches.",
+    );
+    for model in &app.fleet.models {
+        let blocks = model.routing.cached_blocks();
+        let _ = writeln!(out, "{name}{{model={}}} {blocks}", label(&model.name));
     }
 }
 

@@ -363,6 +363,7 @@ async fn a_template_that_does_not_compile_ends_the_start() {
             replicas: vec![stack.socket(0)],
             max_model_len: None,
             chat_template,
+            routing: "prefix".to_owned(),
         }],
         ..Config::default()
     };

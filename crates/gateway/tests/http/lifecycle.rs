@@ -240,6 +240,7 @@ async fn a_taken_port_is_an_error_that_names_it() {
         replicas: vec![stack.socket(0)],
         max_model_len: None,
         chat_template: None,
+        routing: "prefix".to_owned(),
     };
     let config = scalellm_gateway::Config {
         port: stack.address().port(),

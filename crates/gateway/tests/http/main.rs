@@ -12,6 +12,9 @@ mod faults;
 mod lifecycle;
 #[cfg(test)]
 mod profile;
+// Marked so that the lints for tests hold for its helper functions too.
+#[cfg(test)]
+mod routing;
 mod streams;
 // Marked so that the lints for tests hold for its helper functions too.
 #[cfg(test)]

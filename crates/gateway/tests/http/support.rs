@@ -163,6 +163,7 @@ impl Stack {
                 replicas: sockets,
                 max_model_len: None,
                 chat_template: None,
+                routing: "prefix".to_owned(),
             }],
             ..Config::default()
         };

@@ -87,7 +87,7 @@ proptest! {
         }
         let most = fleet.iter().map(|c| c.backlog_tokens).max().unwrap_or(0) as f64;
         let mean = sessions.len() as f64 * 100.0 / 4.0;
-        // One request's own tokens beyond the bound.
-        prop_assert!(most <= 1.25 * (mean + 100.0) + 100.0, "{most} of a mean of {mean}");
+        // A token takes a millisecond; one request's own come on top of the bound and its slack.
+        prop_assert!(most <= 1.25 * (mean + 100.0) + 50.0 + 100.0, "{most} of a mean of {mean}");
     }
 }
