@@ -202,7 +202,7 @@ impl Router {
 
     /// Tokens of the prompt that each candidate has; all but one at most, since one has to be computed.
     fn cached(&self, candidates: &[Candidate], request: &Request<'_>, now_ms: f64) -> Vec<usize> {
-        if request.hashes.is_empty() || request.block_size == 0 {
+        if !self.policy.needs_prefixes() || request.hashes.is_empty() || request.block_size == 0 {
             return vec![0; candidates.len()];
         }
         let indices: Vec<usize> = candidates.iter().map(|candidate| candidate.index).collect();

@@ -1,5 +1,5 @@
 use proptest::prelude::*;
-use scalellm_routing::{Candidate, Policy, Router};
+use scalellm_routing::{Candidate, Policy, Request, Router};
 
 use crate::support::{candidates, idle, prompt_of};
 
@@ -21,6 +21,19 @@ fn predicts_nothing_before_a_prompt_was_measured() {
     assert_eq!(policy.predict_first_token_ms(&[], 100, 0.0), None);
     let predicted_ms = policy.predict_first_token_ms(&fleet, 1000, 0.0).unwrap();
     assert!((499.0..501.0).contains(&predicted_ms), "{predicted_ms}");
+}
+
+#[test]
+fn what_is_cached_does_not_count() {
+    let mut router = router();
+    router.store(1, [[1; 16]]);
+    let request = Request {
+        hashes: &[[1; 16]],
+        block_size: 16,
+        ..prompt_of(20)
+    };
+    let choice = router.pick(&[idle(0), idle(1)], &request, 0.0).unwrap();
+    assert_eq!((choice.index, choice.cached_tokens), (0, 0));
 }
 
 #[test]
