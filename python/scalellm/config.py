@@ -79,6 +79,15 @@ class EngineConfig:
     )
     block_size: int = setting(16, "Tokens of one KV block", minimum=1, maximum=256)
     enable_prefix_caching: bool = setting(True, "Reuse the KV blocks of equal prompt beginnings")
+    speculative: str = setting(
+        "none",
+        "`ngram`: guess each answer's next tokens from its own text and check them in one step; "
+        "answers stay the same",
+        choices=("none", "ngram"),
+    )
+    speculative_tokens: int = setting(
+        7, "Most tokens guessed for one request in one step", minimum=1, maximum=31
+    )
     max_preemptions: int = setting(
         3, "How often one request may be preempted before it is protected", minimum=0, maximum=1000
     )

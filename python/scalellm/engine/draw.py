@@ -152,8 +152,16 @@ def _gather_above(scores: torch.Tensor, least: torch.Tensor) -> tuple[torch.Tens
 class RandomRows:
     """Parameters of the rows that draw with noise, by one of the two forms."""
 
-    def __init__(self, rows: list[int], requests: Sequence[Request], device: torch.device) -> None:
+    def __init__(
+        self,
+        rows: list[int],
+        requests: Sequence[Request],
+        before: Sequence[Sequence[int]],
+        device: torch.device,
+    ) -> None:
+        """`before`: ids that come between each request's and the one to draw."""
         self.rows = rows
+        self._before = [len(before[row]) for row in rows]
         self.whole_batch = len(rows) == len(requests)
         self.requests = [requests[row] for row in rows]
         self.index = torch.tensor(rows, device=device)
@@ -171,7 +179,10 @@ class RandomRows:
 
     def keys(self) -> torch.Tensor:
         """Noise keys for the next output index, int64 [rows, 1]."""
-        indices = [request.num_output_tokens for request in self.requests]
+        indices = [
+            request.num_output_tokens + before
+            for request, before in zip(self.requests, self._before, strict=True)
+        ]
         keys = torch.from_numpy(row_keys(self._seeds, self._choices, indices))
         return keys.to(self.index.device).unsqueeze(1)
 

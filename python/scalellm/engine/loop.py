@@ -81,6 +81,7 @@ def limits_of(config: EngineConfig, executor: Executor) -> Limits:
         max_num_batched_tokens=config.max_num_batched_tokens,
         max_model_len=executor.max_model_len,
         step_budget_ms=budget_ms,
+        max_drafts=config.speculative_tokens if config.speculative == "ngram" else 0,
         max_preemptions=config.max_preemptions,
     )
 
@@ -109,7 +110,7 @@ class EngineLoop:
         nice = config.compute_nice if executor.device.type == "cpu" else 0
         threads = executor.torch_threads or config.cpu_threads
         self._worker: Worker[Any] = Worker(threads, nice)
-        self._logprobs: dict[int, TokenLogprobs] = {}
+        self._logprobs: dict[int, list[TokenLogprobs]] = {}
         self._prompt_logprobs: dict[int, EmittedLogprobs] = {}
         self._calibrations: deque[tuple[int, list[Shape]]] = deque()
         self._drain_wanted = False
@@ -257,7 +258,7 @@ class EngineLoop:
         self._logprobs = computed.logprobs
         for key, entries in computed.prompt_logprobs.items():
             self._prompt_logprobs.setdefault(key, []).extend(entries)
-        scheduler.update(step, computed.token_ids, now_us, computed.errors)
+        scheduler.update(step, computed.token_ids, now_us, computed.errors, computed.further)
         if self._after_step is not None:
             self._after_step(scheduler)
 
@@ -366,7 +367,7 @@ class EngineLoop:
         first = emitted_before == 0
         logprobs: EmittedLogprobs | None = None
         if output.token_ids and request.sampling.logprobs is not None:
-            logprobs = [self._logprobs[key]]
+            logprobs = [*self._logprobs[key][: len(output.token_ids)]]
         prompt_logprobs: list[TokenLogprobs | None] | None = None
         if first and request.prompt_logprobs is not None and output.token_ids:
             prompt_logprobs = [None, *self._prompt_logprobs.get(key, ())]

@@ -1,5 +1,7 @@
 """Which tokens a request has seen, kept so that one step costs one token."""
 
+from collections.abc import Sequence
+
 import numpy as np
 import numpy.typing as npt
 import torch
@@ -22,6 +24,21 @@ class SeenTokens:
         if request.sampling.repetition_penalty == 1.0:
             self._taken = request.num_prompt_tokens
 
+    def arrays_after(
+        self, before: Sequence[int]
+    ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]:
+        """As `arrays`, if `before` were output too."""
+        ids, counts = self.arrays()
+        if not before:
+            return ids, counts
+        new = [token_id for token_id in dict.fromkeys(before) if token_id not in self._place]
+        ids = np.concatenate((ids, np.array(new, dtype=np.int64)))
+        counts = np.concatenate((counts, np.zeros(len(new), dtype=np.float32)))
+        place_of_new = {token_id: place for place, token_id in enumerate(new, len(self._place))}
+        for token_id in before:
+            counts[self._place.get(token_id, place_of_new.get(token_id, 0))] += 1
+        return ids, counts
+
     def arrays(self) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]:
         """Token ids and output counts, each [distinct tokens]."""
         token_ids = self._request.token_ids
@@ -43,7 +60,15 @@ class SeenTokens:
 class Penalties:
     """Repetition, frequency and presence penalties of some rows of a batch."""
 
-    def __init__(self, rows: list[int], seen: list[SeenTokens], requests: list[Request]) -> None:
+    def __init__(
+        self,
+        rows: list[int],
+        seen: list[SeenTokens],
+        before: list[Sequence[int]],
+        requests: list[Request],
+    ) -> None:
+        """`before`: ids that come between each request's and the one to draw."""
+        self._before = before
         self._rows = np.array(rows, dtype=np.int64)
         self._seen = seen
         sampling = [request.sampling for request in requests]
@@ -57,7 +82,9 @@ class Penalties:
         Repetition (Keskar et al., "CTRL", 2019): positive logits of seen tokens are divided by the
         penalty, negative ones multiplied. Then frequency * count and presence are subtracted for
         tokens of the output."""
-        pairs = [seen.arrays() for seen in self._seen]
+        pairs = [
+            seen.arrays_after(before) for seen, before in zip(self._seen, self._before, strict=True)
+        ]
         lengths = [len(ids) for ids, _ in pairs]
         counts = np.concatenate([count for _, count in pairs])
         subtract = np.repeat(self._frequency, lengths) * counts

@@ -65,12 +65,26 @@ class Sampler:
         """Drop a finished request's state."""
         self._seen.pop(key, None)
 
-    def sample(self, logits: torch.Tensor, requests: Sequence[Request]) -> Sampled:
-        """Draw for float32 `logits` [len(requests), vocab]; they are as before afterwards."""
+    def sample(
+        self,
+        logits: torch.Tensor,
+        requests: Sequence[Request],
+        before: Sequence[Sequence[int]] | None = None,
+    ) -> Sampled:
+        """Draw for float32 `logits` [len(requests), vocab]; they are as before afterwards.
+
+        `before`: ids that come between each request's and the one to draw; none if None."""
+        if before is None:
+            before = [()] * len(requests)
         keys = [request.key for request in requests]
         rows = self._rows
-        if rows is None or rows.keys != keys or rows.device != logits.device:
-            rows = self._rows = _Rows(keys, requests, self._seen, logits.device)
+        if (
+            rows is None
+            or rows.keys != keys
+            or rows.before != before
+            or rows.device != logits.device
+        ):
+            rows = self._rows = _Rows(keys, requests, before, self._seen, logits.device)
         edits = rows.edit(logits)
         if self._kernels:
             token_ids = draw(logits, rows.draws())
@@ -98,10 +112,12 @@ class _Rows:
         self,
         keys: list[int],
         requests: Sequence[Request],
+        before: Sequence[Sequence[int]],
         seen: dict[int, SeenTokens],
         device: torch.device,
     ) -> None:
         self.keys = keys
+        self.before = before
         self.device = device
         self._requests = requests
         self.logprob_rows: list[int] = []
@@ -117,13 +133,14 @@ class _Rows:
             if sampling.logprobs is not None:
                 self.logprob_rows.append(row)
             bias += [(row, token_id, value) for token_id, value in sampling.logit_bias]
-            if request.num_output_tokens < request.min_tokens:
+            if self._index(row) < request.min_tokens:
                 ends = sorted(request.eos_token_ids | request.stop_token_ids)
                 self._until_min_tokens.append((row, request, ends))
         self._penalties: Penalties | None = None
         if penalised:
             chosen = [requests[row] for row in penalised]
-            self._penalties = Penalties(penalised, [seen[r.key] for r in chosen], chosen)
+            after = [before[row] for row in penalised]
+            self._penalties = Penalties(penalised, [seen[r.key] for r in chosen], after, chosen)
         self._bias: Edit | None = None
         if bias:
             rows, ids, values = zip(*bias, strict=True)
@@ -135,8 +152,12 @@ class _Rows:
 
     def draws(self) -> npt.NDArray[np.void]:
         """Of DRAW, for the next output index."""
-        self._draws["index"] = [request.num_output_tokens for request in self._requests]
+        self._draws["index"] = [self._index(row) for row in range(len(self._requests))]
         return self._draws
+
+    def _index(self, row: int) -> int:
+        """Of the id to draw, among the request's output."""
+        return self._requests[row].num_output_tokens + len(self.before[row])
 
     @cached_property
     def _draws(self) -> npt.NDArray[np.void]:
@@ -161,7 +182,7 @@ class _Rows:
             if s.temperature >= GREEDY_BELOW
             and (s.top_k > 0 or s.top_p < 1.0 or s.min_p > 0.0) is truncated
         ]
-        return RandomRows(rows, self._requests, self.device) if rows else None
+        return RandomRows(rows, self._requests, self.before, self.device) if rows else None
 
     def edit(self, scores: torch.Tensor) -> list[Edit]:
         """Penalties, bias and mask, in place; undone by putting back what is returned, last first.
@@ -177,7 +198,7 @@ class _Rows:
         masked_rows: list[int] = []
         masked_ids: list[int] = []
         for row, request, ends in self._until_min_tokens:
-            if request.num_output_tokens < request.min_tokens:
+            if self._index(row) < request.min_tokens:
                 masked_rows += [row] * len(ends)
                 masked_ids += ends
         if masked_ids:

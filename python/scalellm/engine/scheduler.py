@@ -5,7 +5,8 @@
                   `---- preempt --'                            take_outputs() <--'
 
 One step, in this order:
- 1. Every running sequence that lacks one token gets it (decode), so streams never wait for prompts.
+ 1. Every running sequence that lacks one token gets it (decode), so streams never wait for prompts;
+    with speculation (speculation.py) also guesses at the ones behind it.
  2. Running prompts go on, in chunks that keep the step within its tokens and its predicted time.
  3. Waiting requests are admitted while blocks, tokens and time are left; those that are more
     important than a running prompt come before its chunk.
@@ -30,6 +31,7 @@ from collections.abc import Mapping, Sequence
 
 from scalellm.engine.kv_cache import KVCache, extend_hashes
 from scalellm.engine.request import FinishReason, Request, Status
+from scalellm.engine.speculation import PromptLookup, row_share
 from scalellm.engine.step import Limits, Output, Plan, Step
 from scalellm.engine.step_time import StepShape, StepTime
 from scalellm.engine.waiting import Deadlines, WaitingQueue
@@ -58,6 +60,10 @@ class Scheduler:
         self._computing: dict[bytes, int] = {}  # block hash -> key of the request that computes it
         self._in_flight: frozenset[int] = frozenset()
         self._outputs: list[Output] = []
+        self._lookups: dict[int, PromptLookup] = {}  # of streams, by key, with speculation
+        self.num_drafts = 0
+        self.num_right_drafts = 0
+        self._row_share = 0.0  # a row's time in those of a token, in the last step
 
     # ------------------------------------------------------------ requests in and out
 
@@ -152,6 +158,7 @@ class Scheduler:
             self._waiting.discard(request)
         self._deadlines.discard(request)
         del self.requests[request.key]
+        self._lookups.pop(request.key, None)
         request.status = Status.FINISHED
         request.finish_reason = reason
         request.finished_us = now_us
@@ -171,14 +178,19 @@ class Scheduler:
         plan = Plan(self.limits.max_num_batched_tokens)
         self._make_room_for_priority(plan)
         prompts: list[Request] = []
-        for request in self._running.copy():
+        running = self._running.copy()
+        plan.drafts_left = min(plan.drafts_left, plan.tokens_left - len(running))
+        for request in running:
             if request.status is not Status.RUNNING:
                 continue  # preempted for one before it
             if request.num_tokens - request.num_computed_tokens > 1:
                 prompts.append(request)
             elif self._grow(request, plan):
-                plan.append(request, 1, now_us)
+                drafts = self._drafts(request, plan) if self.limits.max_drafts else ()
+                plan.append(request, 1, now_us, drafts)
         plan.budget_ms = self._budget_ms(plan.shape)
+        if self.limits.max_drafts:
+            self._row_share = row_share(self.step_time, plan.shape)
         for request in prompts:
             self._admit_waiting(plan, now_us, request.priority)
             if request.status is Status.RUNNING and not self._append_chunk(request, plan, now_us):
@@ -194,11 +206,14 @@ class Scheduler:
         sampled: Sequence[int | None],
         now_us: int,
         errors: Mapping[int, str] | None = None,
+        further: Mapping[int, Sequence[int]] | None = None,
     ) -> None:
         """Take in a computed step: `sampled[i]` is the id drawn for `keys[i]`.
 
-        It counts where the span reached the end of its sequence. Requests in `errors` end."""
+        It counts where the span reached the end of its sequence. Requests in `errors` end.
+        `further`: by key, the ids drawn after drafts that were right, one for each of these."""
         self._in_flight = frozenset()
+        further = further or {}
         for key, span, token_id in zip(step.keys, step.spans, sampled, strict=True):
             request = self.requests[key]
             request.steps += 1
@@ -209,14 +224,21 @@ class Scheduler:
             if errors and key in errors:
                 self._finish(request, "error", now_us, error=errors[key])
                 continue
-            computed = request.num_computed_tokens = span.start + len(span.token_ids)
+            computed = span.start + len(span.token_ids) - span.num_drafts
+            request.num_computed_tokens = computed
             if request.wants_prompt_logprobs:
                 request.prompt_logprobs_done = min(computed, request.num_prompt_tokens - 1)
-            self._store_full_blocks(request)
-            if computed == request.num_tokens:
-                if token_id is None:
-                    raise ValueError(f"request {key} reached its end but has no sampled id")
-                self._append_token(request, token_id, now_us)
+            if computed < request.num_tokens:
+                self._store_full_blocks(request)
+                continue
+            if token_id is None:
+                raise ValueError(f"request {key} reached its end but has no sampled id")
+            more = further.get(key, ())
+            if span.num_drafts:
+                self._lookups[key].learn(span.num_drafts, len(more))
+                self.num_drafts += span.num_drafts
+                self.num_right_drafts += len(more)
+            self._append_tokens(request, (token_id, *more), now_us)
 
     def fail(self, step: Step, message: str, now_us: int) -> None:
         """End every request of a step that could not be computed."""
@@ -230,15 +252,52 @@ class Scheduler:
         """The step in flight will never be taken in, and nothing computes it any more."""
         self._in_flight = frozenset()
 
-    def _append_token(self, request: Request, token_id: int, now_us: int) -> None:
-        request.token_ids.append(token_id)
+    def _append_tokens(self, request: Request, token_ids: tuple[int, ...], now_us: int) -> None:
+        """Ids as if they had come one step after the other; all but the last are computed."""
         if request.first_token_us == 0:
             request.first_token_us = now_us
-        finished = request.finish_after_last(self.max_model_len)
+        finished: FinishReason | None = None
+        taken = 0
+        while finished is None and taken < len(token_ids):
+            request.token_ids.append(token_ids[taken])
+            taken += 1
+            finished = request.finish_after_last(self.max_model_len)
+        request.num_computed_tokens += taken - 1
+        self._store_full_blocks(request)
         if finished is not None:
-            self._finish(request, finished, now_us, token_ids=(token_id,))
+            self._finish(request, finished, now_us, token_ids=token_ids[:taken])
         else:
-            self._outputs.append(Output(request, (token_id,)))
+            self._outputs.append(Output(request, token_ids))
+
+    # ------------------------------------------------------------ drafts
+
+    def _drafts(self, request: Request, plan: Plan) -> Sequence[int]:
+        """Ids that may follow a stream's last one, as many as pay and have a place in its blocks.
+
+        Blocks are only taken where every running request could take another one besides."""
+        most = min(
+            self.limits.max_drafts,
+            plan.drafts_left,
+            request.num_prompt_tokens + request.max_tokens - request.num_tokens - 1,
+            self.max_model_len - request.num_tokens - 1,
+        )
+        if most <= 0:
+            return ()
+        lookup = self._lookups.get(request.key)
+        if lookup is None:
+            lookup = self._lookups[request.key] = PromptLookup()
+        drafts = lookup.draft(request.token_ids, most, self._row_share)
+        lacking = self._blocks_of(request.num_tokens + len(drafts)) - len(request.block_table)
+        if lacking > 0:
+            free = self.kv.num_free - self._reserved - len(self._running)
+            if request.reserved_blocks >= lacking:
+                request.reserved_blocks -= lacking
+                self._reserved -= lacking
+            elif free < lacking:
+                places = len(request.block_table) * self.kv.block_size
+                return drafts[: places - request.num_tokens]
+            request.block_table.extend(self.kv.allocate(lacking))
+        return drafts
 
     # ------------------------------------------------------------ chunks and admission
 

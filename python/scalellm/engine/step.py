@@ -1,6 +1,7 @@
 """The values that scheduling is about: a step's bounds, its work, and what came of it."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from scalellm.engine.request import FinishReason, Request
@@ -8,6 +9,7 @@ from scalellm.engine.step_time import StepShape, StepTime
 from scalellm.executor.batch import Span
 
 PROMPT_LOGITS_PER_STEP = 128  # rows for prompt logprobs, each vocabulary-wide in float32
+DRAFTS_PER_STEP = 128  # rows of as many numbers, where a token is not only the largest logit's
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,6 +20,7 @@ class Limits:
     max_num_batched_tokens: int
     max_model_len: int
     step_budget_ms: float  # predicted; of a step without running streams
+    max_drafts: int = 0  # ids guessed for a request in a step; 0 without speculation
     max_preemptions: int = 3
     max_waiting: int = 16384
 
@@ -60,6 +63,7 @@ class Plan:
         self.budget_ms = math.inf  # of the whole step, once its streams are known
         self.num_chunks = 0
         self.prompt_logits_left = PROMPT_LOGITS_PER_STEP
+        self.drafts_left = DRAFTS_PER_STEP
         self.keys: list[int] = []
         self.spans: list[Span] = []
         self.admitted: list[int] = []
@@ -71,7 +75,10 @@ class Plan:
     def shape(self) -> StepShape:
         return StepShape(self._tokens, self._attended, len(self.spans))
 
-    def append(self, request: Request, tokens: int, now_us: int) -> None:
+    def append(
+        self, request: Request, tokens: int, now_us: int, drafts: Sequence[int] = ()
+    ) -> None:
+        """Compute `tokens` of a request, and `drafts` if these reach its end."""
         start = request.num_computed_tokens
         end = start + tokens
         num_logits = 1 if end == request.num_tokens else 0
@@ -86,7 +93,11 @@ class Plan:
         ids = (token_ids[start],) if tokens == 1 else tuple(token_ids[start:end])
         self.keys.append(request.key)
         last = request.num_output_tokens + 1 >= request.max_tokens
-        self.spans.append(Span(ids, start, request.block_table[:], num_logits, last))
+        if drafts:
+            ids, tokens = (*ids, *drafts), tokens + len(drafts)
+            num_logits += len(drafts)
+            self.drafts_left -= len(drafts)
+        self.spans.append(Span(ids, start, request.block_table[:], num_logits, last, len(drafts)))
         self.tokens_left -= tokens
         self._tokens += tokens
         self._attended += tokens * start + tokens * (tokens + 1) / 2

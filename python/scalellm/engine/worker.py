@@ -70,8 +70,9 @@ class Computed:
     """A step's results; the dicts are by request key."""
 
     token_ids: list[int | None]  # for each span of the step; None where nothing is sampled
+    further: dict[int, tuple[int, ...]] = field(default_factory=dict)  # after drafts that are right
     errors: dict[int, str] = field(default_factory=dict)
-    logprobs: dict[int, TokenLogprobs] = field(default_factory=dict)
+    logprobs: dict[int, list[TokenLogprobs]] = field(default_factory=dict)  # of all these ids
     prompt_logprobs: dict[int, list[TokenLogprobs]] = field(default_factory=dict)
     phases_ms: dict[str, float] = field(default_factory=dict)  # one after the other
 
@@ -90,16 +91,8 @@ def compute(
         sampled = Sampled.of(drawn or [])
         if logits is not None and asked.rows:
             chosen = logits if len(asked.rows) == len(logits) else logits[asked.rows]
-            sampled = sampler.sample(chosen, [requests[i] for i in asked.sampling])
-        token_ids: list[int | None] = [None] * len(requests)
-        for i, token_id in zip(asked.sampling, sampled.token_ids, strict=True):
-            token_ids[i] = token_id
-        keys = [step.keys[i] for i in asked.sampling]
-        found = Computed(
-            token_ids,
-            {keys[row]: error for row, error in sampled.errors.items()},
-            {keys[row]: entry for row, entry in sampled.logprobs.items()},
-        )
+            sampled = sampler.sample(chosen, [requests[i] for i in asked.sampling], asked.before)
+        found = _accepted(step, asked, sampled)
         if logits is not None:
             for i, rows_of_prompt in asked.prompt_rows.items():
                 span = step.spans[i]
@@ -115,8 +108,10 @@ class _Asked:
     """What a step's spans ask of its logits."""
 
     def __init__(self, step: Step, requests: Sequence[Request]) -> None:
-        self.sampling: list[int] = []  # spans that reach the end of their sequence
-        self.rows: list[int] = []  # their rows of the logits
+        # A row for each span that reaches the end of its sequence, and for each of its drafts:
+        self.sampling: list[int] = []  # the span
+        self.rows: list[int] = []  # of the logits
+        self.before: list[Sequence[int]] = []  # the drafts before it
         self.prompt_rows: dict[int, range] = {}  # span -> rows for prompt logprobs
         self.largest_only = True  # nothing but the ids of the largest logits
         end_row = 0
@@ -125,12 +120,46 @@ class _Asked:
                 continue
             first_row = end_row
             end_row += span.num_logits
-            if span.start + len(span.token_ids) == request.num_tokens:
+            drafts = span.num_drafts
+            if span.start + len(span.token_ids) - drafts == request.num_tokens:
                 self.sampling.append(i)
-                self.rows.append(end_row - 1)
-            if span.num_logits > 1 or request.wants_prompt_logprobs:
+                self.rows.append(end_row - 1 - drafts)
+                self.before.append(())
+                for count in range(1, drafts + 1):
+                    self.sampling.append(i)
+                    self.rows.append(end_row - 1 - drafts + count)
+                    self.before.append(span.token_ids[1 : 1 + count])
+            if span.num_logits > 1 + drafts or request.wants_prompt_logprobs:
                 self.prompt_rows[i] = range(first_row, end_row)
             self.largest_only = self.largest_only and request.takes_largest_logit
+
+
+def _accepted(step: Step, asked: _Asked, sampled: Sampled) -> Computed:
+    """What was sampled for each span: its first id, and those that follow drafts that are right.
+
+    A row after drafts that has no token only ends them: if it comes to it, the next step says so.
+    """
+    found = Computed([None] * len(step.spans))
+    row = 0
+    while row < len(asked.sampling):
+        i = asked.sampling[row]
+        key, span = step.keys[i], step.spans[i]
+        first, row = row, row + 1 + span.num_drafts
+        found.token_ids[i] = sampled.token_ids[first]
+        if error := sampled.errors.get(first):
+            found.errors[key] = error
+        count = 1
+        if span.num_drafts:
+            ids = sampled.token_ids[first:row]
+            drafts = span.token_ids[-span.num_drafts :]
+            for drawn, draft, after in zip(ids, drafts, ids[1:], strict=False):
+                if drawn != draft or after is None:
+                    break
+                count += 1
+            found.further[key] = tuple(i for i in ids[1:count] if i is not None)
+        if sampled.logprobs and first in sampled.logprobs:
+            found.logprobs[key] = [sampled.logprobs[first + n] for n in range(count)]
+    return found
 
 
 def _phases_ms(by_kind: Mapping[str, float], forward_ms: float, all_ms: float) -> dict[str, float]:

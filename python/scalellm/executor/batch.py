@@ -4,6 +4,7 @@ sequence   |<------ in the KV cache ------>|<------- token_ids ------->|  not ye
 position   0                             start               start + len(token_ids)
 KV blocks  [   b0   ][   b1   ][   b2   ][   b3   ][   b4   ]    block_table = [b0, b1, ...]
                                                      |<- num_logits ->|
+                                                          |num_drafts |   guesses
 """
 
 from collections.abc import Sequence
@@ -21,6 +22,7 @@ class Span:
     ]  # physical KV blocks, covering at least start + len(token_ids) tokens
     num_logits: int  # how many of the last positions need logits: 0, 1, or more for prompt logprobs
     last: bool = False  # its sequence ends with the next token, whichever that is
+    num_drafts: int = 0  # how many of the last token_ids are guesses, which have logits too
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,15 +18,24 @@ EOS = 0
 LIMITS = Limits(max_num_seqs=8, max_num_batched_tokens=64, max_model_len=128, step_budget_ms=1e9)
 
 
-def next_token(context: list[int]) -> int:
-    """A model: a function of everything before, EOS now and then."""
-    return zlib.crc32(repr(context).encode()) % 23
+def next_token(context: list[int], remembers: int = 1000) -> int:
+    """A model: a function of what it remembers, EOS now and then; of two ids it repeats itself."""
+    return zlib.crc32(repr(context[-remembers:]).encode()) % 23
 
 
 class Machine:
     """Runs a scheduler's steps: writes ids into blocks, samples from what the blocks hold."""
 
-    def __init__(self, limits: Limits = LIMITS, blocks: int = 32, block_size: int = 4, **kv: bool):
+    def __init__(
+        self,
+        limits: Limits = LIMITS,
+        blocks: int = 32,
+        block_size: int = 4,
+        remembers: int = 1000,
+        **kv: bool,
+    ):
+        self.remembers = remembers
+        self.further: dict[int, list[int]] = {}
         self.kv = KVCache(blocks, block_size, **kv)
         self.scheduler = Scheduler(limits, self.kv)
         self.memory = [[-1] * block_size for _ in range(blocks)]
@@ -47,14 +56,28 @@ class Machine:
         ]
         assert len(set(written)) == len(written), "two spans write one block"
         sampled: list[int | None] = []
+        self.further = {}
         for key, span in zip(step.keys, step.spans, strict=True):
             for position, token in enumerate(span.token_ids, span.start):
                 self.memory[span.block_table[position // size]][position % size] = token
             end = span.start + len(span.token_ids)
             held = [self.memory[span.block_table[i // size]][i % size] for i in range(end)]
             request = self.scheduler.requests[key]
-            assert held == request.token_ids[:end], "the KV cache holds another sequence's tokens"
-            sampled.append(next_token(held) if end == request.num_tokens else None)
+            known = end - span.num_drafts
+            assert held[:known] == request.token_ids[:known], "another sequence's tokens"
+            assert known == request.num_tokens or not span.num_drafts, "drafts inside a sequence"
+            if known < request.num_tokens:
+                sampled.append(None)
+                continue
+            assert span.num_logits >= 1 + span.num_drafts
+            ids = [
+                next_token(held[: known + i], self.remembers) for i in range(1 + span.num_drafts)
+            ]
+            right = 0
+            while right < span.num_drafts and ids[right] == held[known + right]:
+                right += 1
+            sampled.append(ids[0])
+            self.further[key] = ids[1 : 1 + right]
         return sampled
 
     def step(self) -> Step:
@@ -65,7 +88,8 @@ class Machine:
         assert len(step.keys) <= self.scheduler.limits.max_num_seqs
         assert step.keys or not self.scheduler.requests, "requests, and no work for any of them"
         if step.keys:
-            self.scheduler.update(step, self.compute(step), self.now_us)
+            sampled = self.compute(step)
+            self.scheduler.update(step, sampled, self.now_us, None, self.further)
         self.collect()
         self.steps.append(step)
         return step
@@ -97,11 +121,13 @@ class Machine:
         return request
 
 
-def alone(prompt: list[int], max_tokens: int, max_model_len: int) -> list[int]:
+def alone(
+    prompt: list[int], max_tokens: int, max_model_len: int, remembers: int = 1000
+) -> list[int]:
     """What one request gives without scheduler or cache."""
     context = list(prompt)
     while len(context) - len(prompt) < max_tokens and len(context) < max_model_len:
-        context.append(next_token(context))
+        context.append(next_token(context, remembers))
         if context[-1] == EOS:
             break
     return context[len(prompt) :]
@@ -114,27 +140,35 @@ def prompt_of(rng: random.Random, families: list[list[int]], longest: int) -> li
 
 
 @settings(max_examples=150, deadline=None)
-@given(st.integers(0, 2**32), st.integers(0, 3), st.booleans(), st.sampled_from([1, 2, 4, 5]))
+@given(
+    st.integers(0, 2**32),
+    st.integers(0, 3),
+    st.booleans(),
+    st.sampled_from([1, 2, 4, 5]),
+    st.sampled_from([0, 1, 5]),
+)
 def test_random_workloads_finish_exactly_and_leak_nothing(
-    seed: int, max_preemptions: int, prefix_caching: bool, block_size: int
+    seed: int, max_preemptions: int, prefix_caching: bool, block_size: int, max_drafts: int
 ) -> None:
     rng = random.Random(seed)
+    remembers = rng.choice([2, 1000])
     limits = Limits(
         max_num_seqs=rng.randrange(1, 9),
         max_num_batched_tokens=rng.choice([9, 33, 64]),
         max_model_len=48,
         step_budget_ms=1e9,
         max_preemptions=max_preemptions,
+        max_drafts=max_drafts,
     )
     blocks = rng.choice([1, 2, 3, 6]) * -(-48 // block_size)
-    machine = Machine(limits, blocks, block_size, prefix_caching=prefix_caching)
+    machine = Machine(limits, blocks, block_size, remembers, prefix_caching=prefix_caching)
     families = [[rng.randrange(1, 23) for _ in range(30)] for _ in range(3)]
     expected: dict[int, list[int]] = {}
     cancelled: set[int] = set()
     for key in range(rng.randrange(1, 25)):
         prompt = prompt_of(rng, families, 40)
         max_tokens = rng.randrange(1, 30)
-        resume = alone(prompt, max_tokens, 48)[: rng.choice([0, 0, 0, 2])]
+        resume = alone(prompt, max_tokens, 48, remembers)[: rng.choice([0, 0, 0, 2])]
         machine.add(
             key,
             prompt,
@@ -145,7 +179,7 @@ def test_random_workloads_finish_exactly_and_leak_nothing(
             cache_salt=rng.choice([b"", b"tenant"]),
             prompt_logprobs=rng.choice([None, None, None, 1]),
         )
-        expected[key] = alone(prompt, max_tokens, 48)[len(resume) :]
+        expected[key] = alone(prompt, max_tokens, 48, remembers)[len(resume) :]
         for _ in range(rng.randrange(3)):
             machine.step()
         if rng.random() < 0.1:
@@ -469,3 +503,52 @@ def test_schedule_before_update_is_refused() -> None:
 def test_a_token_budget_below_the_batch_is_refused() -> None:
     with pytest.raises(ValueError, match="at least max_num_seqs, 8"):
         Limits(8, 4, 100, 1.0)
+
+
+def test_text_that_repeats_itself_takes_fewer_steps_with_drafts() -> None:
+    plain = Machine(replace(LIMITS, max_model_len=400), blocks=200, remembers=2)
+    guessing = Machine(replace(LIMITS, max_model_len=400, max_drafts=7), 200, remembers=2)
+    for machine in (plain, guessing):
+        machine.add(1, [3, 4, 5], 300, eos_token_ids=frozenset())
+        machine.run()
+    assert plain.emitted == guessing.emitted
+    assert len(plain.steps) == 300 and len(guessing.steps) < 120
+
+
+def test_wrong_drafts_are_given_up_and_tried_again_later() -> None:
+    machine = Machine(replace(LIMITS, max_model_len=2000, max_drafts=3), blocks=600)
+    # The text repeats itself in places, but what follows is always new.
+    machine.add(1, [token for token in range(1, 23) for _ in range(4)], 1)
+    machine.run()
+    request = machine.add(2, [5] * 8, 1200, eos_token_ids=frozenset())
+    machine.run()
+    drafted = [sum(span.num_drafts for span in step.spans) for step in machine.steps]
+    assert request.num_output_tokens == 1200
+    assert 0 < sum(drafted) < 120
+    assert any(drafted[-400:])
+
+
+def test_drafts_stay_within_the_step_and_the_answer() -> None:
+    limits = replace(LIMITS, max_num_batched_tokens=12, max_drafts=7)
+    machine = Machine(limits, blocks=200, remembers=2)
+    for key in range(8):
+        machine.add(key, [3, 4, 5], 60 + key, eos_token_ids=frozenset())
+    machine.run()
+    assert all(step.shape.tokens <= 12 for step in machine.steps)
+    assert [len(machine.emitted[key]) for key in range(8)] == [60 + key for key in range(8)]
+    assert any(span.num_drafts for step in machine.steps for span in step.spans)
+
+
+def test_a_stop_among_accepted_drafts_ends_the_answer_there() -> None:
+    context = [3, 4, 5]
+    while len(context) < 63:
+        context.append(next_token(context, remembers=2))
+    text = context[3:]
+    stopping = frozenset({text[45]})
+    machine = Machine(replace(LIMITS, max_drafts=7), blocks=200, remembers=2)
+    more = {"eos_token_ids": frozenset(), "stop_token_ids": stopping, "min_tokens": 40}
+    machine.add(1, [3, 4, 5], 60, **more)
+    machine.run()
+    end = next(place for place in range(39, 60) if text[place] in stopping) + 1
+    assert machine.emitted[1] == text[:end] and machine.done[1].finish_reason == "stop_token"
+    assert any(span.num_drafts > 1 for step in machine.steps for span in step.spans)
