@@ -98,7 +98,7 @@ class StretchScheduler(Scheduler):
             if request.num_output_tokens + 1 >= request.max_tokens or (
                 request.num_tokens + 1 >= self.max_model_len
             ):
-                self._append_token(request, token_id, now_us)
+                self._append_tokens(request, (token_id,), now_us)
             else:
                 request.token_ids.append(token_id)
 
