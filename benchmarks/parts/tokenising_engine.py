@@ -42,6 +42,9 @@ class TimedExecutor:
         self.model_config = SimpleNamespace(eos_token_ids=(0,))
         self._step_s = step_ms / 1e3
 
+    def check(self) -> None:
+        """Nothing can end it."""
+
     def forward(self, batch: Batch) -> torch.Tensor:
         time.sleep(self._step_s)
         logits = torch.zeros((batch.num_logits, self.vocab_size))

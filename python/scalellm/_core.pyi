@@ -277,6 +277,11 @@ def cpu_matrix_bytes(code: list[int]) -> int:
     """Bytes of a packed matrix. Raises ValueError for a layout that there is not."""
 
 def cpu_matrix_pack(code: list[int], weight: int, out: int, size: int) -> None: ...
+def cpu_matrix_select(
+    code: list[int], weight: _SliceAt, ranges: list[tuple[int, int]], out: _SliceAt
+) -> None:
+    """Copy rows (first, end) of a packed matrix, as a packed matrix. Raises ValueError."""
+
 def cpu_linear(
     code: list[int], mode: int, x: _RowsAt, weight: _SliceAt, bias: int, out: int
 ) -> None: ...
@@ -304,6 +309,7 @@ def cpu_experts(
     codes: tuple[list[int], list[int]],
     top: int,
     normalise: bool,
+    among: tuple[int, bool],
     out: int,
 ) -> None: ...
 def cpu_rms_norm(x: _RowsAt, weight: _SliceAt, eps: float, out: int) -> None: ...
@@ -315,13 +321,47 @@ def cpu_logprobs(
     logits: _RowsAt, vocab: int, tokens: list[int], alternatives: list[int]
 ) -> list[tuple[int, float, int, list[int], list[float]]]: ...
 
+MOST_RANKS: Final[int]
+
+class Ranks:
+    """The processes that compute a replica's steps together, as rank `rank` of `count` sees them.
+
+    `file`: `bytes_for` zeros that all ranks map. Whatever waits for another rank raises
+    ConnectionAbortedError once any rank gave up.
+    """
+
+    def __init__(
+        self, file: int, rank: int, count: int, letter_bytes: int, slot_bytes: int
+    ) -> None: ...
+    @staticmethod
+    def bytes_for(count: int, letter_bytes: int, slot_bytes: int) -> int: ...
+    @property
+    def address(self) -> int:
+        """What operators take; it means nothing without this object."""
+
+    def send(self, letter: bytes) -> None:
+        """Give every other rank a letter; of rank 0 alone."""
+
+    def receive(self) -> bytes:
+        """Wait for rank 0's next letter."""
+
+    def give_up(self) -> None:
+        """Nobody waits for anybody any more, in any process."""
+
+def cpu_linear_reduced(
+    code: list[int], x: _RowsAt, weight: _SliceAt, bias: int, ranks: int, out: int
+) -> None: ...
+def cpu_logits_among(
+    code: list[int], x: _RowsAt, weight: _SliceAt, bounds: list[int], ranks: int, out: int
+) -> None: ...
+
 # token ids, positions, logit rows, spans [n, 4], tables
 _StepAt = tuple[_SliceAt, int, _SliceAt, _SliceAt, _SliceAt]
 
 class CpuPlan:
     """A recorded step; `scalellm.executor.recording` makes them."""
 
-    def __init__(self) -> None: ...
+    def __init__(self, ranks: Ranks | None = None) -> None: ...
     def __len__(self) -> int: ...
     def buffer(self, cols: int, f32: bool, outputs: bool) -> int: ...
     def embed(self, table: _RowsAt, out: _View) -> None: ...
@@ -332,7 +372,10 @@ class CpuPlan:
     def linear(
         self, x: _View, code: list[int], weight: _SliceAt, bias: int, out: _View
     ) -> None: ...
-    def logits(self, x: _View, code: list[int], weight: _SliceAt) -> None: ...
+    def reduced(
+        self, x: _View, code: list[int], weight: _SliceAt, bias: int, out: _View
+    ) -> None: ...
+    def logits(self, x: _View, code: list[int], weight: _SliceAt, first: int) -> None: ...
     def attention(
         self,
         qkv: _View,
@@ -353,6 +396,7 @@ class CpuPlan:
         experts: list[tuple[list[int], _SliceAt, list[int], _SliceAt]],
         top: int,
         normalise: bool,
+        division: int,
         out: _View,
     ) -> None: ...
     def finish(self) -> None: ...

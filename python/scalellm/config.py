@@ -92,10 +92,19 @@ class EngineConfig:
         3, "How often one request may be preempted before it is protected", minimum=0, maximum=1000
     )
     tensor_parallel_size: int = setting(
-        1, "Devices that share each layer; this version has 1", minimum=1, maximum=1
+        1,
+        "Processes of a CPU host that share each layer: 1, 2, 4 or 8, as the model's heads allow",
+        minimum=1,
+        maximum=8,
+    )
+    enable_expert_parallel: bool = setting(
+        False, "Divide a mixture's experts over those processes, instead of each expert"
     )
     cpu_threads: int | None = setting(
-        None, "Threads of one replica on a CPU; default: all cores", minimum=1, maximum=1024
+        None,
+        "Threads of one replica on a CPU, all its ranks together; default: all cores",
+        minimum=1,
+        maximum=1024,
     )
     packed_cache: str | None = setting(
         None,

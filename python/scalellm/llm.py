@@ -312,11 +312,12 @@ def _start(config: EngineConfig) -> "tuple[LocalEngine, int, int]":
     """Load the model and start its loop: the engine, its longest request, its vocabulary's size."""
     from scalellm.engine.local import LocalEngine, LocalListener
     from scalellm.engine.loop import EngineLoop
-    from scalellm.executor.single import SingleExecutor
+    from scalellm.executor.load import load_executor
 
-    executor = SingleExecutor.load(config)
+    config = replace(config, compute_nice=0)
+    executor = load_executor(config)
     listener = LocalListener()
-    loop = EngineLoop(executor, listener, replace(config, compute_nice=0))
+    loop = EngineLoop(executor, listener, config)
     return (
         LocalEngine(loop, listener, executor.close),
         loop.scheduler.max_model_len,

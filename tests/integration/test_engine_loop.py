@@ -57,6 +57,11 @@ class TableExecutor:
         self.last_forward_ms: dict[str, float] = {}
         self.torch_threads: int | None = None
         self.steps = 0
+        self.failure: EngineError | None = None
+
+    def check(self) -> None:
+        if self.failure is not None:
+            raise self.failure
 
     def forward(self, batch: Batch) -> torch.Tensor:
         self.steps += 1
@@ -290,6 +295,18 @@ def test_steps_that_fail_again_and_again_end_the_engine() -> None:
             engine.finish(engine.submit([1], 1))
         engine.thread.join(30)
         assert "5 steps in a row failed; the last: the device is gone" in str(engine.failure)
+
+
+def test_an_executor_that_can_compute_no_more_ends_the_engine() -> None:
+    executor = TableExecutor()
+    with running(executor) as engine:
+        key = engine.submit([1, 2, 3], 1000, ignore_eos=True)
+        engine.take()
+        executor.failure = EngineError("a rank was lost")
+        engine.finish(key)
+        assert engine.reason(key) == "error"
+        engine.thread.join(timeout=30)
+        assert engine.failure is executor.failure
 
 
 def test_a_fault_of_the_loop_while_a_step_runs_ends_every_request_with_an_error() -> None:

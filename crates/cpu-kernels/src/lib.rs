@@ -6,6 +6,7 @@
 //! team      the one set of threads that everything runs on; tiles are taken from a counter
 //! rows      checked two-dimensional views of activations
 //! scratch   memory that operations need for their own intermediate results
+//! ranks     processes that compute a step together, and what they give each other
 //! linear    products with packed weights: bf16, int8, int4
 //! attention over the paged cache, and what stores keys and values there
 //! plan      a model's step as a recorded list of all these
@@ -31,6 +32,7 @@ pub mod moe;
 pub mod norm;
 pub mod pages;
 pub mod plan;
+pub mod ranks;
 pub mod rotary;
 pub mod rows;
 pub mod sampling;

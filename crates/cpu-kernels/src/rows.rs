@@ -7,6 +7,7 @@
 //! ```
 
 use std::marker::PhantomData;
+use std::ops::Range;
 
 /// Rows that are only read.
 #[derive(Clone, Copy)]
@@ -70,6 +71,21 @@ impl<'a, T: Copy> Rows<'a, T> {
     #[must_use]
     pub fn stride(&self) -> usize {
         self.stride
+    }
+
+    /// Some of the rows.
+    ///
+    /// # Panics
+    /// If there are no such rows.
+    #[must_use]
+    pub fn between(&self, rows: Range<usize>) -> Self {
+        let inside = rows.start <= rows.end && rows.end <= self.rows;
+        assert!(inside, "rows {rows:?} of {}", self.rows);
+        Self {
+            start: self.start.wrapping_add(rows.start * self.stride),
+            rows: rows.len(),
+            ..*self
+        }
     }
 
     /// # Panics
@@ -143,6 +159,36 @@ impl<'a, T: Copy> RowsMut<'a, T> {
     #[must_use]
     pub fn stride(&self) -> usize {
         self.stride
+    }
+
+    /// The same rows, no longer to be written.
+    #[must_use]
+    pub fn read(self) -> Rows<'a, T> {
+        Rows {
+            start: self.start,
+            rows: self.rows,
+            cols: self.cols,
+            stride: self.stride,
+            memory: PhantomData,
+        }
+    }
+
+    /// Some of the rows.
+    ///
+    /// # Safety
+    /// No element is written through two views at the same time.
+    ///
+    /// # Panics
+    /// If there are no such rows.
+    #[must_use]
+    pub unsafe fn between(&self, rows: Range<usize>) -> Self {
+        let inside = rows.start <= rows.end && rows.end <= self.rows;
+        assert!(inside, "rows {rows:?} of {}", self.rows);
+        Self {
+            start: self.start.wrapping_add(rows.start * self.stride),
+            rows: rows.len(),
+            ..*self
+        }
     }
 
     /// Columns `first .. first + count` of a row.

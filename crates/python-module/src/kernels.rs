@@ -15,9 +15,11 @@ use scalellm_cpu_kernels::bf16;
 use scalellm_cpu_kernels::cpu::Cpu;
 use scalellm_cpu_kernels::level::Level;
 use scalellm_cpu_kernels::linear::{self, Format, Layout, Output, Packed};
-use scalellm_cpu_kernels::moe::{self, Expert, Workspace};
+use scalellm_cpu_kernels::moe::{self, Among, Expert, Workspace};
 use scalellm_cpu_kernels::rows::{Rows, RowsMut};
 use scalellm_cpu_kernels::{norm, rotary};
+
+use crate::ranks::{lost, ranks_at};
 
 /// Add the classes and functions of this file to `module`.
 pub fn register(module: &Bound<'_, PyModule>) -> PyResult<()> {
@@ -26,6 +28,7 @@ pub fn register(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_function(wrap_pyfunction!(cpu_start, module)?)?;
     module.add_function(wrap_pyfunction!(cpu_matrix_bytes, module)?)?;
     module.add_function(wrap_pyfunction!(cpu_matrix_pack, module)?)?;
+    module.add_function(wrap_pyfunction!(cpu_matrix_select, module)?)?;
     module.add_function(wrap_pyfunction!(cpu_linear, module)?)?;
     module.add_function(wrap_pyfunction!(cpu_kv_block_bytes, module)?)?;
     module.add_function(wrap_pyfunction!(cpu_attention, module)?)?;
@@ -123,6 +126,35 @@ fn cpu_matrix_pack(
         let out = unsafe { std::slice::from_raw_parts_mut(out as *mut u8, size) };
         linear::pack(cpu, &layout, weight, out);
     })
+}
+
+/// Copy the rows of `ranges` (first, end) of a packed matrix to `out`, which their layout fills.
+#[pyfunction]
+fn cpu_matrix_select(
+    py: Python<'_>,
+    code: Vec<usize>,
+    weight: SliceAt,
+    ranges: Vec<(usize, usize)>,
+    out: SliceAt,
+) -> PyResult<()> {
+    let layout = layout(&code)?;
+    let ranges: Vec<_> = ranges.into_iter().map(|(first, end)| first..end).collect();
+    let to = linear::selected(&layout, &ranges).map_err(refused)?;
+    if out.1 != to.bytes() || !out.0.is_multiple_of(64) {
+        return Err(refused(format!(
+            "{} bytes at {:#x} for {to:?}",
+            out.1, out.0
+        )));
+    }
+    on_cpu(py, |cpu| {
+        // SAFETY: the caller's tensors have these sizes, and `out` is nobody else's.
+        let (weight, out) = unsafe {
+            let out = std::slice::from_raw_parts_mut(out.0 as *mut u8, out.1);
+            (slice(weight), out)
+        };
+        let packed = Packed::new(layout, weight).map_err(refused)?;
+        linear::select(cpu, &packed, &ranges, out).map_err(refused)
+    })?
 }
 
 /// y = x W^T + b. `mode` 0: bf16, 1: silu(gate) * up in bf16, 2: f32; `out` is contiguous.
@@ -328,7 +360,8 @@ fn cpu_rotary_angles(
 type ExpertAt = (SliceAt, SliceAt);
 
 /// A sparse layer behind its router; `codes` are the layouts of gate and up, and of down. `x` and
-/// `logits` are contiguous.
+/// `logits` are contiguous. `among`: the ranks that divide it, 0 for none, and whether they divide the
+/// experts, of which `experts` are this rank's, or each expert.
 #[pyfunction]
 #[expect(clippy::too_many_arguments, reason = "one torch operator's arguments")]
 fn cpu_experts(
@@ -339,12 +372,13 @@ fn cpu_experts(
     codes: (Vec<usize>, Vec<usize>),
     top: usize,
     normalise: bool,
+    among: (usize, bool),
     out: usize,
 ) -> PyResult<()> {
     let (gate_up, down) = (layout(&codes.0)?, layout(&codes.1)?);
     let (tokens, hidden) = (x.1, gate_up.k());
     let fits = gate_up.gated() && gate_up.columns() == down.k() && down.columns() == hidden;
-    if !fits || !(1..=experts.len()).contains(&top) {
+    if !fits || top == 0 || experts.is_empty() {
         return Err(refused(format!(
             "{top} of {} experts of {gate_up:?}, {down:?}",
             experts.len()
@@ -361,7 +395,17 @@ fn cpu_experts(
             };
             let experts = experts.iter().map(weights).collect::<PyResult<Vec<_>>>()?;
             let x = Rows::from_raw(x.0 as *const bf16, tokens, hidden, hidden);
-            let choices = experts.len();
+            let mut ranks = (among.0 != 0).then(|| ranks_at(among.0).lock());
+            let count = ranks.as_ref().map_or(1, |ranks| ranks.count());
+            let choices = experts.len() * if among.1 { count } else { 1 };
+            if top > choices {
+                return Err(refused(format!("{top} of {choices} experts")));
+            }
+            let among = match ranks.as_deref_mut() {
+                None => Among::Nobody,
+                Some(ranks) if among.1 => Among::Experts(ranks),
+                Some(ranks) => Among::Inner(ranks),
+            };
             let logits = Rows::from_raw(logits as *const bf16, tokens, choices, choices);
             let out = RowsMut::from_raw(out as *mut bf16, tokens, hidden, hidden);
             let mut workspace = Workspace::default();
@@ -371,11 +415,12 @@ fn cpu_experts(
                 x,
                 logits,
                 &experts,
+                among,
                 top,
                 normalise,
                 out,
-            );
-            Ok(())
+            )
+            .map_err(lost)
         }
     })?
 }

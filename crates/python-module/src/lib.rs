@@ -12,6 +12,7 @@ mod kernels;
 mod listener;
 mod load_generator;
 mod plan;
+mod ranks;
 mod routing;
 mod sampling;
 mod text;
@@ -26,6 +27,7 @@ fn _core(module: &Bound<'_, PyModule>) -> PyResult<()> {
     gateway::register(module)?;
     kernels::register(module)?;
     plan::register(module)?;
+    ranks::register(module)?;
     load_generator::register(module)?;
     routing::register(module)?;
     sampling::register(module)?;

@@ -1,15 +1,18 @@
 //! `_core.CpuPlan`: a model's step, recorded once; `scalellm.executor.recording` makes them.
 
+use std::sync::Arc;
+
 use pyo3::prelude::*;
 use pyo3::types::PyDict;
 use scalellm_cpu_kernels::bf16;
 use scalellm_cpu_kernels::plan::{
-    Attention, AttentionViews, Element, Experts, ExpertsViews, Extent, Linear, Op, Plan, Step,
-    Table, View, Wanted,
+    Attention, AttentionViews, Division, Element, Experts, ExpertsViews, Extent, Linear, Op, Plan,
+    PlanError, Step, Table, View, Wanted,
 };
 use scalellm_cpu_kernels::rows::RowsMut;
 
 use crate::kernels::{RowsAt, SliceAt, kv_layout, layout, refused, shared, slice, spans};
+use crate::ranks::{PyRanks, lost};
 
 /// Add the class of this file to `module`.
 pub fn register(module: &Bound<'_, PyModule>) -> PyResult<()> {
@@ -72,16 +75,22 @@ impl CpuPlan {
             };
             plan.run(&mut cpu.lock(), &step, wanted)
         })
-        .map_err(refused)
+        .map_err(|error| match error {
+            PlanError::Rank(error) => lost(error),
+            error => refused(error),
+        })
     }
 }
 
 #[pymethods]
 impl CpuPlan {
+    /// `ranks`: with whom its steps are computed.
     #[new]
-    fn new() -> Self {
+    #[pyo3(signature = (ranks=None))]
+    fn new(ranks: Option<&PyRanks>) -> Self {
+        let plan = ranks.map(|ranks| Plan::among(Arc::clone(&ranks.ranks)));
         Self {
-            plan: Plan::default(),
+            plan: plan.unwrap_or_default(),
         }
     }
 
@@ -162,9 +171,31 @@ impl CpuPlan {
         })
     }
 
-    fn logits(&mut self, x: ViewAt, code: Vec<usize>, weight: SliceAt) -> PyResult<()> {
+    /// As `linear`, of which each rank has some of the groups along k.
+    fn reduced(
+        &mut self,
+        x: ViewAt,
+        code: Vec<usize>,
+        weight: SliceAt,
+        bias: usize,
+        out: ViewAt,
+    ) -> PyResult<()> {
+        let linear = matrix(&code, weight, bias)?;
+        self.push(Op::Reduced {
+            x: view(x),
+            linear,
+            out: view(out),
+        })
+    }
+
+    /// `first`: the id of the weight's first row, where other ranks have the other ids.
+    fn logits(&mut self, x: ViewAt, code: Vec<usize>, weight: SliceAt, first: u32) -> PyResult<()> {
         let linear = matrix(&code, weight, 0)?;
-        self.push(Op::Logits { x: view(x), linear })
+        self.push(Op::Logits {
+            x: view(x),
+            linear,
+            first,
+        })
     }
 
     #[expect(clippy::too_many_arguments, reason = "one torch operator's arguments")]
@@ -199,7 +230,9 @@ impl CpuPlan {
         self.push(Op::Attention(attention, views))
     }
 
-    /// `experts`: (layout, weight) of gate and up, then of down, of each.
+    /// `experts`: (layout, weight) of gate and up, then of down, of each. `division`: 0 none, 1 of
+    /// each expert, 2 of the experts, of which these are this rank's.
+    #[expect(clippy::too_many_arguments, reason = "one torch operator's arguments")]
     fn experts(
         &mut self,
         x: ViewAt,
@@ -207,8 +240,15 @@ impl CpuPlan {
         experts: Vec<(Vec<usize>, SliceAt, Vec<usize>, SliceAt)>,
         top: usize,
         normalise: bool,
+        division: u8,
         out: ViewAt,
     ) -> PyResult<()> {
+        let division = match division {
+            0 => Division::Nothing,
+            1 => Division::Inner,
+            2 => Division::Experts,
+            _ => return Err(refused(format!("division {division}"))),
+        };
         let experts = experts
             .into_iter()
             .map(|(gate_up, gate_up_at, down, down_at)| {
@@ -219,6 +259,7 @@ impl CpuPlan {
             experts,
             top,
             normalise,
+            division,
         };
         let views = ExpertsViews {
             x: view(x),
@@ -232,7 +273,7 @@ impl CpuPlan {
         self.plan.finish();
     }
 
-    /// Run a step and write its f32 logits [logit rows, `vocab_size`].
+    /// Run a step and write its f32 logits [logit rows, `vocab_size`]: this rank's columns of them.
     fn logits_of(
         &mut self,
         py: Python<'_>,
@@ -240,18 +281,21 @@ impl CpuPlan {
         vocab_size: usize,
         logits: usize,
     ) -> PyResult<()> {
-        let width = self.plan.ops().iter().find_map(|op| match op {
-            Op::Logits { linear, .. } => Some(linear.layout.n()),
+        let columns = self.plan.ops().iter().find_map(|op| match op {
+            Op::Logits { linear, first, .. } => Some((*first as usize, linear.layout.n())),
             _ => None,
         });
-        if width.is_some_and(|width| width != vocab_size) {
+        let (first, n) = columns.unwrap_or_default();
+        if first + n > vocab_size {
             return Err(refused(format!(
-                "logits of {width:?} numbers, not {vocab_size}"
+                "logits {first} .. {} of {vocab_size}",
+                first + n
             )));
         }
         let rows = step.2.1;
-        // SAFETY: the caller's tensor has these sizes, and is nobody else's meanwhile.
-        let logits = unsafe { RowsMut::from_raw(logits as *mut f32, rows, vocab_size, vocab_size) };
+        let start = (logits as *mut f32).wrapping_add(first);
+        // SAFETY: the caller's tensor has these sizes, and its columns are nobody else's meanwhile.
+        let logits = unsafe { RowsMut::from_raw(start, rows, n, vocab_size) };
         self.compute(py, step, Wanted::Logits(logits))
     }
 

@@ -13,7 +13,7 @@ from scalellm.bench.floor import Cost
 from scalellm.bench.model_shape import ModelShape
 from scalellm.bench.timing import Timed, copies_of, median_s
 from scalellm.kernels.attention.packed import KV_TYPES, PackedStep
-from scalellm.kernels.linear.cpu import aligned_bytes
+from scalellm.kernels.linear.packed import aligned_bytes
 
 _BLOCK_TOKENS = 16
 _SPREAD = 7_368_787  # a prime: blocks of a sequence lie far apart, as they do after a while

@@ -8,8 +8,8 @@ from scalellm import _core
 from scalellm.bench.floor import Cost
 from scalellm.bench.model_shape import MatrixShape, ModelShape, Precision
 from scalellm.bench.timing import Timed, copies_of, median_s
-from scalellm.kernels.linear.cpu import aligned_bytes, pack
-from scalellm.kernels.linear.packed import MatrixLayout, PackedMatrix
+from scalellm.kernels.linear.cpu import pack
+from scalellm.kernels.linear.packed import MatrixLayout, PackedMatrix, aligned_bytes
 from scalellm.layers.weights import MatrixSpec, Use
 from scalellm.loader.packing import FORMAT_OF, Packing
 

@@ -39,10 +39,10 @@ def run(arguments: argparse.Namespace) -> int:
 
     from scalellm._core import EngineListener, tokenizer_digest
     from scalellm.engine.loop import EngineLoop
-    from scalellm.executor.single import SingleExecutor
+    from scalellm.executor.load import load_executor
 
     progress.done("import torch", torch.__version__)
-    executor = SingleExecutor.load(config, progress.phase)
+    executor = load_executor(config, progress.phase)
     progress.restart()
     has_tokenizer = (folder / "tokenizer.json").is_file()
     digest = tokenizer_digest(str(folder)) if has_tokenizer else ""

@@ -12,7 +12,7 @@ from scalellm.config import EngineConfig
 
 # Raised whenever a kernel's results change in any bit: replicas of other generations do not replay
 # each other's requests.
-KERNEL_GENERATION = 1
+KERNEL_GENERATION = 2
 
 
 def weights_digest(folder: Path, load_format: str, seed: int) -> str:
@@ -56,7 +56,8 @@ def describe(config: EngineConfig, executor: Any, tokenizer_digest: str) -> dict
                 "device": device,
                 "torch": package_version("torch"),
                 "kernels": KERNEL_GENERATION,
-                "tensor_parallel_size": config.tensor_parallel_size,
+                # On a CPU the bits are the same whatever it is.
+                "tensor_parallel_size": 1 if device == "cpu" else config.tensor_parallel_size,
             }
         ),
         "epoch": time.time_ns(),

@@ -135,7 +135,8 @@ class EngineLoop:
     def run(self, ready: Callable[[], None] | None = None) -> None:
         """Serve until the end; with `ready`, run each kind of step once before, and call it.
 
-        Raises EngineError when the model cannot run, or when steps fail again and again."""
+        Raises EngineError when the model cannot run, at once or any more, or when steps fail again
+        and again."""
         try:
             with self._worker:
                 if ready is not None:
@@ -151,6 +152,7 @@ class EngineLoop:
         """One step, or a wait for work; False when the loop is to end."""
         scheduler = self.scheduler
         began = time.perf_counter()
+        self._executor.check()
         if self._control():
             return False
         self._clock.mark("between steps")

@@ -57,6 +57,9 @@ class Executor(Protocol):
     def torch_threads(self) -> int | None:
         """How many threads torch may use where steps are computed; None for as many as it likes."""
 
+    def check(self) -> None:
+        """Raises EngineError once steps can no longer be computed, whatever they are."""
+
     def forward(self, batch: Batch) -> torch.Tensor:
         """Logits float32 [sum of num_logits, vocab_size]; the next call may write over them."""
 

@@ -2,6 +2,7 @@
 
 from array import array
 from dataclasses import dataclass
+from typing import Self
 
 import numpy as np
 import numpy.typing as npt
@@ -31,6 +32,12 @@ class StepArrays:
     logit_rows: Ints  # [L]
     spans: Ints  # [S, 4]: first row, start, count, where its blocks begin in `tables`
     tables: npt.NDArray[np.int32]  # all block tables, one after the other
+
+    @classmethod
+    def nothing(cls) -> Self:
+        """A step of no tokens."""
+        none = np.zeros(0, dtype=np.int64)
+        return cls(none, none, none, none.reshape(0, 4), none.astype(np.int32))
 
 
 def build_arrays(batch: Batch, block_size: int, num_blocks: int) -> StepArrays:

@@ -31,8 +31,10 @@ class NotRecordableError(Exception):
     """The model does something that no op of a plan does."""
 
 
-def record(model: CausalLM, cache: PackedKVCache) -> _core.CpuPlan:
-    """The plan of `model`'s step over `cache`. Raises NotRecordableError.
+def record(
+    model: CausalLM, cache: PackedKVCache, ranks: _core.Ranks | None = None
+) -> _core.CpuPlan:
+    """The plan of `model`'s step over `cache`, by `ranks` together. Raises NotRecordableError.
 
     The plan points into the model's weights and into the cache: it lives no longer than they.
     """
@@ -41,7 +43,7 @@ def record(model: CausalLM, cache: PackedKVCache) -> _core.CpuPlan:
     rows = torch.zeros(_OUTPUTS, dtype=torch.int64)
     nothing = PackedStep(torch.zeros(0, 4, dtype=torch.int64), torch.zeros(0, dtype=torch.int32))
     step = Step(positions=positions, cache=cache, attention=nothing, logit_rows=rows)
-    recording = Recording(ids, positions, rows)
+    recording = Recording(ids, positions, rows, ranks)
     listening = _Listening()
     listening.recording = recording
     with torch.no_grad(), listening:
@@ -94,8 +96,14 @@ class _Listening(TorchDispatchMode):
 class Recording:
     """Writes operators into `plan`; what they return has the right shape and no content."""
 
-    def __init__(self, token_ids: Tensor, positions: Tensor, logit_rows: Tensor) -> None:
-        self.plan = _core.CpuPlan()
+    def __init__(
+        self,
+        token_ids: Tensor,
+        positions: Tensor,
+        logit_rows: Tensor,
+        ranks: _core.Ranks | None = None,
+    ) -> None:
+        self.plan = _core.CpuPlan(ranks)
         self._token_ids = token_ids.data_ptr()
         self._positions = positions.data_ptr()
         self._logit_rows = logit_rows.data_ptr()
@@ -109,7 +117,9 @@ class Recording:
             ops.scalellm.rms_norm.default: self._rms_norm,
             ops.scalellm.linear.default: self._linear,
             ops.scalellm.linear_silu_and_mul.default: self._linear_silu_and_mul,
+            ops.scalellm.linear_reduced.default: self._linear_reduced,
             ops.scalellm.logits.default: self._logits,
+            ops.scalellm.logits_among.default: self._logits_among,
             ops.scalellm.attention.default: self._attention,
             ops.scalellm.experts.default: self._experts,
         }
@@ -186,8 +196,30 @@ class Recording:
     def _logits(self, x: Tensor, weight: Tensor, layout: list[int], bias: Tensor | None) -> Tensor:
         if bias is not None:
             raise NotRecordableError("an output layer with a bias")
-        self.plan.logits(self._view(x), layout, (weight.data_ptr(), weight.numel()))
+        self.plan.logits(self._view(x), layout, (weight.data_ptr(), weight.numel()), 0)
         return torch.empty(x.shape[0], layout[2], dtype=torch.float32)
+
+    def _linear_reduced(
+        self, x: Tensor, weight: Tensor, layout: list[int], bias: Tensor | None, _ranks: int
+    ) -> Tensor:
+        out, view = self._new(x, layout[2], x.dtype)
+        held = (weight.data_ptr(), weight.numel())
+        at = 0 if bias is None else bias.data_ptr()
+        self.plan.reduced(self._view(x), layout, held, at, view)
+        return out
+
+    def _logits_among(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        layout: list[int],
+        bounds: list[int],
+        rank: int,
+        _ranks: int,
+    ) -> Tensor:
+        held = (weight.data_ptr(), weight.numel())
+        self.plan.logits(self._view(x), layout, held, bounds[rank])
+        return torch.empty(x.shape[0], bounds[-1], dtype=torch.float32)
 
     def _attention(
         self,
@@ -232,6 +264,8 @@ class Recording:
         down_layout: list[int],
         top: int,
         normalise: bool,
+        ranks: int,
+        divides_experts: bool,
     ) -> Tensor:
         out, view = self._new(x, x.shape[1], x.dtype)
         experts = [
@@ -243,5 +277,7 @@ class Recording:
             )
             for gate_up, down in zip(gate_ups, downs, strict=True)
         ]
-        self.plan.experts(self._view(x), self._view(logits), experts, top, normalise, view)
+        division = (2 if divides_experts else 1) if ranks else 0
+        views = (self._view(x), self._view(logits))
+        self.plan.experts(*views, experts, top, normalise, division, view)
         return out

@@ -1,8 +1,10 @@
 """Runs batches on one device."""
 
+import sys
 import time
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
 from typing import Self
 
 import torch
@@ -15,7 +17,9 @@ from scalellm.executor.dry_step import dry_step_bytes, gpu_kv_budget
 from scalellm.executor.gpu import GpuSteps, gpu_steps
 from scalellm.executor.inputs import StepArrays, build_arrays, build_step
 from scalellm.executor.recording import NotRecordableError, greedy_ids, logits_of, record
+from scalellm.executor.seat import GREEDY, LOGITS, Seat
 from scalellm.kernels.attention import KVCache, PackedKVCache
+from scalellm.layers.shard import WHOLE
 from scalellm.loader.load import (
     LoadedModel,
     Progress,
@@ -40,9 +44,10 @@ class SingleExecutor:
         max_model_len: int,
         plan: _core.CpuPlan | None = None,
         gpu: GpuSteps | None = None,
+        seat: Seat | None = None,
     ) -> None:
         """`plan`, or on a GPU `gpu`: runs a step in place of the model's Python; it points into
-        both."""
+        both. `seat`: among the ranks of a replica, of which this is one."""
         self.model_config: ModelConfig = loaded.config
         self.device = loaded.device
         self.dtype = loaded.dtype
@@ -55,7 +60,10 @@ class SingleExecutor:
         self._cache = cache
         self._plan = plan
         self._gpu = gpu
+        self._seat = seat
         self._logits = torch.empty(0, loaded.config.vocab_size, dtype=torch.float32)
+        if seat is not None:
+            self._logits = seat.logits
         # A plan has threads of its own; torch's would only get in their way.
         self.torch_threads: int | None = None if plan is None else 1
 
@@ -64,33 +72,53 @@ class SingleExecutor:
         """Load `config.model_path` and take memory for its KV cache.
 
         `progress(phase, seconds)` is called as each phase ends. Raises ModelError, ConfigError.
+        """
+        return cls.load_part(config, progress)
+
+    @classmethod
+    def load_part(
+        cls,
+        config: EngineConfig,
+        progress: Progress | None = None,
+        seat: Seat | None = None,
+        num_blocks: int | None = None,
+    ) -> Self:
+        """As `load`, what the rank of `seat` has of the model, with as many blocks as rank 0 has.
 
         Loading has a thread of its own, whose OpenMP threads end with it. Left alive beside those
         of the thread that computes steps, they would be more than the cores, and libgomp then
         puts threads to sleep between any two operations: steps took 1.6 times as long.
         """
         with ThreadPoolExecutor(1, "scalellm-load") as thread:
-            return thread.submit(cls._load, config, progress).result()
+            return thread.submit(cls._load, config, progress, seat, num_blocks).result()
 
     @classmethod
-    def _load(cls, config: EngineConfig, progress: Progress | None) -> Self:
+    def _load(
+        cls,
+        config: EngineConfig,
+        progress: Progress | None,
+        seat: Seat | None,
+        num_blocks: int | None,
+    ) -> Self:
         report = progress or (lambda _phase, _seconds: None)
         if config.cpu_threads is not None:
             torch.set_num_threads(config.cpu_threads)
         _core.cpu_start(torch.get_num_threads(), config.compute_nice)
-        loaded = load_model(config, report)
+        shard = WHOLE if seat is None else seat.shard
+        # Rank 0 has seen to it that all of the model fits.
+        loaded = load_model(config, report, sys.maxsize if shard.rank else None, shard)
         started = time.monotonic()
-        size, cache = _allocate(config, loaded)
+        size, cache = _allocate(config, loaded, num_blocks)
         tokens = size.num_blocks * config.block_size
-        held = gib(size.num_blocks * _block_bytes(config, loaded))
+        held = gib(size.num_blocks * _block_bytes(config, loaded) * shard.ranks)
         phase = f"KV cache: {held}, {size.num_blocks} blocks, {tokens} tokens"
         limit = config.max_model_len or check_max_model_len(None, loaded.config)
         if size.max_model_len < limit:
             phase += f"; max_model_len {size.max_model_len}, as {limit} needs more memory"
         report(phase, time.monotonic() - started)
-        plan = _record(config, loaded, cache, report)
+        plan = _record(config, loaded, cache, report, None if seat is None else seat.ranks)
         gpu = gpu_steps(config, loaded, cache) if isinstance(cache, KVCache) else None
-        return cls(loaded, cache, size.max_model_len, plan, gpu)
+        return cls(loaded, cache, size.max_model_len, plan, gpu, seat)
 
     @property
     def block_size(self) -> int:
@@ -113,6 +141,14 @@ class SingleExecutor:
         """
         began = time.perf_counter()
         arrays = self._arrays(batch)
+        with self._together(LOGITS, arrays):
+            return self.logits_of(arrays, began)
+
+    def logits_of(self, arrays: StepArrays, began: float | None = None) -> Tensor:
+        """As `forward`, of a batch's arrays; on a replica's other ranks, their columns of it.
+
+        `began`: when making the arrays did."""
+        began = time.perf_counter() if began is None else began
         if self._gpu is not None:
             self.last_forward_ms = {}
             with torch.inference_mode():
@@ -146,10 +182,25 @@ class SingleExecutor:
             return None
         began = time.perf_counter()
         arrays = self._arrays(batch)
+        with self._together(GREEDY, arrays):
+            return self.greedy_of(arrays, began)
+
+    def greedy_of(self, arrays: StepArrays, began: float | None = None) -> list[int | None] | None:
+        """As `greedy`, of a batch's arrays; the same on all ranks of a replica."""
+        if self._plan is None:
+            return None
+        began = time.perf_counter() if began is None else began
         prepare_ms = (time.perf_counter() - began) * 1e3
         ids = greedy_ids(self._plan, arrays)
         self.last_forward_ms = {"prepare": prepare_ms, **self._plan.times_ms()}
         return ids
+
+    def check(self) -> None:
+        """Raises EngineError once steps can no longer be computed, whatever they are."""
+
+    def _together(self, _kind: int, _arrays: StepArrays) -> AbstractContextManager[None]:
+        """Have whoever else computes this step do so."""
+        return nullcontext()
 
     def _arrays(self, batch: Batch) -> StepArrays:
         return build_arrays(batch, self._cache.block_size, self._cache.num_blocks)
@@ -167,7 +218,7 @@ class SingleExecutor:
 
     def close(self) -> None:
         """Give the memory back; the executor is of no use afterwards. May be called again."""
-        for name in ("_plan", "_gpu", "_model", "_cache", "_logits"):
+        for name in ("_plan", "_gpu", "_model", "_cache", "_logits", "_seat"):
             self.__dict__.pop(name, None)
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
@@ -177,16 +228,22 @@ def _block_bytes(config: EngineConfig, loaded: LoadedModel) -> int:
     return kv_block_bytes(config, loaded.geometry, loaded.dtype, loaded.packed)
 
 
-def _allocate(config: EngineConfig, loaded: LoadedModel) -> tuple[KVSize, KVCache | PackedKVCache]:
-    size = size_kv_cache(
-        block_bytes=_block_bytes(config, loaded),
-        block_size=config.block_size,
-        max_model_len=config.max_model_len,
-        model_limit=check_max_model_len(config.max_model_len, loaded.config),
-        max_num_seqs=config.max_num_seqs,
-        kv_cache_memory_bytes=config.kv_cache_memory_bytes,
-        budget_bytes=_kv_budget(config, loaded),
-    )
+def _allocate(
+    config: EngineConfig, loaded: LoadedModel, num_blocks: int | None
+) -> tuple[KVSize, KVCache | PackedKVCache]:
+    model_limit = check_max_model_len(config.max_model_len, loaded.config)
+    if num_blocks is None:
+        size = size_kv_cache(
+            block_bytes=_block_bytes(config, loaded) * loaded.shard.ranks,
+            block_size=config.block_size,
+            max_model_len=config.max_model_len,
+            model_limit=model_limit,
+            max_num_seqs=config.max_num_seqs,
+            kv_cache_memory_bytes=config.kv_cache_memory_bytes,
+            budget_bytes=_kv_budget(config, loaded),
+        )
+    else:
+        size = KVSize(num_blocks, model_limit)
     if loaded.packed:
         return size, PackedKVCache.allocate(
             loaded.geometry, size.num_blocks, config.block_size, packed_kv_type(config)
@@ -198,14 +255,18 @@ def _allocate(config: EngineConfig, loaded: LoadedModel) -> tuple[KVSize, KVCach
 
 
 def _record(
-    config: EngineConfig, loaded: LoadedModel, cache: KVCache | PackedKVCache, report: Progress
+    config: EngineConfig,
+    loaded: LoadedModel,
+    cache: KVCache | PackedKVCache,
+    report: Progress,
+    ranks: _core.Ranks | None,
 ) -> _core.CpuPlan | None:
     """The recorded step of a packed model, unless it is to run, or can only run, eagerly."""
     if config.enforce_eager or not isinstance(cache, PackedKVCache):
         return None
     started = time.monotonic()
     try:
-        plan = record(loaded.model, cache)
+        plan = record(loaded.model, cache, ranks)
     except NotRecordableError as reason:
         report(f"step: eager, as {reason}", time.monotonic() - started)
         return None
@@ -216,8 +277,11 @@ def _record(
 def _kv_budget(config: EngineConfig, loaded: LoadedModel) -> int:
     """Bytes for the KV cache when no size was given."""
     if loaded.device.type == "cpu":
-        # Mapped weights count as available, and are read in every step.
-        available = available_device_bytes(loaded.device) - loaded.mapped_bytes
+        # Mapped weights count as available, and are read in every step; those of other ranks are
+        # not there yet.
+        ranks = loaded.shard.ranks
+        coming = loaded.mapped_bytes or loaded.weight_bytes * (ranks - 1) // ranks
+        available = available_device_bytes(loaded.device) - coming
         return max(0, int(available * CPU_KV_SHARE))
     step_bytes = dry_step_bytes(config, loaded)
     free, total = torch.cuda.mem_get_info(loaded.device)

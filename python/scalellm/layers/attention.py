@@ -43,7 +43,8 @@ class Attention:
             f"{name}.k_proj": shape.num_kv_heads * d,
             f"{name}.v_proj": shape.num_kv_heads * d,
         }
-        self.qkv = Linear.load(source, widths, hidden, Use.COLUMN, shape.qkv_bias)
+        heads = (shape.num_heads, shape.num_kv_heads, shape.num_kv_heads)
+        self.qkv = Linear.load(source, widths, hidden, Use.COLUMN, shape.qkv_bias, heads)
         self.output = Linear.load(
             source, {f"{name}.o_proj": hidden}, shape.num_heads * d, Use.ROW, shape.output_bias
         )
@@ -54,7 +55,9 @@ class Attention:
                 take(source, f"{name}.k_norm.weight", d),
                 shape.qk_norm_eps,
             )
-        self.heads = Heads(shape.num_heads, shape.num_kv_heads, d, window, norm)
+        shard = source.shard
+        heads_here = len(shard.heads(shape.num_heads))
+        self.heads = Heads(heads_here, len(shard.heads(shape.num_kv_heads)), d, window, norm)
 
     @property
     def first(self) -> Matrix:

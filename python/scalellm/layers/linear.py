@@ -6,17 +6,18 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from scalellm.kernels.linear import Matrix, linear, linear_silu_and_mul, logits
+from scalellm.kernels.linear import Matrix, linear, linear_silu_and_mul, logits, logits_among
 from scalellm.kernels.quantise import Activations
 from scalellm.layers.weights import MatrixSpec, Use, WeightSource
 
 
 class Linear:
-    """y = x W^T + b: [T, k] -> [T, n]."""
+    """y = x W^T + b: [T, k] -> [T, n]; where ranks divide k, x has a rank's part of it."""
 
-    def __init__(self, weight: Matrix, bias: Tensor | None = None) -> None:
+    def __init__(self, weight: Matrix, bias: Tensor | None = None, ranks: int = 0) -> None:
         self.weight = weight  # [n, k]
         self.bias = bias  # [n]
+        self.ranks = ranks  # with whom to add products up; 0: with nobody
 
     @classmethod
     def load(
@@ -26,9 +27,13 @@ class Linear:
         k: int,
         use: Use,
         bias: bool = False,
+        heads: tuple[int, ...] = (),
+        divided: bool = True,
     ) -> Self:
-        """Stack the layers `parts` (name: output width) along their outputs, in their order."""
-        spec = MatrixSpec(tuple(parts.items()), k, use)
+        """Stack the layers `parts` (name: output width) along their outputs, in their order.
+
+        `heads` of each part; `divided`: by ranks, as `use` says."""
+        spec = MatrixSpec(tuple(parts.items()), k, use, heads, divided)
         biases: Tensor | None = None
         if bias:
             biases = torch.empty(spec.n, dtype=source.dtype, device=source.device)
@@ -36,10 +41,13 @@ class Linear:
             for name, outputs in spec.parts:
                 source.fill(biases[first : first + outputs], f"{name}.bias")
                 first += outputs
-        return cls(source.matrix(spec), biases)
+            rows = spec.rows_of(source.shard)
+            biases = torch.cat([biases[part.start : part.stop] for part in rows])
+        ranks = source.shard.address if use is Use.ROW and divided else 0
+        return cls(source.matrix(spec), biases, ranks)
 
     def __call__(self, x: Activations) -> Tensor:
-        return linear(x, self.weight, self.bias)
+        return linear(x, self.weight, self.bias, self.ranks)
 
 
 class GatedLinear(Linear):
@@ -57,8 +65,13 @@ class OutputLayer:
     ) -> None:
         """`tied`: the embedding's table, where the model has but one for both."""
         self.weight = source.matrix(MatrixSpec(((name, vocab_size),), k, Use.OUTPUT), tied)
+        self.shard = source.shard
+        self.bounds = source.shard.id_bounds(vocab_size)
 
     def __call__(self, x: Activations) -> Tensor:
+        shard = self.shard
+        if shard.ranks > 1:
+            return logits_among(x, self.weight, self.bounds, shard.rank, shard.address)
         return logits(x, self.weight)
 
 

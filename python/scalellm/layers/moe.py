@@ -53,13 +53,22 @@ class SparseMoE:
         hidden, inner = shape.hidden_size, shape.intermediate_size
         self.router = Linear.load(source, {names.router: shape.num_experts}, hidden, Use.ROUTER)
         self.experts = []
-        for index in range(shape.num_experts):
+        self.ranks = source.shard.address
+        self.divides_experts = source.shard.expert_parallel
+        divided = not self.divides_experts
+        for index in source.shard.experts(shape.num_experts):
             expert = f"{names.experts}.{index}"
             gate_and_up = dict.fromkeys((f"{expert}.{names.gate}", f"{expert}.{names.up}"), inner)
             self.experts.append(
                 Expert(
-                    GatedLinear.load(source, gate_and_up, hidden, Use.GATED),
-                    Linear.load(source, {f"{expert}.{names.down}": hidden}, inner, Use.ROW),
+                    GatedLinear.load(source, gate_and_up, hidden, Use.GATED, divided=divided),
+                    Linear.load(
+                        source,
+                        {f"{expert}.{names.down}": hidden},
+                        inner,
+                        Use.ROW,
+                        divided=divided,
+                    ),
                 )
             )
         self._stacked: tuple[Stacked, Stacked] | None = None
@@ -80,7 +89,8 @@ class SparseMoE:
         downs = [expert.down.weight for expert in self.experts]
         if all_packed(gate_ups) and all_packed(downs):
             top, normalise = self.shape.experts_per_token, self.shape.normalize_weights
-            return experts(x, self.router(x), gate_ups, downs, top, normalise)
+            among = (self.ranks, self.divides_experts)
+            return experts(x, self.router(x), gate_ups, downs, top, normalise, among)
         return self._by_torch(x)
 
     def _stack(self) -> tuple[Stacked, Stacked]:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from scalellm.kernels.linear import Matrix
+from scalellm.layers.shard import WHOLE, Shard
 
 
 class Use(Enum):
@@ -34,10 +35,31 @@ class MatrixSpec:
     parts: tuple[tuple[str, int], ...]  # (name without ".weight", outputs) in their order
     k: int
     use: Use
+    heads: tuple[int, ...] = ()  # of each part, where ranks divide heads
+    divided: bool = True  # by ranks, if there are several; not if they divide experts
 
     @property
     def n(self) -> int:
         return sum(outputs for _, outputs in self.parts)
+
+    def rows_of(self, shard: Shard) -> list[range]:
+        """Which of the n rows a rank has; all, where its groups divide k instead."""
+        if not self.divided or self.use in (Use.ROW, Use.ROUTER):
+            return [range(self.n)]
+        if self.use is Use.OUTPUT:
+            bounds = shard.id_bounds(self.n)
+            return [range(bounds[shard.rank], bounds[shard.rank + 1])]
+        rows, first = [], 0
+        for index, (_, outputs) in enumerate(self.parts):
+            if self.heads:
+                width = outputs // self.heads[index]
+                heads = shard.heads(self.heads[index])
+                rows.append(range(first + heads.start * width, first + heads.stop * width))
+            else:
+                columns = shard.columns(outputs)
+                rows.append(range(first + columns.start, first + columns.stop))
+            first += outputs
+        return rows
 
 
 class WeightSource(Protocol):
@@ -49,6 +71,10 @@ class WeightSource(Protocol):
     @property
     def device(self) -> torch.device: ...
 
+    @property
+    def shard(self) -> Shard:
+        """What of each matrix `matrix` gives; `fill` and `table` give whole tensors."""
+
     def fill(self, out: Tensor, name: str) -> None:
         """Write the tensor `name`, of exactly out's shape, into `out`."""
 
@@ -56,7 +82,7 @@ class WeightSource(Protocol):
         """The tensor `name` [n, d], of which rows are read; perhaps mapped, never written."""
 
     def matrix(self, spec: MatrixSpec, tied: Tensor | None = None) -> Matrix:
-        """The matrix that `spec` describes, in whatever form its kernel wants it.
+        """The shard's part of the matrix that `spec` describes, as its kernel wants it.
 
         `tied`: it is this one, already in memory, and its names may be in no checkpoint.
         """
@@ -67,6 +93,7 @@ class PlainMatrices(ABC):
 
     dtype: torch.dtype
     device: torch.device
+    shard = WHOLE
 
     @abstractmethod
     def fill(self, out: Tensor, name: str) -> None:

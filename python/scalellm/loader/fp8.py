@@ -5,6 +5,7 @@ from torch import Tensor
 
 from scalellm.kernels.linear import Matrix
 from scalellm.kernels.linear.fp8 import quantise_matrix
+from scalellm.layers.shard import Shard
 from scalellm.layers.weights import MatrixSpec, Use, WeightSource
 
 LEAST_CAPABILITY = (8, 9)  # compute capability whose tensor cores multiply E4M3: Ada, Hopper, later
@@ -40,6 +41,7 @@ class Fp8Source:
     def __init__(self, source: WeightSource) -> None:
         self.dtype: torch.dtype = source.dtype
         self.device: torch.device = source.device
+        self.shard: Shard = source.shard
         self._source = source
 
     def fill(self, out: Tensor, name: str) -> None:

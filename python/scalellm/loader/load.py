@@ -11,6 +11,7 @@ import torch
 from scalellm.config import EngineConfig
 from scalellm.errors import ConfigError
 from scalellm.kernels.attention import KVGeometry, PackedKVCache
+from scalellm.layers.shard import WHOLE, Shard
 from scalellm.layers.weights import WeightSource
 from scalellm.loader.checkpoint import Checkpoint, CheckpointSource
 from scalellm.loader.config import read_model_config
@@ -27,6 +28,7 @@ from scalellm.loader.packed_cache import (
 )
 from scalellm.loader.packed_file import MappedWeights
 from scalellm.loader.packing import Packing, PackingSource
+from scalellm.loader.sharding import ShardSource, check_division
 from scalellm.loader.sources import DummySource, InventorySource
 from scalellm.models.config import ModelConfig
 from scalellm.models.decoder import CausalLM
@@ -45,6 +47,7 @@ class LoadedModel:
     weight_bytes: int
     quantization: str  # "none", "int8", "int4" or "fp8"
     packed: bool  # its matrices are laid out for the CPU's kernels
+    shard: Shard  # what of it this process has
     mapped_bytes: int  # of them, in files: memory that the kernel could take away, but must not
 
     @property
@@ -53,24 +56,22 @@ class LoadedModel:
 
 
 def load_model(
-    config: EngineConfig, progress: Progress, available_bytes: int | None = None
+    config: EngineConfig,
+    progress: Progress,
+    available_bytes: int | None = None,
+    shard: Shard = WHOLE,
 ) -> LoadedModel:
-    """Load the model of `config.model_path` as `config` says.
+    """Load the model of `config.model_path` as `config` says, or a `shard` of it.
 
-    `available_bytes`: memory to fit into; what the device really has if None. Raises ModelError
-    (every kind of it) and ConfigError.
+    `available_bytes`: memory to fit into; what the device really has if None. Ranks but the first
+    load when that one has, and rely on what it found. Raises ModelError (every kind of it) and
+    ConfigError.
     """
     folder = config.model_path
     started = time.monotonic()
     model_config = read_model_config(folder)
     device = choose_device(config.device)
-    quantisable = device.type == "cpu" and model_config.family != "transformers"
-    dtype, reason = choose_dtype(
-        config.dtype,
-        model_config.checkpoint_dtype,
-        device,
-        fast_bf16=True if quantisable and config.quantization != "none" else None,
-    )
+    dtype, reason = _choose_dtype(config, model_config, device)
     limit = check_max_model_len(config.max_model_len, model_config)
     dummy = config.load_format == "dummy"
     checkpoint = None if dummy else Checkpoint.open(folder)
@@ -78,6 +79,9 @@ def load_model(
         model_config = replace(model_config, tie_word_embeddings=_really_tied(checkpoint))
     fp8 = check_fp8(config, model_config, dtype, device)
     packing = choose_packing(config, model_config, dtype, device)
+    check_division(
+        model_config, packing, config.tensor_parallel_size, config.enable_expert_parallel
+    )
     quantization = "fp8" if fp8 else "none" if packing is None else packing.quantization
     if quantization == "int8" and config.quantization == "auto":
         reason += "; int8, as --quantization auto chooses on a CPU"
@@ -119,8 +123,11 @@ def load_model(
             model = build(model_config, Fp8Source(source) if fp8 else source)
     else:
         open_source = partial(_packing_source, config, checkpoint, dtype, packing)
-        mapped, where = _mapped(config, checkpoint, inventory, open_source)
+        mapped, where = _mapped(config, checkpoint, inventory, open_source, shard.rank > 0)
         with open_source() if mapped is None else nullcontext(mapped) as source:
+            if shard.ranks > 1:
+                source = ShardSource(source, shard, keep_views=mapped is not None)
+                where += f", shared by {shard.ranks} ranks"
             model = build(model_config, source)
         mapped_bytes = 0 if mapped is None else mapped.num_bytes
     kind = "random weights" if dummy else "weights"
@@ -135,7 +142,34 @@ def load_model(
         weight_bytes=weight_bytes,
         quantization=quantization,
         packed=packing is not None,
+        shard=shard,
         mapped_bytes=mapped_bytes,
+    )
+
+
+def check_ranks(config: EngineConfig) -> ModelConfig:
+    """The model that `config.tensor_parallel_size` ranks are to share.
+
+    Raises ConfigError if they cannot, before anything is read but config.json."""
+    model = read_model_config(config.model_path)
+    device = choose_device(config.device)
+    dtype, _ = _choose_dtype(config, model, device)
+    check_fp8(config, model, dtype, device)
+    packing = choose_packing(config, model, dtype, device)
+    check_division(model, packing, config.tensor_parallel_size, config.enable_expert_parallel)
+    return model
+
+
+def _choose_dtype(
+    config: EngineConfig, model: ModelConfig, device: torch.device
+) -> tuple[torch.dtype, str]:
+    """The type of weights and activations, and why."""
+    quantisable = device.type == "cpu" and model.family != "transformers"
+    return choose_dtype(
+        config.dtype,
+        model.checkpoint_dtype,
+        device,
+        fast_bf16=True if quantisable and config.quantization != "none" else None,
     )
 
 
@@ -160,6 +194,7 @@ def _mapped(
     checkpoint: Checkpoint | None,
     inventory: InventorySource,
     open_source: Callable[[], AbstractContextManager[WeightSource]],
+    checked: bool,
 ) -> tuple[MappedWeights | None, str]:
     """The packed weights as a file of the cache, None if they can be none; and that in words."""
     folder = cache_folder(config.packed_cache)
@@ -173,7 +208,7 @@ def _mapped(
     cache = PackedCache(folder, config.packed_cache_bytes)
     try:
         found, path, written = cache.weights(
-            name, identity, inventory.plan, inventory.dtype, open_source
+            name, identity, inventory.plan, inventory.dtype, open_source, checked
         )
     except UncachedError as reason:
         return None, f"in memory, as the packed cache cannot have them: {reason}"

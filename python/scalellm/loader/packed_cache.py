@@ -50,18 +50,20 @@ class PackedCache:
         plan: Sequence[Part],
         dtype: torch.dtype,
         open_source: Callable[[], AbstractContextManager[WeightSource]],
+        checked: bool = False,
     ) -> tuple[MappedWeights, Path, bool]:
         """The parts of `plan`, mapped; their file; and whether it was written now.
 
         `identity` says, in JSON's types, what the parts are made of; `open_source` gives them where
-        there is no sound file. Raises UncachedError, and what the source raises.
+        there is no sound file; `checked`: another process has just found it sound. Raises
+        UncachedError, and what the source raises.
         """
         path = self.folder / f"{name}-{_key(identity, plan)}.packed"
         try:
             written = False
             for _ in range(_ATTEMPTS):
                 with suppress(FileNotFoundError, DamagedFileError):
-                    found = MappedWeights(path, plan, dtype)
+                    found = MappedWeights(path, plan, dtype, checked)
                     os.utime(path)
                     return found, path, written
                 written |= self._write(path, plan, open_source)

@@ -30,6 +30,7 @@ import torch
 from torch import Tensor
 
 from scalellm.kernels.linear import Matrix, MatrixLayout, PackedMatrix
+from scalellm.layers.shard import WHOLE
 from scalellm.layers.weights import MatrixSpec, WeightSource
 
 MAGIC = b"scalellm packed\x01"
@@ -131,9 +132,13 @@ class MappedWeights:
     """
 
     device = torch.device("cpu")
+    shard = WHOLE
 
-    def __init__(self, path: Path, plan: Sequence[Part], dtype: torch.dtype) -> None:
-        """Map and check all of the file. Raises DamagedFileError, OSError."""
+    def __init__(
+        self, path: Path, plan: Sequence[Part], dtype: torch.dtype, checked: bool = False
+    ) -> None:
+        """Map and check all of the file, unless it is `checked`: then parts come into memory as
+        they are used. Raises DamagedFileError, OSError."""
         self.dtype = dtype
         with path.open("rb") as file:
             places = _read_index(file, plan)
@@ -143,7 +148,9 @@ class MappedWeights:
             self._bytes = torch.from_numpy(np.frombuffer(self._map, dtype=np.uint8))
         self._plan = {part.name: part for part in plan}
         self._places = {part.name: place for part, (place, _) in zip(plan, places, strict=True)}
-        self._check(path, plan, places)
+        self._advise_pages(plan, places)
+        if not checked:
+            self._check(path, plan, places)
 
     @property
     def num_bytes(self) -> int:
@@ -174,11 +181,6 @@ class MappedWeights:
 
     def _check(self, path: Path, plan: Sequence[Part], places: Sequence[tuple[int, int]]) -> None:
         """Sum every part, which also brings it into memory; let go of tensors afterwards."""
-        self._advise("MADV_HUGEPAGE", 0, len(self._map))
-        for part, (place, _) in zip(plan, places, strict=True):
-            if isinstance(part, TensorPart) and part.num_bytes >= _HUGE_PAGE:
-                # A row that is read is to bring in its surroundings, but not two megabytes.
-                self._advise("MADV_NOHUGEPAGE", place, part.num_bytes)
 
         def sound(index: int) -> bool:
             part, (place, crc) = plan[index], places[index]
@@ -191,6 +193,13 @@ class MappedWeights:
             for part, right in zip(plan, threads.map(sound, range(len(plan))), strict=True):
                 if not right:
                     raise DamagedFileError(f"{path}: {part.name} is not what was written")
+
+    def _advise_pages(self, plan: Sequence[Part], places: Sequence[tuple[int, int]]) -> None:
+        self._advise("MADV_HUGEPAGE", 0, len(self._map))
+        for part, (place, _) in zip(plan, places, strict=True):
+            if isinstance(part, TensorPart) and part.num_bytes >= _HUGE_PAGE:
+                # A row that is read is to bring in its surroundings, but not two megabytes.
+                self._advise("MADV_NOHUGEPAGE", place, part.num_bytes)
 
     def _advise(self, advice: str, first: int, count: int) -> None:
         """Advice that this system does not know, or refuses, changes nothing but speed."""

@@ -8,10 +8,12 @@ from torch import Tensor
 from scalellm.kernels.linear import Matrix, MatrixLayout
 from scalellm.kernels.linear.cpu import pack
 from scalellm.kernels.linear.packed import INT4_GROUP
+from scalellm.layers.shard import GROUPS, Shard
 from scalellm.layers.weights import MatrixSpec, Use, WeightSource
 
 FORMAT_OF = {"none": "bf16", "int8": "int8", "int4": "int4"}
-CANONICAL_GROUPS = 8  # runs of a row-parallel layer's inputs with scales of their own
+# Inputs that the kernels take at once, of which a group has whole ones.
+_UNITS = {"bf16": 2, "int8": 4, "int4": INT4_GROUP}
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,10 +26,14 @@ class Packing:
         """A router stays bf16: it is small, and a flipped choice of expert costs much."""
         format = "bf16" if spec.use is Use.ROUTER else FORMAT_OF[self.quantization]
         groups = 1
-        if spec.use is Use.ROW and format != "bf16":
-            run = INT4_GROUP if format == "int4" else 4
-            groups = CANONICAL_GROUPS if spec.k % (CANONICAL_GROUPS * run) == 0 else 1
+        if spec.use is Use.ROW:
+            groups = GROUPS if spec.k % (GROUPS * _UNITS[format]) == 0 else 1
         return MatrixLayout(format, spec.n, spec.k, groups, spec.use is Use.GATED)
+
+    @property
+    def group_unit(self) -> int:
+        """Inputs of which a row-parallel layer's groups have whole ones."""
+        return _UNITS[FORMAT_OF[self.quantization]]
 
 
 class PackingSource:
@@ -36,6 +42,7 @@ class PackingSource:
     def __init__(self, source: WeightSource, packing: Packing) -> None:
         self.dtype: torch.dtype = source.dtype
         self.device: torch.device = source.device
+        self.shard: Shard = source.shard
         self._source = source
         self._packing = packing
 

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from scalellm.kernels.linear import Matrix
+from scalellm.layers.shard import WHOLE
 from scalellm.layers.weights import MatrixSpec, PlainMatrices
 from scalellm.loader.fp8 import becomes_fp8, fp8_bytes
 from scalellm.loader.packed_file import MatrixPart, Part, TensorPart
@@ -19,6 +20,8 @@ class InventorySource:
 
     `packing`: how its matrices will be laid out; as they are if None, or in fp8.
     """
+
+    shard = WHOLE
 
     def __init__(
         self, dtype: torch.dtype, packing: Packing | None = None, fp8: bool = False

@@ -1,5 +1,6 @@
 """The frame that all decoder-only families share: embed, a stack of blocks, norm, project."""
 
+from dataclasses import replace
 from typing import Protocol
 
 from torch import Tensor
@@ -42,7 +43,8 @@ class Decoder:
     """A CausalLM made of one family's blocks."""
 
     def __init__(self, config: ModelConfig, source: WeightSource, block: BlockFactory) -> None:
-        self.geometry = config.kv_geometry
+        kv_heads = len(source.shard.heads(config.num_kv_heads))
+        self.geometry = replace(config.kv_geometry, num_kv_heads=kv_heads)
         self.embedding = Embedding(
             source, "model.embed_tokens", config.vocab_size, config.hidden_size
         )

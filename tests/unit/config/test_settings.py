@@ -123,7 +123,7 @@ def test_what_is_known_and_not_there_yet_is_said_to_be_so() -> None:
         {"gpu_memory_utilization": float("nan")},
         {"model": 3},
         {"max_model_len": 0},
-        {"tensor_parallel_size": 2},
+        {"tensor_parallel_size": 9},
     ],
 )
 def test_configs_check_themselves(wrong: dict[str, Any]) -> None:

@@ -5,7 +5,6 @@
 use half::bf16;
 
 use super::layout::{CHANNELS, F32_SCALES, Format, Packed};
-use super::tile::Sums;
 use crate::activation::silu;
 use crate::bfloat::{round, widen};
 use crate::rows::RowsMut;
@@ -78,18 +77,18 @@ impl<'a> Finish<'a> {
         (scales, biases)
     }
 
-    /// Store rows `first .. first + rows` of a panel.
+    /// Store `sums` as the rows from `first` on of a panel.
     ///
     /// # Safety
     /// Nobody else stores the same panel and rows at the same time.
     #[inline(always)]
-    pub(super) unsafe fn store(&self, panel: usize, first: usize, rows: usize, sums: &Sums) {
+    pub(super) unsafe fn store(&self, panel: usize, first: usize, sums: &[[f32; CHANNELS]]) {
         let layout = self.weight.layout();
         let width = layout.panel_columns();
         let column = panel * width;
         let columns = width.min(layout.columns() - column);
         let (scales, biases) = self.channels(panel);
-        for (index, sums) in sums.0[..rows].iter().enumerate() {
+        for (index, sums) in sums.iter().enumerate() {
             let row = first + index;
             let mut values = [0.0; CHANNELS];
             for (lane, value) in values.iter_mut().enumerate() {

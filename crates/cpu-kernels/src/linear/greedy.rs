@@ -6,6 +6,7 @@ use super::layout::{CHANNELS, F32_SCALES, Format, Packed};
 use super::product;
 use super::tile::Sums;
 use crate::cpu::Cpu;
+use crate::ranks::{RankLost, Ranks};
 use crate::rows::{Rows, RowsMut};
 use crate::vectorise::vectorised;
 
@@ -40,6 +41,39 @@ pub fn greedy(cpu: &mut Cpu, x: Rows<bf16>, weight: &Packed, out: &mut [(f32, u3
             *out = better(*out, best);
         }
     }
+}
+
+/// As `greedy`, where the weight's first row is id `first` and other ranks have the other ids; all
+/// ranks get the best of all.
+///
+/// # Errors
+/// If a rank has ended.
+///
+/// # Panics
+/// As `greedy`, and if a slot of the ranks is too small.
+pub fn greedy_among(
+    cpu: &mut Cpu,
+    ranks: &mut Ranks,
+    x: Rows<bf16>,
+    weight: &Packed,
+    first: u32,
+    out: &mut [(f32, u32)],
+) -> Result<(), RankLost> {
+    let rows = x.rows();
+    greedy(cpu, x, weight, out);
+    // SAFETY: the only slice of it.
+    let mine = unsafe { ranks.mine::<Best>(1, rows).part(0, 0, rows) };
+    for (mine, best) in mine.iter_mut().zip(&*out) {
+        *mine = (best.0, best.1 + first);
+    }
+    ranks.meet()?;
+    out.fill(NONE);
+    for part in ranks.parts::<Best>(1, rows) {
+        for (out, &best) in out.iter_mut().zip(part.row(0)) {
+            *out = better(*out, best);
+        }
+    }
+    Ok(())
 }
 
 fn better(a: Best, b: Best) -> Best {

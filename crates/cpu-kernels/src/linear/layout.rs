@@ -194,6 +194,13 @@ impl Layout {
         (column < self.columns()).then(|| column + lane / width * self.columns())
     }
 
+    /// The panel and lane that hold a row of the weight: the inverse of `channel`.
+    pub(super) fn lane_of(&self, row: usize) -> (usize, usize) {
+        let width = self.panel_columns();
+        let (half, column) = (row / self.columns(), row % self.columns());
+        (column / width, half * width + column % width)
+    }
+
     /// Inputs of a group, without padding.
     #[inline]
     pub(super) fn group_k(&self) -> usize {

@@ -9,6 +9,8 @@
 //! portable, avx2, avx512   the kernels of each level
 //! epilogue     from sums to outputs
 //! greedy       from sums to the most likely id
+//! reduced      products whose groups are several processes'
+//! select       some rows of a packed weight as one of their own
 //! ```
 //!
 //! A product is one job for the team: a task is a run of panels with all rows (of a large batch, a
@@ -29,16 +31,23 @@ mod greedy;
 mod layout;
 mod pack;
 mod portable;
+mod reduced;
 mod schedule;
+mod select;
 mod tile;
 
+#[cfg(test)]
+mod sharing_tests;
 #[cfg(test)]
 mod tests;
 
 pub use epilogue::Output;
-pub use greedy::greedy;
+pub use greedy::{greedy, greedy_among};
 pub use layout::{Format, Layout, LinearError, Packed, VERSION};
 pub use pack::pack;
+pub use reduced::reduced;
+pub(crate) use reduced::{finish, partial};
+pub use select::{select, selected};
 
 use half::bf16;
 
@@ -68,7 +77,7 @@ pub fn linear(cpu: &mut Cpu, x: Rows<bf16>, weight: &Packed, bias: Option<&[bf16
 vectorised! {
     fn store(finish: &Finish, panel: usize, first: usize, rows: usize, sums: &Sums) {
         // SAFETY: `product` hands every panel and tile of rows out once.
-        unsafe { finish.store(panel, first, rows, sums) }
+        unsafe { finish.store(panel, first, &sums.0[..rows]) }
     }
 }
 

@@ -5,13 +5,19 @@
 //! expert e's pairs: gather -> gate and up -> silu(gate) * up -> down     [pairs, hidden] bf16
 //! out[token] = sum over its choices, best first, of weight * what came for the pair      in f32
 //! ```
+//!
+//! Several ranks either divide each expert, and add up what they got for a pair, or divide the
+//! experts, and read what the pair's rank got. The bits are those of one rank in both.
+
+use std::time::Instant;
 
 use half::bf16;
 
 use super::{Groups, route};
 use crate::bfloat::{round, widen};
 use crate::cpu::Cpu;
-use crate::linear::{Output, Packed, linear};
+use crate::linear::{Output, Packed, finish, linear, partial};
+use crate::ranks::{RankLost, Ranks};
 use crate::rows::{Rows, RowsMut};
 use crate::scratch::Scratch;
 use crate::share;
@@ -25,6 +31,15 @@ pub struct Expert<'a> {
     pub down: Packed<'a>,
 }
 
+/// Who else computes the layer.
+pub enum Among<'a> {
+    Nobody,
+    /// Every rank has its part of every expert: columns of gate and up, groups of down.
+    Inner(&'a mut Ranks),
+    /// Every rank has its share of whole experts, in the order of ranks.
+    Experts(&'a mut Ranks),
+}
+
 /// Memory between the steps of `mix`, kept from call to call.
 #[derive(Default)]
 pub struct Workspace {
@@ -36,8 +51,11 @@ pub struct Workspace {
 
 /// The layer's output [T, hidden] for `x` [T, hidden] and the router's `logits` [T, experts].
 ///
+/// # Errors
+/// If a rank has ended.
+///
 /// # Panics
-/// If shapes do not fit.
+/// If shapes do not fit, or a slot of the ranks is too small.
 #[expect(clippy::too_many_arguments, reason = "one operation of a plan")]
 pub fn mix(
     cpu: &mut Cpu,
@@ -45,19 +63,25 @@ pub fn mix(
     x: Rows<bf16>,
     logits: Rows<bf16>,
     experts: &[Expert],
+    mut among: Among,
     top: usize,
     normalise: bool,
     out: RowsMut<bf16>,
-) {
+) -> Result<(), RankLost> {
     let (tokens, hidden) = (x.rows(), x.cols());
     assert_eq!((out.rows(), out.cols()), (tokens, hidden), "out's shape");
+    let held = experts.len();
+    let (first, all) = match &among {
+        Among::Nobody | Among::Inner(_) => (0, held),
+        Among::Experts(ranks) => (ranks.rank() * held, ranks.count() * held),
+    };
     assert_eq!(
         (logits.rows(), logits.cols()),
-        (tokens, experts.len()),
+        (tokens, all),
         "logits' shape"
     );
     if tokens == 0 {
-        return;
+        return Ok(());
     }
     let inner = experts[0].gate_up.layout().columns();
     let pairs = tokens * top;
@@ -85,47 +109,90 @@ pub fn mix(
         RowsMut::of(weights, top),
         RowsMut::of(chosen, top),
     );
-    groups.regroup(chosen, experts.len());
+    groups.regroup(chosen, all);
     places.clear();
     places.resize(pairs, 0);
     for (place, &pair) in (0..).zip(&groups.pairs) {
         places[pair as usize] = place;
     }
     {
+        let mine = groups.of(first).start..groups.of(first + held - 1).end;
         let gathered = RowsMut::of(gathered, hidden);
-        share::rows(cpu, pairs, hidden, |place| {
+        share::rows(cpu, mine.len(), hidden, |index| {
+            let place = mine.start + index;
             let token = groups.pairs[place] as usize / top;
             // SAFETY: each place is taken once.
             unsafe { gathered.part(place, 0, hidden) }.copy_from_slice(x.row(token));
         });
     }
-    for (index, expert) in experts.iter().enumerate() {
-        let range = groups.of(index);
-        if range.is_empty() {
-            continue;
-        }
-        let rows = Rows::of(&gathered[range.start * hidden..range.end * hidden], hidden);
+    let gathered = Rows::of(gathered, hidden);
+    let hit = experts.iter().zip(first..);
+    let hit = hit.map(|(expert, index)| (expert, groups.of(index)));
+    let hit = hit.filter(|(_, range)| !range.is_empty());
+    // [pairs, hidden]: what others get of this rank.
+    let (sums, found) = match &mut among {
+        Among::Nobody => (None, RowsMut::of(computed, hidden)),
+        Among::Inner(ranks) => (
+            Some(ranks.mine(pairs, hidden)),
+            RowsMut::of(computed, hidden),
+        ),
+        Among::Experts(ranks) => (None, ranks.mine(pairs, hidden)),
+    };
+    for (expert, range) in hit.clone() {
         let middle = &mut between[range.start * inner..range.end * inner];
         let silu = Output::SiluMul(RowsMut::of(middle, inner));
+        let rows = gathered.between(range.clone());
         linear(cpu, rows, &expert.gate_up, None, silu);
-        let found = &mut computed[range.start * hidden..range.end * hidden];
-        let found = Output::Bf16(RowsMut::of(found, hidden));
-        linear(cpu, Rows::of(middle, inner), &expert.down, None, found);
+        let middle = Rows::of(middle, inner);
+        match &sums {
+            // SAFETY: an expert's rows are its own.
+            Some(sums) => partial(cpu, middle, &expert.down, &unsafe { sums.between(range) }),
+            None => {
+                // SAFETY: as above.
+                let found = Output::Bf16(unsafe { found.between(range) });
+                linear(cpu, middle, &expert.down, None, found);
+            }
+        }
     }
-    let computed = Rows::of(computed, hidden);
+    let results = match among {
+        Among::Nobody => vec![found.read()],
+        Among::Inner(ranks) => {
+            ranks.meet()?;
+            let began = Instant::now();
+            let sums = ranks.parts::<f32>(pairs, hidden);
+            for (expert, range) in hit {
+                let sums: Vec<_> = sums
+                    .iter()
+                    .map(|rows| rows.between(range.clone()))
+                    .collect();
+                // SAFETY: an expert's rows are its own.
+                let found = unsafe { found.between(range) };
+                finish(cpu, &expert.down, None, &sums, found);
+            }
+            ranks.count_time(began);
+            vec![found.read()]
+        }
+        Among::Experts(ranks) => {
+            ranks.meet()?;
+            ranks.parts(pairs, hidden)
+        }
+    };
     share::rows(cpu, tokens, 2 * top * hidden, |token| {
         // SAFETY: each token is taken once.
         let out = unsafe { out.part(token, 0, hidden) };
         let choices = token * top..(token + 1) * top;
-        let (weights, places) = (&weights[choices.clone()], &places[choices]);
+        let terms = choices.map(|choice| {
+            let computed = results[chosen[choice] as usize / held];
+            (weights[choice], computed.row(places[choice] as usize))
+        });
+        let terms: Vec<(f32, &[bf16])> = terms.collect();
         for (column, out) in out.iter_mut().enumerate() {
-            let terms = weights.iter().zip(places);
-            let sum: f32 = terms
-                .map(|(weight, &place)| weight * widen(computed.row(place as usize)[column]))
-                .sum();
+            let terms = terms.iter();
+            let sum: f32 = terms.map(|(weight, row)| weight * widen(row[column])).sum();
             *out = round(sum);
         }
     });
+    Ok(())
 }
 
 /// Bytes of `Scratch` as numbers: aligned to 64, and any bytes are a number.
@@ -144,7 +211,9 @@ impl Number for bf16 {}
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::linear::{Format, Layout, pack};
+    use crate::linear::{Format, Layout, pack, select, selected};
+    use crate::ranks::Sizes;
+    use crate::ranks::tests::on_ranks;
     use rand::rngs::StdRng;
     use rand::{RngExt, SeedableRng};
 
@@ -225,10 +294,12 @@ mod tests {
                 Rows::of(x, HIDDEN),
                 Rows::of(logits, EXPERTS),
                 &experts,
+                Among::Nobody,
                 TOP,
                 true,
                 RowsMut::of(&mut out, HIDDEN),
-            );
+            )
+            .unwrap();
             out
         }
 
@@ -282,6 +353,110 @@ mod tests {
                         "{found} for {expected}"
                     );
                 }
+            }
+        }
+    }
+
+    /// One expert's matrices as a rank has them.
+    struct Part {
+        layouts: (Layout, Layout),
+        bytes: (Vec<Aligned>, Vec<Aligned>),
+    }
+
+    impl Part {
+        fn expert(&self) -> Expert<'_> {
+            let held = |layout: Layout, memory| Packed::new(layout, bytes(memory, layout.bytes()));
+            Expert {
+                gate_up: held(self.layouts.0, &self.bytes.0).unwrap(),
+                down: held(self.layouts.1, &self.bytes.1).unwrap(),
+            }
+        }
+
+        /// What `rank` of `count` has where they divide each expert.
+        fn divided(&self, cpu: &Cpu, rank: usize, count: usize) -> Self {
+            let columns = INNER / count;
+            let (gate, whole) = (rank * columns..(rank + 1) * columns, self.expert());
+            let ranges = [gate.clone(), gate.start + INNER..gate.end + INNER];
+            let gate_up = selected(&self.layouts.0, &ranges).unwrap();
+            let mut memory = vec![Aligned([0; 64]); gate_up.bytes().div_ceil(64)];
+            let out = bytes_mut(&mut memory, gate_up.bytes());
+            select(cpu, &whole.gate_up, &ranges, out).unwrap();
+            let groups = 8 / count;
+            let down = whole
+                .down
+                .groups(rank * groups, (rank + 1) * groups)
+                .unwrap();
+            let each = self.layouts.1.bytes() / count / 64;
+            let down_bytes = self.bytes.1[rank * each..(rank + 1) * each].to_vec();
+            Self {
+                layouts: (gate_up, *down.layout()),
+                bytes: (memory, down_bytes),
+            }
+        }
+    }
+
+    #[test]
+    fn ranks_that_divide_experts_either_way_get_the_bits_of_one() {
+        const TOKENS: usize = 9;
+        let mut rng = StdRng::seed_from_u64(6);
+        let mut cpu = Cpu::new(1, 0).unwrap();
+        let layouts = (
+            Layout::new(Format::Int8, 2 * INNER, HIDDEN, 1, true).unwrap(),
+            Layout::new(Format::Int8, HIDDEN, INNER, 8, false).unwrap(),
+        );
+        let parts: Vec<_> = (0..EXPERTS)
+            .map(|_| Part {
+                layouts,
+                bytes: (
+                    packed(&cpu, &layouts.0, &random(&mut rng, 2 * INNER * HIDDEN)),
+                    packed(&cpu, &layouts.1, &random(&mut rng, HIDDEN * INNER)),
+                ),
+            })
+            .collect();
+        let x = random(&mut rng, TOKENS * HIDDEN);
+        // The last expert is nobody's choice.
+        let mut logits = random(&mut rng, TOKENS * EXPERTS);
+        logits
+            .chunks_mut(EXPERTS)
+            .for_each(|row| row[EXPERTS - 1] = bf16::NEG_INFINITY);
+        let run = |cpu: &mut Cpu, parts: &[Part], among: Among| {
+            let experts: Vec<_> = parts.iter().map(Part::expert).collect();
+            let mut out = vec![bf16::NAN; x.len()];
+            mix(
+                cpu,
+                &mut Workspace::default(),
+                Rows::of(&x, HIDDEN),
+                Rows::of(&logits, EXPERTS),
+                &experts,
+                among,
+                TOP,
+                true,
+                RowsMut::of(&mut out, HIDDEN),
+            )
+            .unwrap();
+            out
+        };
+        let expected = run(&mut cpu, &parts, Among::Nobody);
+        for ranks in [2, 4] {
+            let sizes = Sizes {
+                ranks,
+                letter_bytes: 0,
+                slot_bytes: TOKENS * TOP * HIDDEN * 4,
+            };
+            let found = on_ranks(sizes, |ranks| {
+                let mut cpu = Cpu::new(1, 0).unwrap();
+                let (rank, count) = (ranks.rank(), ranks.count());
+                let mine: Vec<_> = parts
+                    .iter()
+                    .map(|part| part.divided(&cpu, rank, count))
+                    .collect();
+                let inner = run(&mut cpu, &mine, Among::Inner(ranks));
+                let each = EXPERTS / count;
+                let mine = &parts[rank * each..(rank + 1) * each];
+                (inner, run(&mut cpu, mine, Among::Experts(ranks)))
+            });
+            for (inner, whole) in found {
+                assert!(inner == expected && whole == expected, "{ranks} ranks");
             }
         }
     }

@@ -11,7 +11,7 @@ use crate::cpu::Cpu;
 use crate::rows::{Rows, RowsMut};
 use crate::share;
 
-pub use experts::{Expert, Workspace, mix};
+pub use experts::{Among, Expert, Workspace, mix};
 
 /// Choose each row's `top` most likely experts, best first, the lowest id on ties.
 ///

@@ -11,15 +11,19 @@
 mod buffers;
 mod op;
 
+use std::sync::Arc;
 use std::time::{Duration, Instant};
+
+use parking_lot::Mutex;
 
 use crate::attention::{Batch, BatchError, Span};
 use crate::cpu::Cpu;
 use crate::moe::Workspace;
+use crate::ranks::{RankLost, Ranks};
 use crate::rows::RowsMut;
 
 pub use buffers::{Element, Extent, View};
-pub use op::{Attention, AttentionViews, Experts, ExpertsViews, Kind, Linear, Op, Table};
+pub use op::{Attention, AttentionViews, Division, Experts, ExpertsViews, Kind, Linear, Op, Table};
 
 use buffers::Buffers;
 
@@ -38,6 +42,8 @@ pub enum PlanError {
     LogitRow { row: i64, rows: usize },
     #[error("spans of {spans} rows, where the step has {rows} tokens")]
     Rows { spans: usize, rows: usize },
+    #[error("{0}")]
+    Rank(#[from] RankLost),
 }
 
 /// What one step computes.
@@ -70,10 +76,21 @@ pub struct Plan {
     blocks: Option<(usize, usize)>,
     vocabulary: usize,
     experts: Workspace,
+    /// Who else computes each step, if anybody does.
+    ranks: Option<Arc<Mutex<Ranks>>>,
     times: [Duration; Kind::ALL.len()],
 }
 
 impl Plan {
+    /// A plan of one of several ranks, which all run the same steps in the same order.
+    #[must_use]
+    pub fn among(ranks: Arc<Mutex<Ranks>>) -> Self {
+        Self {
+            ranks: Some(ranks),
+            ..Self::default()
+        }
+    }
+
     /// A buffer of rows of `cols` numbers, not yet used.
     pub fn buffer(&mut self, cols: usize, element: Element, extent: Extent) -> usize {
         self.buffers.add(cols, element, extent)
@@ -89,7 +106,8 @@ impl Plan {
     /// KV cache is nobody else's while `run` runs.
     pub unsafe fn push(&mut self, op: Op) -> Result<(), PlanError> {
         let index = self.ops.len();
-        op.check(&mut self.buffers, index)
+        let ranks = self.ranks.as_ref().map_or(1, |ranks| ranks.lock().count());
+        op.check(&mut self.buffers, index, ranks)
             .map_err(|what| PlanError::Op { op: index, what })?;
         match &op {
             Op::Attention(attention, _) => {
@@ -126,7 +144,8 @@ impl Plan {
     /// Compute a step and what is wanted of its logit rows.
     ///
     /// # Errors
-    /// If the step contradicts itself; nothing has been written then.
+    /// If the step contradicts itself; nothing has been written, and no rank waited for, then. If
+    /// another rank has ended.
     pub fn run(&mut self, cpu: &mut Cpu, step: &Step, wanted: Wanted) -> Result<(), PlanError> {
         let (block_tokens, blocks) = self.blocks.unwrap_or((16, 0));
         let batch = Batch::new(step.spans, step.tables, block_tokens, blocks)?;
@@ -134,6 +153,7 @@ impl Plan {
         self.buffers
             .open(step.token_ids.len(), step.logit_rows.len());
         self.times = [Duration::ZERO; Kind::ALL.len()];
+        let mut ranks = self.ranks.as_ref().map(|ranks| ranks.lock());
         let mut wanted = Some(wanted);
         let mut began = Instant::now();
         for op in &self.ops {
@@ -141,15 +161,19 @@ impl Plan {
             unsafe {
                 op.run(
                     cpu,
+                    ranks.as_deref_mut(),
                     &self.buffers,
                     &mut self.experts,
                     step,
                     &batch,
                     &mut wanted,
                 )
-            };
+            }?;
             let ended = Instant::now();
-            self.times[op.kind() as usize] += ended - began;
+            let exchanged = ranks.as_mut().map(|ranks| ranks.take_time());
+            let exchanged = exchanged.unwrap_or_default();
+            self.times[op.kind() as usize] += (ended - began).saturating_sub(exchanged);
+            self.times[Kind::Exchange as usize] += exchanged;
             began = ended;
         }
         Ok(())

@@ -4,7 +4,8 @@ use crate::attention::{self, Batch, Cache, HeadNorms, KvLayout, Scoring};
 use crate::bf16;
 use crate::cpu::Cpu;
 use crate::linear::{self, Layout, Output, Packed};
-use crate::moe::{self, Expert, Workspace};
+use crate::moe::{self, Among, Expert, Workspace};
+use crate::ranks::{RankLost, Ranks};
 use crate::rows::Rows;
 use crate::{activation, embedding, norm, rotary};
 
@@ -21,10 +22,12 @@ pub enum Kind {
     Experts,
     Add,
     Output,
+    /// Waiting for other ranks and adding their parts up, whichever operation it was for.
+    Exchange,
 }
 
 impl Kind {
-    pub const ALL: [Self; 7] = [
+    pub const ALL: [Self; 8] = [
         Self::Embedding,
         Self::Norm,
         Self::Linear,
@@ -32,6 +35,7 @@ impl Kind {
         Self::Experts,
         Self::Add,
         Self::Output,
+        Self::Exchange,
     ];
 
     #[must_use]
@@ -44,6 +48,7 @@ impl Kind {
             Self::Experts => "experts",
             Self::Add => "add",
             Self::Output => "output",
+            Self::Exchange => "exchange",
         }
     }
 }
@@ -114,24 +119,45 @@ pub enum Op {
         linear: Linear,
         out: View,
     },
+    /// A linear of which each rank has some groups along k.
+    Reduced {
+        x: View,
+        linear: Linear,
+        out: View,
+    },
     /// `qkv` is overwritten.
     Attention(Attention, AttentionViews),
     /// A sparse layer behind its router: each token by its `top` best experts.
     Experts(Experts, ExpertsViews),
-    /// The output layer, into what the step was given for it. It has no bias.
+    /// The output layer, into what the step was given for it. It has no bias. `first`: the id of
+    /// its weight's first row, where other ranks have the other ids.
     Logits {
         x: View,
         linear: Linear,
+        first: u32,
     },
+}
+
+/// How ranks divide experts.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Division {
+    /// There is one rank.
+    Nothing,
+    /// Each expert.
+    Inner,
+    /// The experts.
+    Experts,
 }
 
 /// The experts of one layer, (gate and up, down) each, all of one shape.
 #[derive(Clone, Debug)]
 pub struct Experts {
+    /// All, or this rank's.
     pub experts: Vec<(Linear, Linear)>,
     pub top: usize,
     /// Whether a token's weights are made to add up to one.
     pub normalise: bool,
+    pub division: Division,
 }
 
 /// What experts read and write.
@@ -164,7 +190,7 @@ impl Op {
             Self::Embed { .. } | Self::Pick { .. } | Self::Angles { .. } => Kind::Embedding,
             Self::RmsNorm { .. } => Kind::Norm,
             Self::Add { .. } => Kind::Add,
-            Self::Linear { .. } => Kind::Linear,
+            Self::Linear { .. } | Self::Reduced { .. } => Kind::Linear,
             Self::Attention(..) => Kind::Attention,
             Self::Experts(..) => Kind::Experts,
             Self::Logits { .. } => Kind::Output,
@@ -172,7 +198,14 @@ impl Op {
     }
 
     /// Note what is used, and see that the shapes fit.
-    pub(super) fn check(&self, buffers: &mut Buffers, index: usize) -> Result<(), String> {
+    ///
+    /// `ranks`: of the replica, 1 where nothing is divided.
+    pub(super) fn check(
+        &self,
+        buffers: &mut Buffers,
+        index: usize,
+        ranks: usize,
+    ) -> Result<(), String> {
         let mut bf = |view: View| buffers.used(view, Element::Bf16, index);
         let ok = match self {
             Self::Embed { table, out } => {
@@ -195,6 +228,12 @@ impl Op {
             }
             Self::Linear { x, linear, out } => {
                 bf(*x)? == bf(*out)? && linear.fits(x.cols, out.cols)
+            }
+            Self::Reduced { x, linear, out } => {
+                bf(*x)? == bf(*out)?
+                    && linear.fits(x.cols, out.cols)
+                    && !linear.layout.gated()
+                    && ranks > 1
             }
             Self::Attention(attention, views) => {
                 let extents = (bf(views.qkv)?, bf(views.out)?);
@@ -219,13 +258,19 @@ impl Op {
                         && !down.layout.gated()
                         && gate_up.layout.columns() == layer.experts[0].0.layout.columns()
                 };
+                let all = match layer.division {
+                    Division::Nothing | Division::Inner => layer.experts.len(),
+                    Division::Experts => layer.experts.len() * ranks,
+                };
                 extents == [Extent::Token; 3]
+                    && (layer.division == Division::Nothing || ranks > 1)
                     && views.out.cols == hidden
-                    && views.logits.cols == layer.experts.len()
-                    && (1..=layer.experts.len()).contains(&layer.top)
+                    && views.logits.cols == all
+                    && !layer.experts.is_empty()
+                    && (1..=all).contains(&layer.top)
                     && layer.experts.iter().all(fits)
             }
-            Self::Logits { x, linear } => {
+            Self::Logits { x, linear, .. } => {
                 bf(*x)? == Extent::Output
                     && linear.fits(x.cols, linear.layout.n())
                     && !linear.layout.gated()
@@ -242,15 +287,20 @@ impl Op {
     /// # Safety
     /// `Plan::push` was promised what this points to; `check` has accepted it for these buffers,
     /// which are open; ids and logit rows of `step` exist.
+    #[expect(
+        clippy::too_many_arguments,
+        reason = "all that a step's operations share"
+    )]
     pub(super) unsafe fn run(
         &self,
         cpu: &mut Cpu,
+        ranks: Option<&mut Ranks>,
         buffers: &Buffers,
         workspace: &mut Workspace,
         step: &Step,
         batch: &Batch,
         wanted: &mut Option<Wanted>,
-    ) {
+    ) -> Result<(), RankLost> {
         // SAFETY: (of each block below) views were checked, and an operation's output is never one
         // of its inputs, since the buffers of both are in use at that operation.
         match self {
@@ -297,23 +347,36 @@ impl Op {
                 };
                 unsafe { linear.run(cpu, x, out) };
             }
-            Self::Logits { x, linear } => {
+            Self::Reduced { x, linear, out } => {
+                let (x, out) = unsafe { (buffers.read(*x), buffers.write(*out)) };
+                let (weight, bias) = unsafe { (linear.packed(), linear.bias()) };
+                if let Some(ranks) = ranks {
+                    linear::reduced(cpu, ranks, x, &weight, bias, out)?;
+                }
+            }
+            Self::Logits { x, linear, first } => {
                 let (x, weight) = unsafe { (buffers.read(*x), linear.packed()) };
-                match wanted.take() {
-                    Some(Wanted::Logits(out)) => {
+                match (wanted.take(), ranks) {
+                    (Some(Wanted::Logits(out)), ranks) => {
                         linear::linear(cpu, x, &weight, None, Output::F32(out));
+                        // Other ranks write their columns of the same rows.
+                        ranks.map_or(Ok(()), Ranks::meet)?;
                     }
-                    Some(Wanted::Greedy(out)) => linear::greedy(cpu, x, &weight, out),
-                    None => {}
+                    (Some(Wanted::Greedy(out)), None) => linear::greedy(cpu, x, &weight, out),
+                    (Some(Wanted::Greedy(out)), Some(ranks)) => {
+                        linear::greedy_among(cpu, ranks, x, &weight, *first, out)?;
+                    }
+                    (None, _) => {}
                 }
             }
             Self::Attention(attention, views) => unsafe {
                 attention.run(cpu, buffers, batch, views);
             },
             Self::Experts(layer, views) => unsafe {
-                layer.run(cpu, buffers, workspace, views);
+                layer.run(cpu, ranks, buffers, workspace, views)?;
             },
         }
+        Ok(())
     }
 }
 
@@ -339,13 +402,17 @@ impl Linear {
     /// The weight and bias are there.
     unsafe fn run(&self, cpu: &mut Cpu, x: Rows<bf16>, out: Output) {
         // SAFETY: by the caller's promise.
-        let weight = unsafe { self.packed() };
+        let (weight, bias) = unsafe { (self.packed(), self.bias()) };
+        linear::linear(cpu, x, &weight, bias, out);
+    }
+
+    /// # Safety
+    /// The bias, if any, is there for `'a`.
+    unsafe fn bias<'a>(&self) -> Option<&'a [bf16]> {
         let n = self.layout.n();
         // SAFETY: by the caller's promise.
-        let bias = self
-            .bias
-            .map(|bias| unsafe { std::slice::from_raw_parts(bias, n) });
-        linear::linear(cpu, x, &weight, bias, out);
+        self.bias
+            .map(|bias| unsafe { std::slice::from_raw_parts(bias, n) })
     }
 }
 
@@ -386,10 +453,11 @@ impl Experts {
     unsafe fn run(
         &self,
         cpu: &mut Cpu,
+        ranks: Option<&mut Ranks>,
         buffers: &Buffers,
         workspace: &mut Workspace,
         views: &ExpertsViews,
-    ) {
+    ) -> Result<(), RankLost> {
         // SAFETY: by the caller's promise.
         let experts: Vec<_> = self
             .experts
@@ -406,15 +474,21 @@ impl Experts {
             let out = buffers.write(views.out);
             (buffers.read(views.x), buffers.read(views.logits), out)
         };
+        let among = match (self.division, ranks) {
+            (Division::Inner, Some(ranks)) => Among::Inner(ranks),
+            (Division::Experts, Some(ranks)) => Among::Experts(ranks),
+            _ => Among::Nobody,
+        };
         moe::mix(
             cpu,
             workspace,
             x,
             logits,
             &experts,
+            among,
             self.top,
             self.normalise,
             out,
-        );
+        )
     }
 }

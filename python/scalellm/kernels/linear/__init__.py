@@ -24,6 +24,7 @@ __all__ = [
     "linear",
     "linear_silu_and_mul",
     "logits",
+    "logits_among",
 ]
 
 # With more rows a product is bound by arithmetic: cuBLAS does it in bf16.
@@ -35,8 +36,13 @@ def all_packed(weights: Sequence[Matrix]) -> TypeGuard[Sequence[PackedMatrix]]:
     return all(isinstance(weight, PackedMatrix) for weight in weights)
 
 
-def linear(x: Activations, weight: Matrix, bias: Tensor | None = None) -> Tensor:
-    """x W^T + b: `x` [T, k], `weight` [n, k], `bias` [n] or None; returns [T, n] of x's type."""
+def linear(x: Activations, weight: Matrix, bias: Tensor | None = None, ranks: int = 0) -> Tensor:
+    """x W^T + b: `x` [T, k], `weight` [n, k], `bias` [n] or None; returns [T, n] of x's type.
+
+    `ranks`: the address of `_core.Ranks` whose ranks have a part of x and weight each, along k;
+    all get the whole sum."""
+    if ranks:
+        return cpu.linear_reduced(plain_rows(x), _packed(weight), bias, ranks)
     if isinstance(weight, PackedMatrix):
         return cpu.linear(plain_rows(x), weight, bias)
     if isinstance(weight, Fp8Matrix):
@@ -85,6 +91,20 @@ def logits(x: Activations, weight: Matrix, bias: Tensor | None = None) -> Tensor
         out = x.new_empty(len(x), len(weight), dtype=torch.float32)
         return triton.linear(x, weight, bias, out=out)
     return reference.linear(x, weight, bias).float()
+
+
+def logits_among(
+    x: Activations, weight: Matrix, bounds: Sequence[int], rank: int, ranks: int
+) -> Tensor:
+    """As `logits`, where the weight has the ids from `bounds[rank]` to `bounds[rank + 1]`, and the
+    ranks at the address `ranks` have the others: [n, k] to [n, vocab_size]."""
+    return cpu.logits_among(plain_rows(x), _packed(weight), bounds, rank, ranks)
+
+
+def _packed(weight: Matrix) -> PackedMatrix:
+    if isinstance(weight, PackedMatrix):
+        return weight
+    raise TypeError("several ranks divide packed weights alone")
 
 
 def _few_rows_on_gpu(x: Tensor) -> bool:

@@ -3,11 +3,13 @@
 An operator's `layout` is MatrixLayout.code.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from scalellm import _core
-from scalellm.kernels.linear.packed import MatrixLayout, PackedMatrix
+from scalellm.kernels.linear.packed import MatrixLayout, PackedMatrix, aligned_bytes
 from scalellm.kernels.operator import define
 
 
@@ -40,10 +42,51 @@ def _logits(x: Tensor, weight: Tensor, layout: list[int], bias: Tensor | None) -
     return _run(2, x, weight, layout, bias)
 
 
+def _linear_reduced(
+    x: Tensor, weight: Tensor, layout: list[int], bias: Tensor | None, ranks: int
+) -> Tensor:
+    x = x if x.stride(-1) == 1 else x.contiguous()
+    out = x.new_empty(x.shape[0], layout[2])
+    _core.cpu_linear_reduced(
+        layout,
+        (x.data_ptr(), x.shape[0], x.stride(0)),
+        (weight.data_ptr(), weight.numel()),
+        0 if bias is None else bias.data_ptr(),
+        ranks,
+        out.data_ptr(),
+    )
+    return out
+
+
+def _logits_among(
+    x: Tensor, weight: Tensor, layout: list[int], bounds: list[int], _rank: int, ranks: int
+) -> Tensor:
+    x = x.contiguous()
+    out = x.new_empty(x.shape[0], bounds[-1], dtype=torch.float32)
+    _core.cpu_logits_among(
+        layout,
+        (x.data_ptr(), x.shape[0], x.stride(0)),
+        (weight.data_ptr(), weight.numel()),
+        bounds,
+        ranks,
+        out.data_ptr(),
+    )
+    return out
+
+
 _SCHEMA = "(Tensor x, Tensor weight, int[] layout, Tensor? bias) -> Tensor"
 _linear_op = define(f"linear{_SCHEMA}", _linear)
 _silu_and_mul_op = define(f"linear_silu_and_mul{_SCHEMA}", _linear_silu_and_mul)
 _logits_op = define(f"logits{_SCHEMA}", _logits)
+_reduced_op = define(
+    "linear_reduced(Tensor x, Tensor weight, int[] layout, Tensor? bias, int ranks) -> Tensor",
+    _linear_reduced,
+)
+_logits_among_op = define(
+    "logits_among(Tensor x, Tensor weight, int[] layout, int[] bounds, int rank, int ranks) -> "
+    "Tensor",
+    _logits_among,
+)
 
 
 def linear(x: Tensor, weight: PackedMatrix, bias: Tensor | None) -> Tensor:
@@ -64,6 +107,20 @@ def logits(x: Tensor, weight: PackedMatrix, bias: Tensor | None) -> Tensor:
     return out
 
 
+def linear_reduced(x: Tensor, weight: PackedMatrix, bias: Tensor | None, ranks: int) -> Tensor:
+    """[T, k] -> [T, n] bf16, a rank's groups along k each."""
+    out: Tensor = _reduced_op(x, weight.data, weight.layout.code, bias, ranks)
+    return out
+
+
+def logits_among(
+    x: Tensor, weight: PackedMatrix, bounds: Sequence[int], rank: int, ranks: int
+) -> Tensor:
+    """[n, k] -> [n, vocab_size] fp32, a rank's ids each."""
+    out: Tensor = _logits_among_op(x, weight.data, weight.layout.code, list(bounds), rank, ranks)
+    return out
+
+
 def pack(weight: Tensor, layout: MatrixLayout) -> PackedMatrix:
     """Lay `weight` [n, k] bf16 out, quantising it where the format asks for it."""
     data = aligned_bytes(layout.num_bytes)
@@ -74,10 +131,3 @@ def pack(weight: Tensor, layout: MatrixLayout) -> PackedMatrix:
         )
     _core.cpu_matrix_pack(layout.code, weight.data_ptr(), data.data_ptr(), data.numel())
     return PackedMatrix(layout, data)
-
-
-def aligned_bytes(count: int) -> Tensor:
-    """uint8 [count] whose first byte is at a multiple of 64."""
-    held = torch.empty(count + 63, dtype=torch.uint8)
-    first = -held.data_ptr() % 64
-    return held[first : first + count]

@@ -19,6 +19,8 @@ def _experts(
     down_layout: list[int],
     top: int,
     normalise: bool,
+    ranks: int,
+    divides_experts: bool,
 ) -> Tensor:
     x, logits = x.contiguous(), logits.contiguous()
     out = torch.empty_like(x)
@@ -32,6 +34,7 @@ def _experts(
         (gate_up_layout, down_layout),
         top,
         normalise,
+        (ranks, divides_experts),
         out.data_ptr(),
     )
     return out
@@ -39,7 +42,7 @@ def _experts(
 
 _OPERATOR = define(
     "experts(Tensor x, Tensor logits, Tensor[] gate_ups, Tensor[] downs, int[] gate_up_layout, "
-    "int[] down_layout, int top, bool normalise) -> Tensor",
+    "int[] down_layout, int top, bool normalise, int ranks, bool divides_experts) -> Tensor",
     _experts,
 )
 
@@ -51,12 +54,14 @@ def experts(
     downs: Sequence[PackedMatrix],
     top: int,
     normalise: bool,
+    among: tuple[int, bool] = (0, False),
 ) -> Tensor:
     """Each token through the `top` experts that the router's `logits` [T, experts] like best.
 
     `x` [T, hidden] bf16; `gate_ups` [2 * inner, hidden] and `downs` [hidden, inner], one an expert,
     alike in layout. Weights are the softmax's in fp32, made to add up to one if `normalise`.
-    Returns [T, hidden] bf16.
+    `among`: the address of the ranks that divide the layer, 0 for none; and whether they divide the
+    experts, of which these are a rank's, or each of them. Returns [T, hidden] bf16.
     """
     out: Tensor = _OPERATOR(
         x,
@@ -67,5 +72,6 @@ def experts(
         downs[0].layout.code,
         top,
         normalise,
+        *among,
     )
     return out

@@ -1,0 +1,186 @@
+//! `_core.Ranks`: the processes that compute a replica's steps together, as one of them sees them;
+//! and the operations in which they meet, for steps that run eagerly.
+
+use std::os::fd::{BorrowedFd, RawFd};
+use std::sync::Arc;
+
+use parking_lot::Mutex;
+use pyo3::exceptions::{PyConnectionAbortedError, PyOSError};
+use pyo3::prelude::*;
+use pyo3::types::PyBytes;
+use scalellm_cpu_kernels::bf16;
+use scalellm_cpu_kernels::linear::{self, Output, Packed};
+use scalellm_cpu_kernels::ranks::{self, MOST, RankLost, Region, Sizes};
+use scalellm_cpu_kernels::rows::{Rows, RowsMut};
+
+use crate::kernels::{RowsAt, SliceAt, layout, on_cpu, refused, slice};
+
+/// Add the class and functions of this file to `module`.
+pub fn register(module: &Bound<'_, PyModule>) -> PyResult<()> {
+    module.add("MOST_RANKS", MOST)?;
+    module.add_class::<PyRanks>()?;
+    module.add_function(wrap_pyfunction!(cpu_linear_reduced, module)?)?;
+    module.add_function(wrap_pyfunction!(cpu_logits_among, module)?)
+}
+
+/// The others' end as Python's exception.
+pub fn lost(error: RankLost) -> PyErr {
+    PyConnectionAbortedError::new_err(error.to_string())
+}
+
+/// One rank of a replica, over a file of `bytes_for` zeros that all ranks map.
+#[pyclass(name = "Ranks", module = "scalellm._core", frozen)]
+pub struct PyRanks {
+    region: Arc<Region>,
+    pub ranks: Arc<Mutex<ranks::Ranks>>,
+}
+
+#[pymethods]
+impl PyRanks {
+    #[new]
+    fn new(
+        file: RawFd,
+        rank: usize,
+        count: usize,
+        letter_bytes: usize,
+        slot_bytes: usize,
+    ) -> PyResult<Self> {
+        if rank >= count || count > MOST || file < 0 {
+            return Err(refused(format!("rank {rank} of {count}, file {file}")));
+        }
+        let sizes = Sizes {
+            ranks: count,
+            letter_bytes,
+            slot_bytes,
+        };
+        // SAFETY: the caller's descriptor is open during this call.
+        let file = unsafe { BorrowedFd::borrow_raw(file) };
+        let region =
+            Region::map(file, sizes).map_err(|error| PyOSError::new_err(error.to_string()))?;
+        let region = Arc::new(region);
+        let ranks = ranks::Ranks::new(Arc::clone(&region), rank);
+        Ok(Self {
+            region,
+            ranks: Arc::new(Mutex::new(ranks)),
+        })
+    }
+
+    /// Bytes of the file that ranks share.
+    #[staticmethod]
+    fn bytes_for(count: usize, letter_bytes: usize, slot_bytes: usize) -> usize {
+        let sizes = Sizes {
+            ranks: count,
+            letter_bytes,
+            slot_bytes,
+        };
+        sizes.bytes()
+    }
+
+    /// What the operations of eager steps take; it means nothing without this object.
+    #[getter]
+    fn address(&self) -> usize {
+        Arc::as_ptr(&self.ranks).expose_provenance()
+    }
+
+    /// Give every other rank a letter; of rank 0 alone.
+    fn send(&self, py: Python<'_>, letter: &[u8]) -> PyResult<()> {
+        py.detach(|| self.ranks.lock().send(letter)).map_err(lost)
+    }
+
+    /// Wait for rank 0's next letter.
+    fn receive<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyBytes>> {
+        let letter = py.detach(|| self.ranks.lock().receive()).map_err(lost)?;
+        Ok(PyBytes::new(py, &letter))
+    }
+
+    /// A rank has ended, or failed: nobody waits for it any more, in any process.
+    fn give_up(&self) {
+        self.region.give_up();
+    }
+}
+
+/// The ranks that `PyRanks::address` names.
+///
+/// # Safety
+/// The object lives for `'a`.
+pub unsafe fn ranks_at<'a>(address: usize) -> &'a Mutex<ranks::Ranks> {
+    // SAFETY: by the caller's promise.
+    unsafe { &*std::ptr::with_exposed_provenance(address) }
+}
+
+/// y = x W^T + b in bf16, of which each rank has some of the weight's groups; `out` is contiguous.
+#[pyfunction]
+fn cpu_linear_reduced(
+    py: Python<'_>,
+    code: Vec<usize>,
+    x: RowsAt,
+    weight: SliceAt,
+    bias: usize,
+    ranks: usize,
+    out: usize,
+) -> PyResult<()> {
+    let layout = layout(&code)?;
+    let (rows, n) = (x.1, layout.n());
+    if x.2 < layout.k() || layout.gated() || ranks == 0 {
+        return Err(refused(format!("rows of {} for {layout:?}", x.2)));
+    }
+    on_cpu(py, |cpu| {
+        // SAFETY: the caller's tensors have these sizes, and its ranks live.
+        unsafe {
+            let packed = Packed::new(layout, slice(weight)).map_err(refused)?;
+            let x = Rows::from_raw(x.0 as *const bf16, rows, layout.k(), x.2);
+            let bias = (bias != 0).then(|| slice::<bf16>((bias, n)));
+            let out = RowsMut::from_raw(out as *mut bf16, rows, n, n);
+            let mut ranks = ranks_at(ranks).lock();
+            linear::reduced(cpu, &mut ranks, x, &packed, bias, out).map_err(lost)
+        }
+    })?
+}
+
+/// Logits in f32, [x's rows, last of `bounds`]; rank r has the ids `bounds[r] .. bounds[r + 1]`.
+#[pyfunction]
+fn cpu_logits_among(
+    py: Python<'_>,
+    code: Vec<usize>,
+    x: RowsAt,
+    weight: SliceAt,
+    bounds: Vec<usize>,
+    ranks: usize,
+    out: usize,
+) -> PyResult<()> {
+    let layout = layout(&code)?;
+    if x.2 < layout.k() || layout.gated() || ranks == 0 {
+        return Err(refused(format!("rows of {} for {layout:?}", x.2)));
+    }
+    on_cpu(py, |cpu| {
+        // SAFETY: the caller's tensors have these sizes, and its ranks live.
+        unsafe {
+            let mut ranks = ranks_at(ranks).lock();
+            let widths: Vec<_> = bounds.windows(2).map(|pair| pair[1] - pair[0]).collect();
+            if widths.len() != ranks.count() || widths[ranks.rank()] != layout.n() {
+                return Err(refused(format!("{bounds:?} for {layout:?}")));
+            }
+            let packed = Packed::new(layout, slice(weight)).map_err(refused)?;
+            let (rows, n) = (x.1, layout.n());
+            let widest = widths.iter().copied().max().unwrap_or_default();
+            let x = Rows::from_raw(x.0 as *const bf16, rows, layout.k(), x.2);
+            let mut found = vec![0.0_f32; rows * n];
+            let to = Output::F32(RowsMut::of(&mut found, n));
+            linear::linear(cpu, x, &packed, None, to);
+            let mine = ranks.mine::<f32>(rows, widest);
+            for row in 0..rows {
+                mine.part(row, 0, n).copy_from_slice(&found[row * n..][..n]);
+            }
+            ranks.meet().map_err(lost)?;
+            let all = bounds[widths.len()];
+            let out = RowsMut::from_raw(out as *mut f32, rows, all, all);
+            for (index, part) in ranks.parts::<f32>(rows, widest).into_iter().enumerate() {
+                for row in 0..rows {
+                    let to = out.part(row, bounds[index], widths[index]);
+                    to.copy_from_slice(&part.row(row)[..widths[index]]);
+                }
+            }
+            Ok(())
+        }
+    })?
+}

@@ -1,0 +1,114 @@
+"""The other ranks' processes, as rank 0 sees them.
+
+start   spawn; they import torch meanwhile        load    tell them what, once rank 0 has it
+watch   a thread; the first that ends ends all    stop    by letter, then by force
+"""
+
+import contextlib
+import json
+import os
+import selectors
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Sequence
+
+from scalellm.errors import EngineError
+
+_END_S = 2.0  # for a rank to end by itself
+
+
+class Followers:
+    """Ranks 1 and later. `close` ends them; so does the end of this process."""
+
+    def __init__(self, ranks: int, memory: int, logits: int) -> None:
+        """Start them; `memory` and `logits` are the files that they map."""
+        self._controls: list[socket.socket] = []
+        self._processes: list[subprocess.Popen[bytes]] = []
+        self._closing = False
+        self._watcher: threading.Thread | None = None
+        self._ended, self._end = socket.socketpair()
+        for _ in range(1, ranks):
+            ours, theirs = socket.socketpair()
+            self._controls.append(ours)
+            files = {"control": theirs.fileno(), "memory": memory, "logits": logits}
+            options = [f"--{name}={file}" for name, file in files.items()]
+            with theirs:
+                process = subprocess.Popen(
+                    [sys.executable, "-m", "scalellm.executor.rank", *options],
+                    pass_fds=files.values(),
+                    stdin=subprocess.DEVNULL,
+                )
+            self._processes.append(process)
+
+    def load(self, orders: Sequence[bytes]) -> None:
+        """Have each load what its order says; returns at once."""
+        for control, line in zip(self._controls, orders, strict=True):
+            with contextlib.suppress(OSError):  # `wait_loaded` finds out why
+                control.sendall(line)
+
+    def wait_loaded(self) -> None:
+        """Raises EngineError for the first that cannot."""
+        for rank, control in enumerate(self._controls, start=1):
+            with control.makefile("rb") as stream:
+                line = stream.readline()
+            if not line:
+                raise EngineError(self._why(rank))
+            if error := json.loads(line).get("error"):
+                raise EngineError(f"rank {rank} could not load: {error}")
+
+    def watch(self, ended: Callable[[str], None]) -> None:
+        """Call `ended` with the reason, on a thread, when one ends before `close`."""
+        self._watcher = threading.Thread(
+            target=self._watch, args=(ended,), name="scalellm-ranks", daemon=True
+        )
+        self._watcher.start()
+
+    def _watch(self, ended: Callable[[str], None]) -> None:
+        with selectors.DefaultSelector() as selector:
+            selector.register(self._ended, selectors.EVENT_READ, 0)
+            for rank, control in enumerate(self._controls, start=1):
+                selector.register(control, selectors.EVENT_READ, rank)
+            first = min(key.data for key, _ in selector.select())
+        if first and not self._closing:
+            ended(self._why(first))
+
+    def _why(self, rank: int) -> str:
+        try:
+            code = self._processes[rank - 1].wait(_END_S)
+        except subprocess.TimeoutExpired:
+            return f"rank {rank} has closed its connection"
+        if code < 0:
+            return f"rank {rank} was killed by {signal.Signals(-code).name}"
+        return f"rank {rank} ended with exit status {code}"
+
+    @property
+    def pids(self) -> list[int]:
+        return [process.pid for process in self._processes]
+
+    def close(self, stop: Callable[[], None]) -> None:
+        """End all, kill those that do not in time. `stop` asks them to. May be called again."""
+        if self._closing:
+            return
+        self._closing = True
+        with contextlib.suppress(ConnectionAbortedError):
+            stop()
+        self._end.close()
+        if self._watcher is not None:
+            self._watcher.join()
+        for control, process in zip(self._controls, self._processes, strict=True):
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(_END_S)
+            process.kill()
+            process.wait()
+            control.close()
+        self._ended.close()
+
+
+def anonymous_file(name: str, size: int) -> int:
+    """A descriptor of `size` zeros, whose memory is taken as it is used."""
+    file = os.memfd_create(name)
+    os.ftruncate(file, size)
+    return file

@@ -1,0 +1,15 @@
+"""The executor that a configuration asks for."""
+
+from scalellm.config import EngineConfig
+from scalellm.executor.single import SingleExecutor
+from scalellm.executor.tensor_parallel import TensorParallelExecutor
+from scalellm.loader.load import Progress
+
+
+def load_executor(config: EngineConfig, progress: Progress | None = None) -> SingleExecutor:
+    """Load `config.model_path`, and start whatever processes compute it with this one.
+
+    `progress(phase, seconds)` is called as each phase ends. Raises ModelError, ConfigError,
+    EngineError."""
+    kind = TensorParallelExecutor if config.tensor_parallel_size > 1 else SingleExecutor
+    return kind.load(config, progress)

@@ -1,0 +1,89 @@
+"""`python -m scalellm.executor.rank`: every rank of a replica but the first.
+
+    rank 0   --memory, logits-->  files that all map
+             --control-->         one line: what to load;  its end: rank 0 has ended
+             <--control--         one line: loaded, or why not
+
+It computes what rank 0's letters say until one says stop. It has no listener, no loop and no
+scheduler, and its answers lie in the shared memory.
+"""
+
+import argparse
+import json
+import os
+import signal
+import socket
+import threading
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from scalellm.config import EngineConfig
+from scalellm.executor.seat import GREEDY, STOP, Seat, Sizes, read_letter
+from scalellm.executor.single import SingleExecutor
+
+
+def order(rank: int, config: EngineConfig, sizes: Sizes, num_blocks: int) -> bytes:
+    """What rank 0 asks a rank to load."""
+    engine = asdict(config) | {"model_path": str(config.model_path)}
+    told = {"rank": rank, "engine": engine, "sizes": asdict(sizes), "num_blocks": num_blocks}
+    return json.dumps(told).encode() + b"\n"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser()
+    for name in ("control", "memory", "logits"):
+        parser.add_argument(f"--{name}", type=int, required=True)
+    files = parser.parse_args()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        # Rank 0 decides when to stop, also where a terminal signals both.
+        signal.signal(number, signal.SIG_IGN)
+    control = socket.socket(fileno=files.control)
+    stream = control.makefile("rwb")
+    line = stream.readline()
+    if not line:
+        return 0
+    threading.Thread(target=_end_with, args=(control,), daemon=True).start()
+    told = json.loads(line)
+    try:
+        executor, seat = _load(told, files.memory, files.logits)
+    except Exception as error:
+        stream.write(json.dumps({"error": f"{type(error).__name__}: {error}"}).encode() + b"\n")
+        stream.flush()
+        return 1
+    stream.write(b"{}\n")
+    stream.flush()
+    while True:
+        try:
+            kind, arrays = read_letter(seat.ranks.receive())
+            if kind == STOP:
+                return 0
+            if kind == GREEDY:
+                executor.greedy_of(arrays)
+            else:
+                executor.logits_of(arrays)
+        except ConnectionAbortedError:
+            return 0  # rank 0 says why
+        except BaseException:
+            seat.ranks.give_up()
+            raise
+
+
+def _load(told: dict[str, Any], memory: int, logits: int) -> tuple[SingleExecutor, Seat]:
+    engine = told["engine"]
+    config = EngineConfig(**engine | {"model_path": Path(engine["model_path"])})
+    os.nice(config.compute_nice)
+    parallel = config.enable_expert_parallel
+    seat = Seat.take(told["rank"], Sizes(**told["sizes"]), parallel, memory, logits)
+    return SingleExecutor.load_part(config, seat=seat, num_blocks=told["num_blocks"]), seat
+
+
+def _end_with(control: socket.socket) -> None:
+    """End this process, whatever it does, when rank 0 has ended."""
+    while control.recv(1, socket.MSG_PEEK):
+        pass
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,114 @@
+"""What the ranks of one replica share on a host, and what rank 0 tells the others.
+
+    memory    crates/cpu-kernels/src/ranks: letters and slots
+    logits    [rows, vocab_size] fp32, of which each rank writes its columns
+
+Both are files without a name, as large as the largest step could need; pages exist once used.
+
+A letter is the step, in bytes:
+
+    kind, tokens, logit rows, spans, blocks      int64 each
+    token ids, positions, logit rows, spans      int64
+    block tables                                 int32
+"""
+
+import mmap
+from dataclasses import dataclass
+from itertools import pairwise
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from scalellm import _core
+from scalellm.config import EngineConfig
+from scalellm.executor.inputs import StepArrays
+from scalellm.layers.shard import Shard
+from scalellm.models.config import ModelConfig
+
+LOGITS, GREEDY, STOP = range(3)  # what a letter asks for
+_HEADER_NUMBERS = 5
+
+
+@dataclass(frozen=True, slots=True)
+class Sizes:
+    """Of what ranks share."""
+
+    ranks: int
+    letter_bytes: int
+    slot_bytes: int
+    logit_rows: int
+    vocab_size: int
+
+    @classmethod
+    def of(cls, config: EngineConfig, model: ModelConfig, max_model_len: int) -> "Sizes":
+        """Enough for every step that `config` allows."""
+        ranks, tokens = config.tensor_parallel_size, config.max_num_batched_tokens
+        spans = min(config.max_num_seqs, tokens)
+        blocks = spans * (max_model_len // config.block_size + 1)
+        bounds = Shard(ranks=ranks).id_bounds(model.vocab_size)
+        ids = max(end - first for first, end in pairwise(bounds))
+        numbers = model.hidden_size * (1 if model.moe is None else model.moe.experts_per_token)
+        return cls(
+            ranks=ranks,
+            letter_bytes=8 * (_HEADER_NUMBERS + 3 * tokens + 4 * spans) + 4 * blocks,
+            slot_bytes=4 * tokens * max(numbers, ids),
+            logit_rows=tokens,
+            vocab_size=model.vocab_size,
+        )
+
+    @property
+    def memory_bytes(self) -> int:
+        return _core.Ranks.bytes_for(self.ranks, self.letter_bytes, self.slot_bytes)
+
+    @property
+    def logits_bytes(self) -> int:
+        return 4 * self.logit_rows * self.vocab_size
+
+
+@dataclass(frozen=True, slots=True)
+class Seat:
+    """A rank's place among the others."""
+
+    shard: Shard
+    ranks: _core.Ranks
+    logits: Tensor  # [logit_rows, vocab_size] fp32
+
+    @classmethod
+    def take(
+        cls, rank: int, sizes: Sizes, expert_parallel: bool, memory: int, logits: int
+    ) -> "Seat":
+        """Map the files `memory` and `logits`, which may be closed then. Raises OSError."""
+        ranks = _core.Ranks(memory, rank, sizes.ranks, sizes.letter_bytes, sizes.slot_bytes)
+        mapped = np.frombuffer(mmap.mmap(logits, sizes.logits_bytes), dtype=np.float32)
+        return cls(
+            Shard(rank, sizes.ranks, expert_parallel, ranks.address),
+            ranks,
+            torch.from_numpy(mapped).view(sizes.logit_rows, sizes.vocab_size),
+        )
+
+
+def write_letter(kind: int, arrays: StepArrays) -> bytes:
+    counts = [len(arrays.token_ids), len(arrays.logit_rows), len(arrays.spans), len(arrays.tables)]
+    parts: list[npt.NDArray[np.int64] | npt.NDArray[np.int32]] = [
+        np.array([kind, *counts], dtype=np.int64),
+        arrays.token_ids,
+        arrays.positions,
+        arrays.logit_rows,
+        arrays.spans,
+        arrays.tables,
+    ]
+    return b"".join(part.tobytes() for part in parts)
+
+
+def read_letter(letter: bytes) -> tuple[int, StepArrays]:
+    """What is asked for, and the step."""
+    memory = bytearray(letter)
+    kind, tokens, rows, spans, blocks = np.frombuffer(memory, np.int64, _HEADER_NUMBERS).tolist()
+    numbers = np.frombuffer(memory, np.int64, 2 * tokens + rows + 4 * spans, 8 * _HEADER_NUMBERS)
+    token_ids, positions, logit_rows, span_rows = np.split(
+        numbers, np.cumsum([tokens, tokens, rows])
+    )
+    tables = np.frombuffer(memory, np.int32, blocks, len(memory) - 4 * blocks)
+    return kind, StepArrays(token_ids, positions, logit_rows, span_rows.reshape(-1, 4), tables)

@@ -1,0 +1,58 @@
+"""How ranks divide a model's layers: one rule for each kind of layer, whatever the model.
+
+    queries, keys, values   whole heads; a key-value head is on several ranks where there are more
+    gate and up             columns, the same of both
+    after either            groups along the inputs, of which layers like these have 8: a rank's
+                            groups are one subtree of the tree that adds all of them up
+    experts                 each like an MLP; or whole experts
+    output layer            ids, in runs of 32
+    embedding, norms,
+    router                  whole on every rank
+
+The embedding is not divided on a CPU: its table is mapped, of which ranks share the pages, and only
+rows that are read come in. Dividing it would save nothing and cost an exchange.
+"""
+
+from dataclasses import dataclass
+
+GROUPS = 8  # runs of a row-parallel layer's inputs with scales of their own
+_IDS = 32  # rows of a panel of packed weights
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """What rank `rank` of `ranks` has of each layer."""
+
+    rank: int = 0
+    ranks: int = 1
+    expert_parallel: bool = False  # whole experts
+    address: int = 0  # of `_core.Ranks`, for operators that meet the others; 0 for one rank
+
+    def columns(self, count: int) -> range:
+        """Its columns of `count`, which `ranks` divides."""
+        each = count // self.ranks
+        return range(self.rank * each, (self.rank + 1) * each)
+
+    def heads(self, count: int) -> range:
+        """Its heads of `count`, which divides `ranks` or is divided by it."""
+        if count >= self.ranks:
+            return self.columns(count)
+        head = self.rank * count // self.ranks
+        return range(head, head + 1)
+
+    def groups(self) -> range:
+        """Its groups of a row-parallel layer's inputs."""
+        return self.columns(GROUPS)
+
+    def experts(self, count: int) -> range:
+        """Its experts of `count`: all, unless experts are divided."""
+        return self.columns(count) if self.expert_parallel else range(count)
+
+    def id_bounds(self, vocab_size: int) -> list[int]:
+        """Rank r has the ids from entry r to entry r + 1."""
+        runs = -(-vocab_size // _IDS)
+        firsts = [rank * runs // self.ranks * _IDS for rank in range(self.ranks)]
+        return [*firsts, vocab_size]
+
+
+WHOLE = Shard()
