@@ -1,7 +1,7 @@
 """What each part of an endpoint costs, measured by putting the usual one in the place of ours.
 
     python benchmarks/ablation.py                      all parts at 1, 8, 64; the table on stdout
-    python benchmarks/ablation.py --levels 64 --docs docs/performance.md
+    python benchmarks/ablation.py --engine demo --docs docs/performance.md
 
 Before one engine of set speed (25 ms to the first token, 8.5 ms a token: the published figures of a
 single stream), or a real one (`--engine demo`), stands
@@ -12,13 +12,17 @@ single stream), or a real one (`--engine demo`), stands
     gateway           ScaleLLM's front, its pool of gRPC sessions
 
 so that neighbours differ in one part. Where text is handled is measured on the real engine loop,
-with a step of set time: `loop-text` tokenises and detokenises in the engine, `loop-ids` does not;
-ScaleLLM's front stands before both. Everything shares this machine's cores, the load too.
+with a step of set time (with `--engine demo`: of the model): `loop-text` tokenises and detokenises
+in the engine, `loop-ids` does not; ScaleLLM's front stands before both. The engine's own HTTP/1.1
+is ScaleLLM's gateway, whose work then counts as HTTP's. Everything shares this machine's cores, the
+load too.
 """
 
 import argparse
+import os
 import shlex
 import sys
+import time
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -29,7 +33,7 @@ from document import write_section
 from peers.environment import call, python_environment
 from peers.gateway import scalellm_gateway
 from peers.measure import Load, Sample, measure
-from peers.system import Launch, PeerError, free_port, running
+from peers.system import READY_WITHIN_S, Launch, PeerError, free_port, running, tail
 from rich.console import Console
 
 import scalellm.demo
@@ -43,6 +47,13 @@ _ENVIRONMENT = "ablation"
 _NAME = "ablation"
 _FRONTS = {"fastapi-http": "http", "fastapi-request": "request", "fastapi-pool": "pool"}
 _LOOPS = ("loop-text", "loop-ids")
+_ABOUT = {
+    "fake": "What each part of an endpoint costs, by putting the usual one in the place of ours "
+    f"([profiling.md](profiling.md)): before an engine set to {TTFT_MS:g} ms and then {TBT_MS:g} "
+    "ms a token, p50; CPU seconds are the front's.",
+    "demo": "The same before the real engine with the demo model, which computes on the cores that "
+    "the fronts need.",
+}
 SYSTEMS = (*_FRONTS, "gateway", *_LOOPS)
 
 
@@ -68,24 +79,33 @@ def build(cache: Path, log: Path) -> tuple[Path, Path]:
 
 
 @contextmanager
-def engine(kind: str, place: Place) -> Generator[str, None, None]:
-    """Address of the engine that fronts stand before."""
-    address = f"unix:{place.scratch / 'engine.sock'}"
+def engine(name: str, kind: str, place: Place) -> Generator[str, None, None]:
+    """Address of the engine that the system `name` has behind it, which listens there."""
+    socket = place.scratch / "engine.sock"
+    socket.unlink(missing_ok=True)
+    address = f"unix:{socket}"
     scalellm_module = (sys.executable, "-m", "scalellm")
-    if kind == "demo":
-        launch = Launch((*scalellm_module, "engine", "demo", "--listen", address), ready_path=None)
-    elif kind in _LOOPS:
-        text = ("--text",) if kind == "loop-text" else ()
+    if name in _LOOPS:
+        text = ("--text",) if name == "loop-text" else ()
+        step = () if kind == "demo" else ("--step-ms", str(TBT_MS))
         script = str(PARTS / "tokenising_engine.py")
-        flags = ("--listen", address, "--model", str(MODEL), "--step-ms", str(TBT_MS))
+        flags = ("--listen", address, "--model", str(MODEL), *step)
         launch = Launch((sys.executable, script, *flags, *text), ready_path=None)
+    elif kind == "demo":
+        launch = Launch((*scalellm_module, "engine", "demo", "--listen", address), ready_path=None)
     else:
         code = (
             "import json, sys; from scalellm._core import run_fake_engine;"
             f"run_fake_engine(sys.argv[1], json.dumps({fake_settings()!r}))"
         )
         launch = Launch((sys.executable, "-c", code, address), ready_path=None)
-    with running(launch, 0, place.scratch / "engine.log"):
+    log = place.scratch / "engine.log"
+    with running(launch, 0, log):
+        until = time.monotonic() + READY_WITHIN_S
+        while not socket.exists():
+            if time.monotonic() > until:
+                raise PeerError(f"the engine does not listen: {tail(log)}")
+            time.sleep(0.05)
         yield address
 
 
@@ -104,7 +124,7 @@ def measured(
 ) -> Iterator[Sample]:
     """One system at every level. Raises PeerError."""
     with ExitStack() as stack:
-        address = stack.enter_context(engine(name if name in _LOOPS else kind, place))
+        address = stack.enter_context(engine(name, kind, place))
         port = free_port()
         if name in _FRONTS:
             behind = address
@@ -163,7 +183,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--input-tokens", type=int, default=128)
     parser.add_argument("--output-tokens", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=2, help="requests of each client")
-    parser.add_argument("--cache", type=Path, default=ROOT / "target" / "peers")
+    cache = Path.home() / ".cache" / "scalellm" / "peers"
+    parser.add_argument(
+        "--cache", type=Path, default=Path(os.environ.get("SCALELLM_PEERS_CACHE", cache))
+    )
     parser.add_argument("--docs", type=Path, help="write the table into this document")
     options = parser.parse_args(given)
     systems = options.systems.split(",")
@@ -189,13 +212,16 @@ def main(arguments: list[str] | None = None) -> int:
                 for sample in measured(name, options.engine, levels, load, place):
                     samples.append(sample)
                     console.print(table([sample], set_times=False).splitlines()[-1])
+                    if sample.error is not None:
+                        console.print(f"{name}: {sample.error}", style="red", markup=False)
             except PeerError as error:
                 console.print(f"{name}: {error}", style="red", markup=False)
     text = table(samples, set_times=options.engine == "fake")
     print(text)
     if options.docs is not None:
         command = shlex.join(["python", "benchmarks/ablation.py", *given])
-        write_section(options.docs, f"{_NAME}-{options.engine}", f"    {command}\n\n{text}")
+        section = f"{_ABOUT[options.engine]}\n\n    {command}\n\n{text}"
+        write_section(options.docs, f"{_NAME}-{options.engine}", section)
     return 0 if len(samples) == len(systems) * len(levels) else 1
 
 

@@ -4,6 +4,7 @@
     python benchmarks/bench_accuracy.py --part delays
 
 delays    a gateway before a fake engine of TTFT 50 ms and TBT 10 ms: reported within 2%?
+direct    the same without a gateway: an endpoint of these times, nothing in between
 stall     the engine stops for 2 s: do the open loop's percentiles show it?
 capacity  a bare server that answers at once: what does one core of the load generator reach?
 
@@ -21,6 +22,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from document import write_section
 from rich.console import Console
 
 import scalellm.demo
@@ -35,7 +37,7 @@ MODEL = Path(scalellm.demo.__file__).parent / "model"
 TTFT_MS, TBT_MS = 50.0, 10.0
 STALL_MS = 2000
 START_S = 60.0
-PARTS = ("delays", "stall", "capacity")
+PARTS = ("delays", "direct", "stall", "capacity")
 
 
 def spawn(code: str, *arguments: str) -> "subprocess.Popen[str]":
@@ -107,7 +109,23 @@ def measure(url: str, *levels: Level, **workload: Any) -> tuple[Row, ...]:
     return result.rows
 
 
-def delays() -> None:
+def delays() -> list[str]:
+    with gateway(ttft_ms=TTFT_MS, tbt_ms=TBT_MS) as url:
+        return _off(url)
+
+
+def direct() -> list[str]:
+    port = free_port()
+    code = "import sys; from scalellm._core import run_fake_endpoint as run;"
+    code += "run(int(sys.argv[1]), float(sys.argv[2]), float(sys.argv[3]))"
+    with running(spawn(code, str(port), str(TTFT_MS), str(TBT_MS))):
+        url = f"http://127.0.0.1:{port}"
+        wait_ready(url)
+        return _off(url)
+
+
+def _off(url: str) -> list[str]:
+    """How far what the bench says is from what was set."""
     levels = (
         Level(concurrency=1, requests=20, warmup=2),
         Level(concurrency=256, requests=1024, warmup=64),
@@ -115,21 +133,23 @@ def delays() -> None:
         Level(rate=1.5, requests=20, warmup=2),
         Level(rate=375.0, duration_s=6.0, warmup=64),
     )
-    with gateway(ttft_ms=TTFT_MS, tbt_ms=TBT_MS) as url:
-        rows = measure(url, *levels, output_tokens=64)
-    print("| load | TTFT ms p50 | off | TBT ms p50 | off | sends late p99 | reads late p99 | CPU |")
-    print("|---|---:|---:|---:|---:|---:|---:|---:|")
+    rows = measure(url, *levels, output_tokens=64)
+    table = [
+        "| load | TTFT ms p50 | off | TBT ms p50 | off | sends late p99 | reads late p99 | CPU |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|",
+    ]
     for row in rows:
         ttft, tbt = row["ttft_ms"]["p50"], row["tbt_ms"]["p50"]
         lag = row["generator"]["lag"]
-        print(
+        table.append(
             f"| {row_label(row)} | {ttft:.2f} | {ttft / TTFT_MS - 1:+.1%} | {tbt:.3f} "
             f"| {tbt / TBT_MS - 1:+.1%} | {lag['send_ms']['p99']:.2f} ms "
             f"| {lag['read_ms']['p99']:.2f} ms | {cpu_share(row):.0%} |"
         )
+    return table
 
 
-def stall() -> None:
+def stall() -> list[str]:
     """40 requests a second for 6 s; after 1 s of steps the engine does nothing for 2 s."""
     faults = {"hang_after_steps": 400, "hang_ms": STALL_MS}
     table = ["| load | TTFT ms p50 | p90 | p99 | max |", "|---|---:|---:|---:|---:|"]
@@ -140,7 +160,7 @@ def stall() -> None:
         failed = f" ({row['failed']} failed)" if row["failed"] else ""
         print(f"stall {row_label(row)}: {cells}{failed}", file=sys.stderr)
         table.append(f"| {row_label(row)}{failed} | {cells} |")
-    print("\n".join(table))
+    return table
 
 
 _BARE_SERVER = """
@@ -185,10 +205,12 @@ asyncio.run(main())
 """
 
 
-def capacity() -> None:
+def capacity() -> list[str]:
     """How many requests a second, and how many open streams, one core of the generator holds."""
-    print("| load | done/s | in time | sends late p50 / p99 | generator CPU | its bottleneck |")
-    print("|---|---:|---:|---:|---:|---|")
+    table = [
+        "| load | done/s | in time | sends late p50 / p99 | generator CPU | its bottleneck |",
+        "|---|---:|---:|---:|---:|---|",
+    ]
     for hold_s, tokens, level in (
         (0.0, 2, Level(64, duration_s=5.0)),
         (0.0, 2, Level(rate=5000.0, duration_s=5.0)),
@@ -202,11 +224,12 @@ def capacity() -> None:
             (row,) = measure(url, level, input_tokens=16, output_tokens=tokens)
         lag = row["generator"]["lag"]["send_ms"]
         of_all = row["completed"] + row["failed"] + row["timed_out"]
-        print(
+        table.append(
             f"| {row_label(row)}, streams held {hold_s:g} s | {row['request_s']:.0f} "
             f"| {row['completed']} of {of_all} | {lag['p50']:.2f} / {lag['p99']:.2f} ms "
             f"| {cpu_share(row):.0%} | {row['generator']['bottleneck_reason'] or 'no'} |"
         )
+    return table
 
 
 def cpu_share(row: Row) -> float:
@@ -214,16 +237,20 @@ def cpu_share(row: Row) -> float:
     return float(row["generator"]["cpu_s"] or 0.0) / float(row["duration_s"])
 
 
-def main() -> int:
+def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(description="Measure how right the bench is.")
     parser.add_argument("--part", choices=PARTS, action="append")
-    chosen = parser.parse_args().part or PARTS
-    for part, measured in (("delays", delays), ("stall", stall), ("capacity", capacity)):
-        if part in chosen:
-            print(f"\n{part}\n", flush=True)
-            measured()
+    parser.add_argument("--docs", type=Path, help="write the tables into this document")
+    options = parser.parse_args(arguments)
+    measures = (delays, direct, stall, capacity)
+    for part, measured in zip(PARTS, measures, strict=True):
+        if part in (options.part or PARTS):
+            text = "\n".join(measured()) + "\n"
+            print(f"\n{part}\n\n{text}", flush=True)
+            if options.docs is not None:
+                write_section(options.docs, f"accuracy-{part}", text)
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

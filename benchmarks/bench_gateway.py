@@ -91,7 +91,8 @@ class Record:
         return any(f.gateway == gateway and f.repeat == repeat for f in self.figures)
 
 
-def main(arguments: Sequence[str]) -> int:
+def main(arguments: Sequence[str], command: str | None = None) -> int:
+    """`command`: what the table is to say it was measured with; by default this call."""
     options = arguments_parser().parse_args(arguments)
     # A benchmark that is ended ends the server it runs.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
@@ -111,8 +112,8 @@ def main(arguments: Sequence[str]) -> int:
         return 1
     except KeyboardInterrupt:
         return 130
-    command = shlex.join(["python", "benchmarks/bench_gateway.py", *arguments])
-    text = f"{ABOUT}\n{about_run(record, command)}\n\n{table(record)}"
+    own = shlex.join(["python", "benchmarks/bench_gateway.py", *arguments])
+    text = f"{ABOUT}\n{about_run(record, command or own)}\n\n{table(record)}"
     print(text)
     if options.docs != "none" and record.figures:
         write_section(Path(options.docs), SECTION, text)
@@ -142,13 +143,28 @@ def arguments_parser() -> argparse.ArgumentParser:
 
 def measure(chosen: Sequence[Gateway], record: Record, options: argparse.Namespace) -> Record:
     """What `record` lacks of all repeats; what fails is in it with its reason, once."""
-    cores = Cores.of(sorted(os.sched_getaffinity(0)))
-    os.sched_setaffinity(0, {cores.rest})
+    allowed = os.sched_getaffinity(0)
+    cores = Cores.of(sorted(allowed))
     options.cache.mkdir(parents=True, exist_ok=True)
     amounts = Amounts(options.seconds, held=options.held)
     results = options.results.resolve()
-    until = time.monotonic() + options.budget
     prompts = Prompts()
+    os.sched_setaffinity(0, {cores.rest})
+    try:
+        return _take_turns(
+            chosen,
+            record,
+            Bench(amounts, prompts, cores, options.cache.resolve(), results),
+            options,
+        )
+    finally:
+        os.sched_setaffinity(0, allowed)
+
+
+def _take_turns(
+    chosen: Sequence[Gateway], record: Record, bench: Bench, options: argparse.Namespace
+) -> Record:
+    until = time.monotonic() + options.budget
     broken: set[str] = set()
     for repeat in range(options.repeats):
         for gateway in chosen:
@@ -159,12 +175,11 @@ def measure(chosen: Sequence[Gateway], record: Record, options: argparse.Namespa
             if time.monotonic() > until:
                 return record
             begun = time.monotonic()
-            folder = results / f"{gateway.name}-{repeat}-{os.getpid()}"
+            folder = bench.folder / f"{gateway.name}-{repeat}-{time.time_ns()}"
             folder.mkdir()
-            bench = Bench(amounts, prompts, cores, options.cache.resolve(), folder)
             try:
-                gateway.build(bench.cache, results / f"{gateway.name}.build.log")
-                figures = measure_gateway(gateway, repeat, bench)
+                gateway.build(bench.cache, folder / "build.log")
+                figures = measure_gateway(gateway, repeat, replace(bench, folder=folder))
             except (PeerError, OSError, ValueError) as error:
                 figures = Figures(gateway.name, repeat, error=str(error))
                 broken.add(gateway.name)

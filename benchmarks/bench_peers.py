@@ -69,6 +69,9 @@ def arguments_parser() -> argparse.ArgumentParser:
         help="s a request may take; with 60 nothing above a `timeout` is run; default: %(default)s",
     )
     parser.add_argument(
+        "--fewest", type=int, default=4, help="requests of a level at least; default: %(default)s"
+    )
+    parser.add_argument(
         "--budget", type=float, default=math.inf, help="s after which nothing more is begun"
     )
     parser.add_argument(
@@ -99,7 +102,8 @@ def arguments_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def main(arguments: list[str]) -> int:
+def main(arguments: list[str], command: str | None = None) -> int:
+    """`command`: what the tables are to say they were measured with; by default this call."""
     options = arguments_parser().parse_args(arguments)
     # A benchmark that is ended ends the server it runs.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
@@ -111,9 +115,8 @@ def main(arguments: list[str]) -> int:
             return _build_all(systems, options)
         if options.start:
             return _start(systems, options)
-        return _measure(
-            systems, options, shlex.join(["python", "benchmarks/bench_peers.py", *arguments])
-        )
+        own = shlex.join(["python", "benchmarks/bench_peers.py", *arguments])
+        return _measure(systems, options, command or own)
     except PeerError as error:
         print(f"bench_peers: {error}", file=sys.stderr)
         return 1
@@ -126,7 +129,7 @@ def _plan(systems: tuple[System, ...], options: argparse.Namespace) -> Plan:
         systems=systems,
         levels=options.levels,
         repeats=options.repeats,
-        load=Load(options.timeout),
+        load=Load(options.timeout, fewest_requests=options.fewest),
         cache=options.cache.expanduser().resolve(),
         logs=options.results.resolve() / "logs",
         budget_s=options.budget,
@@ -141,11 +144,13 @@ def _measure(systems: tuple[System, ...], options: argparse.Namespace, command: 
         measuring = Run(_plan(systems, options), record, console.print)
         measuring.run()
         record = measuring.record
-    text = system_tables(record, systems, options.shape)
+    # Also what an earlier call measured.
+    every = choose(None, options.shape)
+    text = system_tables(record, every, options.shape)
     print(text)
     if options.docs != "none" and any(sample.completed for sample in record.samples):
         picture = Path(options.docs).with_name(f"peers-{options.shape}.svg")
-        plot_throughput(record, systems, picture)
+        plot_throughput(record, every, picture)
         text += f"\n![Output tokens a second over concurrent requests]({picture.name})\n"
         write_section(Path(options.docs), f"peers-{options.shape}", text)
     return 1 if any(sample.error for sample in record.samples) else 0

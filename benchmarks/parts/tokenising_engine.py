@@ -1,8 +1,9 @@
-"""An engine of set speed on the real loop that also handles text, as engines in Python often do.
+"""The real engine loop, which also handles text if asked, as engines in Python often do.
 
-    python tokenising_engine.py --listen ADDRESS --model FOLDER --step-ms MS [--text]
+    python tokenising_engine.py --listen ADDRESS --model FOLDER [--step-ms MS] [--text]
 
-The loop, its scheduler and its listener are ScaleLLM's own; a step takes a set time. With `--text`
+The loop, its scheduler and its listener are ScaleLLM's own. A step takes a set time if one is
+given, and computes the model if not. With `--text`
 the loop's thread encodes each prompt when it comes (a text of as many tokens) and decodes each
 token before it goes.
 """
@@ -12,6 +13,7 @@ import random
 import signal
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,10 +23,15 @@ from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
 
 from scalellm._core import EngineListener
+from scalellm.cli.progress import Progress
 from scalellm.config import EngineConfig
+from scalellm.controller.cores import usable_cores
 from scalellm.engine.loop import Command, EngineLoop
+from scalellm.engine.worker import Executor
 from scalellm.executor.batch import Batch
+from scalellm.executor.single import SingleExecutor
 
+_TOKEN = 300
 _WORDS = ("the", "rabbit", "and", "garden", "friend", "river", "said", "little")
 
 
@@ -36,6 +43,7 @@ class TimedExecutor:
     block_size = 16
     num_blocks = 65_536
     last_forward_ms: Mapping[str, float] = {}
+    torch_threads = None
 
     def __init__(self, vocab_size: int, step_ms: float) -> None:
         self.vocab_size = vocab_size
@@ -48,8 +56,12 @@ class TimedExecutor:
     def forward(self, batch: Batch) -> torch.Tensor:
         time.sleep(self._step_s)
         logits = torch.zeros((batch.num_logits, self.vocab_size))
-        logits[:, 300] = 1.0
+        logits[:, _TOKEN] = 1.0
         return logits
+
+    def greedy(self, batch: Batch) -> list[int | None]:
+        time.sleep(self._step_s)
+        return [_TOKEN] * batch.num_logits
 
 
 class TextListener:
@@ -86,15 +98,20 @@ class TextListener:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="An engine of set speed on the real loop.")
+    parser = argparse.ArgumentParser(description="The real engine loop, with or without text.")
     parser.add_argument("--listen", required=True)
     parser.add_argument("--model", type=Path, required=True)
-    parser.add_argument("--step-ms", type=float, required=True)
+    parser.add_argument("--step-ms", type=float)
     parser.add_argument("--text", action="store_true")
     options = parser.parse_args()
     tokenizer = Tokenizer.from_file(str(options.model / "tokenizer.json"))
-    executor = TimedExecutor(tokenizer.get_vocab_size(), options.step_ms)
-    config = EngineConfig(max_num_seqs=256, max_num_batched_tokens=8192, cpu_threads=1)
+    config = EngineConfig(model_path=options.model, cpu_threads=usable_cores())
+    executor: Executor
+    if options.step_ms is None:
+        executor = SingleExecutor.load(config, Progress(None).phase)
+    else:
+        config = replace(config, max_num_batched_tokens=8192, cpu_threads=1)
+        executor = TimedExecutor(tokenizer.get_vocab_size(), options.step_ms)
     listener = EngineListener(
         options.listen,
         {

@@ -13,7 +13,6 @@ from peers.system import PeerError, Running
 # By the published rule a request that takes longer has timed out; slower ones are measured too.
 LATE_AFTER_S = 60.0
 _LATE_SHARE = 0.10
-WARMUP_REQUESTS = 2
 # Starting the bench, finding out about the target, making prompts.
 _OVERHEAD_S = 120.0
 
@@ -68,6 +67,7 @@ class Load:
     output_tokens: int = 64
     rounds: int = 1
     fewest_requests: int = 4  # one request at a time says little
+    warmup: int = 2
 
     def command(
         self, url: str, model: str | None, concurrency: int, seed: int, path: Path
@@ -77,7 +77,7 @@ class Load:
             "endpoint": self.endpoint,
             "concurrency": concurrency,
             "requests": max(concurrency * self.rounds, self.fewest_requests),
-            "warmup": WARMUP_REQUESTS,
+            "warmup": self.warmup,
             "timeout": self.timeout_s,
             "input-tokens": self.input_tokens,
             "output-tokens": self.output_tokens,
@@ -103,7 +103,7 @@ class Costs:
 def measure(
     server: Running, load: Load, system: str, concurrency: int, repeat: int, scratch: Path
 ) -> Sample:
-    """All requests of the level at once, by `scalellm bench serve`, after two to warm up.
+    """All requests of the level at once, by `scalellm bench serve`, after those that warm up.
 
     Processor time counts from before the warm-up, and is divided by its tokens too.
     Raises PeerError if the bench does not give a result in the time that all requests may take.
@@ -131,7 +131,7 @@ def sample_of(row: Mapping[str, Any], costs: Costs, load: Load, system: str, rep
     """The sample in one row of the bench's JSON."""
     requests = row["completed"] + row["failed"] + row["timed_out"]
     in_time = sum(time <= LATE_AFTER_S * 1000 for time in completed_e2e_ms(row))
-    all_tokens = row["output_tokens"] + WARMUP_REQUESTS * load.output_tokens
+    all_tokens = row["output_tokens"] + load.warmup * load.output_tokens
     return Sample(
         system=system,
         concurrency=row["concurrency"],

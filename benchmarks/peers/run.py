@@ -98,6 +98,7 @@ class Run:
             if hopeless is None:
                 folder = self._plan.logs
                 sample = self._measure(server, load, system.name, level, repeat, folder)
+                load = replace(load, warmup=0)  # the start was what had to be warmed up
             else:
                 sample = Sample(system.name, level, repeat, skipped_after=hopeless)
             self._add(sample)

@@ -55,7 +55,8 @@ def _about(record: Record) -> str:
     return (
         f"Medians of up to {repeats} repeats, in which the systems take turns. Begun "
         f"{record.started} on {machine['cores_usable']} cores of {machine['cpu']} "
-        f"({' '.join(machine['cpu_flags'])}), {machine['memory_bytes'] / _GIB:.0f} GiB, with\n\n    {record.command}"
+        f"({' '.join(machine['cpu_flags'])}), {machine['memory_bytes'] / _GIB:.0f} GiB, with"
+        f"\n\n    {record.command}"
     )
 
 

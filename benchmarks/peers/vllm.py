@@ -34,6 +34,11 @@ def _build(cache: Path, log: Path) -> Path:
     return python
 
 
+def bench_program(cache: Path, log: Path) -> Path:
+    """The program whose `bench serve` is vLLM's own load generator."""
+    return _build(cache, log).with_name("vllm")
+
+
 def _build_w8a8(cache: Path, log: Path) -> None:
     _build(cache, log)
     weights.w8a8_folder(cache)

@@ -3,6 +3,7 @@
 import http.client
 import json
 import ssl
+import time
 import urllib.parse
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,7 +13,9 @@ from typing import Any
 from scalellm.errors import ConfigError, EndpointError
 
 _TIMEOUT_S = 60.0
+_ANSWER_WITHIN_S = 10.0
 _MAX_ANSWER_BYTES = 64 << 20
+_READ_BYTES = 1 << 16
 # Servers known to take `return_token_ids`, by what they say owns their models.
 _TELLS_TOKEN_IDS = ("scalellm", "vllm")
 
@@ -97,7 +100,7 @@ class TargetClient:
         try:
             connection.request(method, self._prefix + path, payload, self._headers)
             response = connection.getresponse()
-            text = response.read(_MAX_ANSWER_BYTES)
+            text = _read(response, time.monotonic() + _ANSWER_WITHIN_S)
         except (OSError, http.client.HTTPException) as error:
             reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
             raise EndpointError(f"{self.url}{path}: {reason}") from None
@@ -110,6 +113,17 @@ class TargetClient:
             return json.loads(text)
         except ValueError:
             raise EndpointError(f"{self.url}{path}: the answer is not JSON") from None
+
+
+def _read(response: http.client.HTTPResponse, until: float) -> bytes:
+    """The whole answer. Raises TimeoutError for one that goes on and on."""
+    parts, length = [], 0
+    while part := response.read1(_READ_BYTES):
+        parts.append(part)
+        length += len(part)
+        if length > _MAX_ANSWER_BYTES or time.monotonic() > until:
+            raise TimeoutError(f"the answer does not end: {length} bytes")
+    return b"".join(parts)
 
 
 @dataclass(frozen=True, slots=True)

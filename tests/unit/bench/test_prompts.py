@@ -1,9 +1,10 @@
 import pytest
 
+from scalellm.bench import target as target_module
 from scalellm.bench.prompts import make_speller, spell_all
 from scalellm.bench.shapes import RequestShape, TurnShape
 from scalellm.bench.target import TargetClient, discover
-from scalellm.errors import ConfigError
+from scalellm.errors import ConfigError, EndpointError
 
 
 def speller(endpoint, kind="completions", **options):
@@ -120,3 +121,11 @@ def test_discovery_survives_a_target_that_is_gone(endpoint) -> None:
 def test_urls_that_cannot_be_are_refused(url) -> None:
     with pytest.raises(ConfigError, match="url: got"):
         TargetClient(url)
+
+
+def test_an_answer_that_never_ends_is_given_up(endpoint, monkeypatch) -> None:
+    monkeypatch.setattr(target_module, "_ANSWER_WITHIN_S", 0.0)
+    endpoint.behaviour.token_gap_s = 0.01
+    body = {"model": "tiny", "prompt": "a", "max_tokens": 1 << 30, "stream": True}
+    with pytest.raises(EndpointError, match="does not end"):
+        TargetClient(endpoint.url).call("POST", "/v1/completions", body)
