@@ -28,6 +28,7 @@ use crate::metering;
 use crate::quota;
 use crate::record::RequestRecord;
 use crate::request::Params;
+use crate::served::Served;
 use crate::stages::Stage;
 
 /// Replicas may come back without any request ending: whoever waits looks again after this time.
@@ -58,38 +59,82 @@ pub async fn admit(
     prompts: usize,
 ) -> ApiResult<Admitted> {
     let model = Arc::clone(app.fleet.find_or_only(model_name)?);
-    auth::may_use(record, &model)?;
-    record.update(|progress| progress.model = Some(Arc::clone(&model)));
+    name(record, &model.served)?;
+    record.update(|progress| progress.own = Some(Arc::clone(&model)));
     let limits = model
         .require_limits()
         .inspect_err(|_| app.metrics.rejected("no_replica"))?;
-    quota::enter(app, record).await?;
-    metering::begin(app, record);
-    let ask = ask(app, record, params, prompts);
+    let_in(app, record).await?;
+    let demand = Demand {
+        choices: prompts.saturating_mul(params.n as usize),
+        max_tokens: params.max_tokens,
+    };
     let deadline = params
         .deadline_ms
         .map(|ms| record.started + Duration::from_millis(ms.into()));
-    let entering = model
-        .admission
-        .enter(ask, deadline, || model.places(&app.config));
+    let places = || model.places(&app.config);
+    let permit = place(app, record, &model.served, demand, deadline, places).await?;
+    Ok(Admitted {
+        model,
+        limits,
+        permit,
+    })
+}
+
+/// What a request wants computed.
+#[derive(Debug, Clone, Copy)]
+pub struct Demand {
+    pub choices: usize,
+    pub max_tokens: Option<u32>,
+}
+
+/// Notes which model a request is for.
+///
+/// # Errors
+/// 403 if its key is not for this one.
+pub fn name(record: &RequestRecord, served: &Arc<Served>) -> ApiResult<()> {
+    auth::may_use(record, served)?;
+    record.update(|progress| progress.model = Some(Arc::clone(served)));
+    Ok(())
+}
+
+/// Finds a request's place in its key's quotas, and has it metered.
+///
+/// # Errors
+/// 429.
+pub async fn let_in(app: &App, record: &Arc<RequestRecord>) -> ApiResult<()> {
+    quota::enter(app, record).await?;
+    metering::begin(app, record);
+    Ok(())
+}
+
+/// A place among the running requests of a model, of which there are `places` now.
+///
+/// # Errors
+/// 503, 504.
+pub async fn place(
+    app: &App,
+    record: &RequestRecord,
+    served: &Served,
+    demand: Demand,
+    deadline: Option<Instant>,
+    places: impl Fn() -> usize,
+) -> ApiResult<Permit> {
+    let ask = ask(app, record, demand);
+    let entering = served.admission.enter(ask, deadline, places);
     let entered = record.timed_async(Stage::Admission, async {
         tokio::select! {
             entered = entering => Some(entered),
             () = app.wait_for(Phase::Stopping) => None,
         }
     });
-    let permit = entered
+    entered
         .await
         .ok_or_else(|| ApiError::draining(app.drain_retry_after_s()))?
         .map_err(|refusal| {
             app.metrics.rejected(refusal.reason());
             refusal.error(app.config.max_in_flight)
-        })?;
-    Ok(Admitted {
-        model,
-        limits,
-        permit,
-    })
+        })
 }
 
 /// Refuses a request whose first token is predicted to come after its deadline.
@@ -117,10 +162,10 @@ pub fn check_deadline(
     }
 }
 
-fn ask(app: &App, record: &RequestRecord, params: &Params, prompts: usize) -> Ask {
-    let choices = prompts.saturating_mul(params.n as usize).max(1);
+fn ask(app: &App, record: &RequestRecord, demand: Demand) -> Ask {
+    let choices = demand.choices.max(1);
     let prompt = record.update(|progress| progress.body_bytes) as f64 / BYTES_PER_TOKEN;
-    let output = params.max_tokens.map_or(USUAL_OUTPUT, f64::from);
+    let output = demand.max_tokens.map_or(USUAL_OUTPUT, f64::from);
     let (class, tenant, weight) = match record.key() {
         Some(state) => {
             let key = state.key();

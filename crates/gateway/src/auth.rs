@@ -9,9 +9,9 @@ use subtle::{Choice, ConstantTimeEq};
 use crate::app::App;
 use crate::connection::ConnectionState;
 use crate::error::{ApiError, ApiResult};
-use crate::fleet::Model;
 use crate::quota;
 use crate::record::RequestRecord;
+use crate::served::Served;
 
 /// A class has this many values of the engine's `priority` to itself.
 const PRIORITIES_OF_A_CLASS: i32 = 1_000_000;
@@ -133,7 +133,7 @@ fn is_among(given: &[u8], keys: &[String]) -> bool {
 ///
 /// # Errors
 /// 403.
-pub fn may_use(record: &RequestRecord, model: &Model) -> ApiResult<()> {
+pub fn may_use(record: &RequestRecord, model: &Served) -> ApiResult<()> {
     let Some(key) = record.key().map(|state| state.key()) else {
         return Ok(());
     };

@@ -64,28 +64,42 @@ impl BodyMemory {
     }
 }
 
+/// A request's body, and the memory it takes until it is dropped.
+pub struct ReadBody<'a> {
+    pub bytes: Bytes,
+    _held: Option<SemaphorePermit<'a>>,
+}
+
 /// Reads a request's body and makes of it what the endpoint takes.
 ///
 /// # Errors
-/// As [`read`], then as `parse`; 503 when the threads' queue is full.
+/// As [`whole`], then as [`parse`].
 pub async fn parsed<T>(
     app: &App,
     record: &RequestRecord,
     request: Request,
-    parse: impl FnOnce(&[u8]) -> ApiResult<T> + Send + 'static,
+    take: impl FnOnce(&[u8]) -> ApiResult<T> + Send + 'static,
 ) -> ApiResult<T>
 where
     T: Send + 'static,
 {
     let (parts, payload) = request.into_parts();
+    let body = whole(app, record, &parts.headers, payload).await?;
+    parse(app, record, &body.bytes, take).await
+}
+
+/// Reads a request's body.
+///
+/// # Errors
+/// 413, 408, 400 if the client breaks off, or 503 while others' bodies fill the memory.
+pub async fn whole<'a>(
+    app: &'a App,
+    record: &RequestRecord,
+    headers: &HeaderMap,
+    payload: Body,
+) -> ApiResult<ReadBody<'a>> {
     let mut held = None;
-    let reading = read(
-        &parts.headers,
-        payload,
-        &app.config,
-        &app.body_memory,
-        &mut held,
-    );
+    let reading = read(headers, payload, &app.config, &app.body_memory, &mut held);
     let bytes = record
         .timed_async(Stage::Body, reading)
         .await
@@ -95,10 +109,27 @@ where
             }
         })?;
     record.update(|progress| progress.body_bytes = bytes.len());
+    Ok(ReadBody { bytes, _held: held })
+}
+
+/// Makes of a body what the endpoint takes, a large one on the threads for text.
+///
+/// # Errors
+/// As `take`; 503 when the threads' queue is full.
+pub async fn parse<T>(
+    app: &App,
+    record: &RequestRecord,
+    bytes: &Bytes,
+    take: impl FnOnce(&[u8]) -> ApiResult<T> + Send + 'static,
+) -> ApiResult<T>
+where
+    T: Send + 'static,
+{
     if bytes.len() <= PARSED_IN_PLACE_BYTES {
-        return record.timed(Stage::Parse, || parse(&bytes));
+        return record.timed(Stage::Parse, || take(bytes));
     }
-    let parsing = app.text_pool.run(move || parse(&bytes));
+    let bytes = bytes.clone();
+    let parsing = app.text_pool.run(move || take(&bytes));
     record
         .timed_async(Stage::Parse, parsing)
         .await

@@ -10,6 +10,10 @@ use serde::Deserialize;
 
 use crate::error::GatewayError;
 
+pub mod upstream;
+
+pub use upstream::UpstreamConfig;
+
 /// Everything that `run_gateway` reads. Unknown keys are refused, so that a typo is not a silent default.
 #[derive(Debug, Clone, Deserialize)]
 #[serde(deny_unknown_fields, default)]
@@ -97,30 +101,38 @@ pub enum LogLevel {
     Trace,
 }
 
-/// One served model and the replicas that run it.
-#[derive(Debug, Clone, Deserialize)]
-#[serde(deny_unknown_fields)]
+/// One served model and who computes it: replicas of our own, servers elsewhere, or these while none of those is ready.
+#[derive(Debug, Clone, PartialEq, Deserialize)]
+#[serde(deny_unknown_fields, default)]
 pub struct ModelConfig {
     pub name: String,
-    #[serde(default)]
     pub aliases: Vec<String>,
-    /// Folder with the tokenizer's files.
+    /// Folder with the tokenizer's files, for the replicas.
     pub path: PathBuf,
     /// `unix:/path` or `host:port`.
     pub replicas: Vec<String>,
+    pub upstreams: Vec<UpstreamConfig>,
     /// Lowers the engines' own limit.
-    #[serde(default)]
     pub max_model_len: Option<u32>,
     /// File with a chat template that replaces the folder's.
-    #[serde(default)]
     pub chat_template: Option<PathBuf>,
     /// How a replica is chosen: `prefix`, `least-load`, `shape` or `session`.
-    #[serde(default = "default_routing")]
     pub routing: String,
 }
 
-fn default_routing() -> String {
-    Policy::Prefix.name().to_owned()
+impl Default for ModelConfig {
+    fn default() -> Self {
+        ModelConfig {
+            name: String::new(),
+            aliases: Vec::new(),
+            path: PathBuf::new(),
+            replicas: Vec::new(),
+            upstreams: Vec::new(),
+            max_model_len: None,
+            chat_template: None,
+            routing: Policy::Prefix.name().to_owned(),
+        }
+    }
 }
 
 impl Default for Config {
@@ -240,28 +252,18 @@ impl Config {
             return bad("models: at least one [[models]] is needed".to_owned());
         }
         let mut names = std::collections::HashSet::new();
-        for model in &self.models {
+        for (index, model) in self.models.iter().enumerate() {
             for name in std::iter::once(&model.name).chain(&model.aliases) {
                 if name.is_empty() || name.len() > 256 {
                     return bad(format!(
-                        "models.name: got {name:?}, allowed are 1 to 256 bytes"
+                        "models[{index}].name: got {name:?}, allowed are 1 to 256 bytes"
                     ));
                 }
                 if !names.insert(name) {
-                    return bad(format!("models.name: {name:?} is used twice"));
+                    return bad(format!("models[{index}].name: {name:?} is used twice"));
                 }
             }
-            if model.replicas.is_empty() {
-                return bad(format!("models.replicas: model {:?} has none", model.name));
-            }
-            model.addresses()?;
-            model.policy()?;
-            if model.max_model_len == Some(0) {
-                return bad(format!(
-                    "models.max_model_len: got 0 for {:?}, allowed is 1 or more",
-                    model.name
-                ));
-            }
+            model.validate(index)?;
         }
         Ok(())
     }
@@ -311,24 +313,49 @@ impl ModelConfig {
     ///
     /// # Errors
     /// `GatewayError::Config` names what is allowed.
-    pub fn policy(&self) -> Result<Policy, GatewayError> {
-        self.routing.parse().map_err(|error| {
-            GatewayError::Config(format!("models.routing: {error}, for {:?}", self.name))
-        })
+    pub fn policy(&self, index: usize) -> Result<Policy, GatewayError> {
+        self.routing
+            .parse()
+            .map_err(|error| GatewayError::Config(format!("models[{index}].routing: {error}")))
     }
 
-    /// The replicas' addresses, parsed.
+    fn validate(&self, index: usize) -> Result<(), GatewayError> {
+        let path = format!("models[{index}]");
+        let bad = |message: String| Err(GatewayError::Config(format!("{path}.{message}")));
+        if self.replicas.is_empty() && self.upstreams.is_empty() {
+            return bad(format!(
+                "replicas: model {:?} has none, and no upstreams",
+                self.name
+            ));
+        }
+        if !self.replicas.is_empty() && self.path.as_os_str().is_empty() {
+            return bad(
+                "path: missing, needed is the folder of the replicas' tokenizer".to_owned(),
+            );
+        }
+        self.addresses(index)?;
+        self.policy(index)?;
+        for (number, upstream) in self.upstreams.iter().enumerate() {
+            upstream.validate(&format!("{path}.upstreams[{number}]"))?;
+        }
+        if self.max_model_len == Some(0) {
+            return bad("max_model_len: got 0, allowed is 1 or more".to_owned());
+        }
+        Ok(())
+    }
+
+    /// The replicas' addresses, parsed; `index` is the model's in the configuration.
     ///
     /// # Errors
     /// `GatewayError::Config` names the bad one.
-    pub fn addresses(&self) -> Result<Vec<Address>, GatewayError> {
+    pub fn addresses(&self, index: usize) -> Result<Vec<Address>, GatewayError> {
         self.replicas
             .iter()
-            .map(|text| {
+            .enumerate()
+            .map(|(number, text)| {
                 Address::from_str(text).map_err(|e| {
                     GatewayError::Config(format!(
-                        "models.replicas: got {text:?} for {:?} ({e}), allowed is unix:/path or host:port",
-                        self.name
+                        "models[{index}].replicas[{number}]: got {text:?} ({e}), allowed is unix:/path or host:port"
                     ))
                 })
             })
@@ -366,16 +393,28 @@ mod tests {
             ),
             (format!("write_timeout_s = nan\n{MODEL}"), "write_timeout_s"),
             (format!("api_keys = ['']\n{MODEL}"), "api_keys"),
-            (format!("{MODEL}{MODEL}"), "models.name"),
-            (MODEL.replace("'unix:/run/m.sock'", ""), "models.replicas"),
+            (format!("{MODEL}{MODEL}"), "models[1].name"),
+            (
+                MODEL.replace("'unix:/run/m.sock'", ""),
+                "models[0].replicas",
+            ),
             (
                 MODEL.replace("unix:/run/m.sock", "no port"),
-                "models.replicas",
+                "models[0].replicas[0]",
+            ),
+            (MODEL.replace("path = '/m'", ""), "models[0].path"),
+            (
+                format!("{MODEL}[[models.upstreams]]\nurl = 'x'\n"),
+                "models[0].upstreams[0].url",
+            ),
+            (
+                format!("{MODEL}[[models.upstreams]]\nurl = 'http://x'\nwieght = 1\n"),
+                "wieght",
             ),
             (format!("{MODEL}max_model_len = 0\n"), "max_model_len"),
             (
                 format!("{MODEL}routing = 'random'\n"),
-                "models.routing: got \"random\", allowed are least-load, prefix, shape, session",
+                "models[0].routing: got \"random\", allowed are least-load, prefix, shape, session",
             ),
         ] {
             let message = Config::from_toml(&text).unwrap_err().to_string();

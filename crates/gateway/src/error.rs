@@ -301,6 +301,28 @@ impl ApiError {
         ))
     }
 
+    /// 502: a foreign engine gave no answer, or a bad one.
+    #[must_use]
+    pub fn upstream_failed(message: impl Into<String>) -> Box<ApiError> {
+        Box::new(ApiError::new(
+            StatusCode::BAD_GATEWAY,
+            "server_error",
+            Some("upstream_failed"),
+            message,
+        ))
+    }
+
+    /// 504: a foreign engine took too long.
+    #[must_use]
+    pub fn upstream_late(message: impl Into<String>) -> Box<ApiError> {
+        Box::new(ApiError::new(
+            StatusCode::GATEWAY_TIMEOUT,
+            "timeout_error",
+            Some("upstream_timeout"),
+            message,
+        ))
+    }
+
     #[must_use]
     pub fn deadline(message: impl Into<String>) -> Box<ApiError> {
         Box::new(ApiError::new(

@@ -1,32 +1,37 @@
 //! The served models, their replicas, and the choice between them.
 
 use std::fmt::Display;
+use std::ops::Deref;
 use std::sync::Arc;
-use std::sync::atomic::Ordering::Relaxed;
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::Duration;
 
 use futures_util::future::join_all;
 use scalellm_engine_link::{Replica, ReplicaConfig, ReplicaState, proto};
 use scalellm_routing::Candidate;
 
-use crate::admission::Admission;
 use crate::config::{Config, ModelConfig};
 use crate::error::{ApiError, ApiResult, GatewayError};
-use crate::metrics::{Metrics, ModelMetrics};
+use crate::foreign::ForeignModel;
+use crate::metrics::Metrics;
 use crate::routing::{Placement, RouteWish, Routing};
+use crate::served::Served;
 use crate::text::TextModel;
 
-/// One served model.
+/// A served model that replicas of our own compute.
 pub struct Model {
-    pub name: Arc<str>,
-    pub aliases: Vec<String>,
-    pub created_unix_s: u64,
+    pub served: Arc<Served>,
     pub text: Arc<TextModel>,
     pub replicas: Vec<Arc<Replica>>,
-    pub metrics: Arc<ModelMetrics>,
-    pub admission: Arc<Admission>,
     max_model_len: Option<u32>,
     pub routing: Routing,
+}
+
+impl Deref for Model {
+    type Target = Served;
+
+    fn deref(&self) -> &Served {
+        &self.served
+    }
 }
 
 /// What an engine said it can take.
@@ -39,22 +44,16 @@ pub struct Limits {
 
 impl Model {
     fn start(
+        served: Arc<Served>,
         config: &ModelConfig,
+        index: usize,
         text: TextModel,
-        metrics: Arc<ModelMetrics>,
         link: &ReplicaConfig,
-        admission: Arc<Admission>,
     ) -> Result<Model, GatewayError> {
-        let addresses = config.addresses()?;
-        let routing = Routing::new(config.policy()?, addresses.len());
-        let created_unix_s = SystemTime::now()
-            .duration_since(UNIX_EPOCH)
-            .unwrap_or_default()
-            .as_secs();
+        let addresses = config.addresses(index)?;
+        let routing = Routing::new(config.policy(index)?, addresses.len());
         Ok(Model {
-            name: Arc::from(config.name.as_str()),
-            aliases: config.aliases.clone(),
-            created_unix_s,
+            served,
             text: Arc::new(text),
             replicas: addresses
                 .into_iter()
@@ -65,8 +64,6 @@ impl Model {
                 })
                 .collect(),
             routing,
-            metrics,
-            admission,
             max_model_len: config.max_model_len,
         })
     }
@@ -98,11 +95,6 @@ impl Model {
     /// `ApiError::busy` with a time to come back.
     pub fn require_limits(&self) -> ApiResult<Limits> {
         self.limits().ok_or_else(|| self.no_replica())
-    }
-
-    #[must_use]
-    pub fn is_called(&self, name: &str) -> bool {
-        &*self.name == name || self.aliases.iter().any(|alias| alias == name)
     }
 
     /// Choices that may be generated at the same time: what the replicas that are there can do.
@@ -187,12 +179,6 @@ impl Model {
             .map(|(index, replica)| self.routing.candidate(index, replica))
             .collect()
     }
-
-    pub fn count_tokens(&self, prompt: u64, cached: u64, output: u64) {
-        self.metrics.prompt_tokens.fetch_add(prompt, Relaxed);
-        self.metrics.cached_tokens.fetch_add(cached, Relaxed);
-        self.metrics.output_tokens.fetch_add(output, Relaxed);
-    }
 }
 
 #[must_use]
@@ -208,58 +194,62 @@ pub fn state_name(state: ReplicaState) -> &'static str {
 
 /// All served models, in the order of the configuration.
 pub struct Fleet {
+    pub served: Vec<Arc<Served>>,
+    /// Those that have replicas of our own.
     pub models: Vec<Arc<Model>>,
+    /// Those that have upstreams; a model may have both.
+    pub foreign: Vec<Arc<ForeignModel>>,
 }
 
 impl Fleet {
     /// Loads every model's tokenizer and starts connecting to its replicas.
     ///
     /// # Errors
-    /// `GatewayError::Model` with what is wrong with a folder or template.
+    /// `GatewayError::Model` with what is wrong with a folder or template, `Config` for an upstream.
     pub fn start(config: &Config, metrics: &Metrics) -> Result<Fleet, GatewayError> {
-        let mut loaded = Vec::new();
-        for model in &config.models {
-            let bad = |reason: String| GatewayError::Model {
-                name: model.name.clone(),
-                reason,
-            };
-            let mut text = TextModel::load(&model.path).map_err(|e| bad(e.to_string()))?;
-            match &model.chat_template {
-                None => text
-                    .check_templates()
-                    .map_err(|e| bad(format!("{}: {e}", model.path.display())))?,
-                Some(path) => {
-                    let in_file = |what: &dyn Display| {
-                        bad(format!("chat_template {}: {what}", path.display()))
-                    };
-                    let source = std::fs::read_to_string(path).map_err(|e| in_file(&e))?;
-                    text.replace_templates(source).map_err(|e| in_file(&e))?;
-                }
-            }
-            loaded.push((model, text));
-        }
-        let link = config.replica();
-        let models: Result<_, GatewayError> = loaded
-            .into_iter()
-            .map(|(model, text)| {
-                let counts = metrics.model(&model.name);
-                let admission = Admission::new(config.max_queued, config.batch_share);
-                Ok(Arc::new(Model::start(
-                    model, text, counts, &link, admission,
-                )?))
+        let texts: Vec<Option<TextModel>> = config
+            .models
+            .iter()
+            .map(|model| {
+                (!model.replicas.is_empty())
+                    .then(|| load_text(model))
+                    .transpose()
             })
-            .collect();
-        Ok(Fleet { models: models? })
+            .collect::<Result<_, _>>()?;
+        let link = config.replica();
+        let mut fleet = Fleet {
+            served: Vec::new(),
+            models: Vec::new(),
+            foreign: Vec::new(),
+        };
+        for (index, (model, text)) in config.models.iter().zip(texts).enumerate() {
+            let served = Served::new(model, config, metrics);
+            fleet.served.push(Arc::clone(&served));
+            if let Some(text) = text {
+                let own = Model::start(Arc::clone(&served), model, index, text, &link)?;
+                fleet.models.push(Arc::new(own));
+            }
+            if !model.upstreams.is_empty() {
+                let foreign = ForeignModel::start(served, model, index)?;
+                fleet.foreign.push(Arc::new(foreign));
+            }
+        }
+        Ok(fleet)
+    }
+
+    #[must_use]
+    pub fn has_foreign(&self) -> bool {
+        !self.foreign.is_empty()
     }
 
     /// The model of that name or alias.
     ///
     /// # Errors
     /// 404 with the names that are served.
-    pub fn find(&self, name: &str) -> ApiResult<&Arc<Model>> {
-        self.models
+    pub fn find(&self, name: &str) -> ApiResult<&Arc<Served>> {
+        self.served
             .iter()
-            .find(|model| model.is_called(name))
+            .find(|served| served.is_called(name))
             .ok_or_else(|| ApiError::unknown_model(name, &self.names()))
     }
 
@@ -267,8 +257,8 @@ impl Fleet {
     ///
     /// # Errors
     /// 404 for an unknown name, 400 if there is a choice and no name.
-    pub fn find_or_only(&self, name: Option<&str>) -> ApiResult<&Arc<Model>> {
-        match (name, self.models.as_slice()) {
+    fn served_or_only(&self, name: Option<&str>) -> ApiResult<&Arc<Served>> {
+        match (name, self.served.as_slice()) {
             (Some(name), _) => self.find(name),
             (None, [only]) => Ok(only),
             (None, _) => {
@@ -278,8 +268,66 @@ impl Fleet {
         }
     }
 
+    /// The same, where replicas of our own are needed.
+    ///
+    /// # Errors
+    /// As `served_or_only`; 400 if only servers elsewhere have the model.
+    pub fn find_or_only(&self, name: Option<&str>) -> ApiResult<&Arc<Model>> {
+        let served = self.served_or_only(name)?;
+        self.own(served).ok_or_else(|| {
+            let message = format!(
+                "model: {:?} is computed elsewhere, where this cannot be asked",
+                served.name
+            );
+            ApiError::unsupported("model", message)
+        })
+    }
+
+    /// The model, if its upstreams are to answer: those of a model that also has replicas only while none of these is
+    /// ready.
+    ///
+    /// # Errors
+    /// As `served_or_only`.
+    pub fn foreign(&self, name: Option<&str>) -> ApiResult<Option<&Arc<ForeignModel>>> {
+        let served = self.served_or_only(name)?;
+        let own_is_ready = self.own(served).is_some_and(|model| model.is_ready());
+        Ok(self.elsewhere(served).filter(|_| !own_is_ready))
+    }
+
+    /// The replicas of our own that compute a model.
+    #[must_use]
+    pub fn own(&self, served: &Arc<Served>) -> Option<&Arc<Model>> {
+        self.models
+            .iter()
+            .find(|model| Arc::ptr_eq(&model.served, served))
+    }
+
+    /// The upstreams that do.
+    #[must_use]
+    pub fn elsewhere(&self, served: &Arc<Served>) -> Option<&Arc<ForeignModel>> {
+        self.foreign
+            .iter()
+            .find(|model| Arc::ptr_eq(&model.served, served))
+    }
+
+    /// Why a request would be refused now, if nobody can compute one of the models.
+    #[must_use]
+    pub fn waiting(&self) -> Option<Box<ApiError>> {
+        self.served.iter().find_map(|served| {
+            let own = self.own(served);
+            let elsewhere = self.elsewhere(served);
+            if own.is_some_and(|model| model.is_ready())
+                || elsewhere.is_some_and(|model| model.is_ready())
+            {
+                return None;
+            }
+            own.map(|model| model.no_replica())
+                .or_else(|| elsewhere.map(|model| model.no_upstream()))
+        })
+    }
+
     fn names(&self) -> Vec<&str> {
-        self.models.iter().map(|model| &*model.name).collect()
+        self.served.iter().map(|served| &*served.name).collect()
     }
 
     /// Lets go of all replicas at the same time: one that does not answer must not hold up the others.
@@ -287,4 +335,25 @@ impl Fleet {
         let replicas = self.models.iter().flat_map(|model| &model.replicas);
         join_all(replicas.map(|replica| replica.shutdown())).await;
     }
+}
+
+/// The tokenizer and templates of a model.
+fn load_text(model: &ModelConfig) -> Result<TextModel, GatewayError> {
+    let bad = |reason: String| GatewayError::Model {
+        name: model.name.clone(),
+        reason,
+    };
+    let mut text = TextModel::load(&model.path).map_err(|e| bad(e.to_string()))?;
+    match &model.chat_template {
+        None => text
+            .check_templates()
+            .map_err(|e| bad(format!("{}: {e}", model.path.display())))?,
+        Some(path) => {
+            let in_file =
+                |what: &dyn Display| bad(format!("chat_template {}: {what}", path.display()));
+            let source = std::fs::read_to_string(path).map_err(|e| in_file(&e))?;
+            text.replace_templates(source).map_err(|e| in_file(&e))?;
+        }
+    }
+    Ok(text)
 }

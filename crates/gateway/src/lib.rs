@@ -14,6 +14,7 @@
 //! attempt
 //! choice, generation   engine outputs to text               link_out to decode, detokenise
 //! respond/             JSON bodies and SSE frames           serialise
+//! foreign/             models that servers elsewhere compute: from body on, in the place of what is between   upstream
 //! ```
 //!
 //! `routes/` strings these together, one short handler for each endpoint.
@@ -29,6 +30,7 @@ mod connection;
 pub mod error;
 mod fair_queue;
 mod fleet;
+mod foreign;
 mod generation;
 mod metering;
 mod metrics;
@@ -42,6 +44,7 @@ mod respond;
 mod routes;
 mod routing;
 mod serve;
+mod served;
 mod server;
 mod stages;
 mod submit;
@@ -49,6 +52,6 @@ pub mod text;
 mod text_pool;
 mod written;
 
-pub use config::{Config, DatabaseDown, LogFormat, LogLevel, ModelConfig};
+pub use config::{Config, DatabaseDown, LogFormat, LogLevel, ModelConfig, UpstreamConfig};
 pub use error::GatewayError;
 pub use serve::{Gateway, serve};

@@ -67,7 +67,7 @@ pub async fn observe(State(app): State<Arc<App>>, mut request: Request, next: Ne
     let is_stream = response
         .headers()
         .get(header::CONTENT_TYPE)
-        .is_some_and(|v| v == "text/event-stream");
+        .is_some_and(|v| v.as_bytes().starts_with(b"text/event-stream"));
     let times = if is_stream {
         record.times()
     } else {
@@ -191,11 +191,11 @@ impl Drop for RequestEnd {
                 progress.cached_tokens,
                 progress.output_tokens,
             );
-            if outcome == "ok" && progress.longest_choice_tokens > 0 {
+            if let Some(own) = progress.own.as_ref().filter(|_| outcome == "ok")
+                && progress.longest_choice_tokens > 0
+            {
                 let tokens = usize::try_from(progress.longest_choice_tokens).unwrap_or(usize::MAX);
-                model
-                    .routing
-                    .observe_output(tokens, self.app.clock.now_ms());
+                own.routing.observe_output(tokens, self.app.clock.now_ms());
             }
             if let Some(us) = progress.times.get_us(Stage::First) {
                 model.metrics.time_to_first_token.observe_us(us);

@@ -39,6 +39,18 @@ pub async fn reserve_tokens(
     prompts: &[PreparedPrompt],
     params: &Params,
 ) -> ApiResult<()> {
+    let most = prompts.iter().map(|prompt| {
+        let output = i64::from(prompt.max_tokens.max(1)) * i64::from(params.n);
+        i64::try_from(prompt.ids.len()).unwrap_or(i64::MAX / 2) + output
+    });
+    reserve(app, record, most.sum()).await
+}
+
+/// Reserves `tokens`, which is the most that the request can come to.
+///
+/// # Errors
+/// As [`reserve_tokens`].
+pub async fn reserve(app: &App, record: &RequestRecord, tokens: i64) -> ApiResult<()> {
     let Some(accounts) = &app.accounts else {
         return Ok(());
     };
@@ -47,12 +59,8 @@ pub async fn reserve_tokens(
     else {
         return Ok(());
     };
-    let most = prompts.iter().map(|prompt| {
-        let output = i64::from(prompt.max_tokens.max(1)) * i64::from(params.n);
-        i64::try_from(prompt.ids.len()).unwrap_or(i64::MAX / 2) + output
-    });
     let reserved = accounts
-        .reserve_tokens(&mut reservation, most.sum())
+        .reserve_tokens(&mut reservation, tokens)
         .await
         .map_err(|denied| refuse(app, &denied));
     record.update(|progress| progress.metering.reservation = Some(reservation));

@@ -12,6 +12,7 @@ use crate::error::ErrorNote;
 use crate::fleet::Model;
 use crate::metering::Metering;
 use crate::routing::{RouteNote, RouteWish};
+use crate::served::Served;
 use crate::stages::{Stage, StageTimes};
 
 pub const REQUEST_ID_HEADER: &str = "x-request-id";
@@ -34,7 +35,9 @@ pub struct RequestRecord {
 #[derive(Default)]
 pub struct Progress {
     pub times: StageTimes,
-    pub model: Option<Arc<Model>>,
+    pub model: Option<Arc<Served>>,
+    /// The same, where replicas of our own compute it.
+    pub own: Option<Arc<Model>>,
     pub replica: Option<String>,
     pub wish: RouteWish,
     /// If the client wishes to know.

@@ -55,6 +55,8 @@ pub enum Stage {
     Template,
     Tokenise,
     Route,
+    /// Sent to a foreign engine until its first event, or its whole answer.
+    Upstream,
     /// Submitted until received by the engine's listener; a failed first attempt is in here.
     LinkOut,
     /// Engine: received until first scheduled.
@@ -77,7 +79,7 @@ pub enum Stage {
 }
 
 impl Stage {
-    pub const ALL: [Stage; 20] = [
+    pub const ALL: [Stage; 21] = [
         Stage::Accept,
         Stage::Auth,
         Stage::Body,
@@ -87,6 +89,7 @@ impl Stage {
         Stage::Template,
         Stage::Tokenise,
         Stage::Route,
+        Stage::Upstream,
         Stage::LinkOut,
         Stage::Queue,
         Stage::Prefill,
@@ -112,6 +115,7 @@ impl Stage {
             Stage::Template => "template",
             Stage::Tokenise => "tokenise",
             Stage::Route => "route",
+            Stage::Upstream => "upstream",
             Stage::LinkOut => "link_out",
             Stage::Queue => "queue",
             Stage::Prefill => "prefill",

@@ -2,7 +2,7 @@
 
 pub mod chat;
 pub mod completions;
-mod fields;
+pub mod fields;
 mod messages;
 mod params;
 pub mod text;

@@ -9,6 +9,7 @@ use axum::response::{IntoResponse, Response};
 use crate::admission::{Admitted, admit};
 use crate::app::App;
 use crate::error::ApiResult;
+use crate::foreign::{Endpoint, relayed};
 use crate::generation::{Generation, PreparedPrompt};
 use crate::record::RequestRecord;
 use crate::request::chat::{ChatPrompt, ChatRequest};
@@ -31,7 +32,14 @@ async fn answer(
     record: &Arc<RequestRecord>,
     request: Request,
 ) -> ApiResult<Response> {
-    let chat = body::parsed(app, record, request, ChatRequest::parse).await?;
+    let (parts, payload) = request.into_parts();
+    let body = body::whole(app, record, &parts.headers, payload).await?;
+    let endpoint = Endpoint::Chat;
+    if let Some(response) = relayed(app, record, endpoint, &parts.headers, &body).await? {
+        return Ok(response);
+    }
+    let chat = body::parse(app, record, &body.bytes, ChatRequest::parse).await?;
+    drop(body);
     let Admitted {
         model,
         limits,

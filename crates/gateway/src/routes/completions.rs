@@ -9,6 +9,7 @@ use axum::response::{IntoResponse, Response};
 use crate::admission::{Admitted, admit};
 use crate::app::App;
 use crate::error::ApiResult;
+use crate::foreign::{Endpoint, relayed};
 use crate::generation::{Generation, PreparedPrompt};
 use crate::record::RequestRecord;
 use crate::request::completions::CompletionRequest;
@@ -31,6 +32,12 @@ async fn answer(
     record: &Arc<RequestRecord>,
     request: Request,
 ) -> ApiResult<Response> {
+    let (parts, payload) = request.into_parts();
+    let body = body::whole(app, record, &parts.headers, payload).await?;
+    let endpoint = Endpoint::Completions;
+    if let Some(response) = relayed(app, record, endpoint, &parts.headers, &body).await? {
+        return Ok(response);
+    }
     let CompletionRequest {
         model: model_name,
         prompts,
@@ -39,7 +46,8 @@ async fn answer(
         echo,
         params,
         warning,
-    } = body::parsed(app, record, request, CompletionRequest::parse).await?;
+    } = body::parse(app, record, &body.bytes, CompletionRequest::parse).await?;
+    drop(body);
     let Admitted {
         model,
         limits,

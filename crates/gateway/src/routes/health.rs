@@ -9,6 +9,7 @@ use serde_json::{Value, json};
 use crate::app::{App, Phase};
 use crate::error::ApiError;
 use crate::fleet::state_name;
+use crate::foreign::Upstream;
 use crate::respond;
 
 /// The process answers.
@@ -21,8 +22,8 @@ pub async fn ready(State(app): State<Arc<App>>) -> Response {
     if app.phase() != Phase::Serving {
         return ApiError::draining(app.drain_retry_after_s()).into_response();
     }
-    if let Some(waiting) = app.fleet.models.iter().find(|model| !model.is_ready()) {
-        return waiting.no_replica().into_response();
+    if let Some(waiting) = app.fleet.waiting() {
+        return waiting.into_response();
     }
     let models: Vec<Value> = app
         .fleet
@@ -34,6 +35,12 @@ pub async fn ready(State(app): State<Arc<App>>) -> Response {
             };
             json!({"name": &*model.name, "replicas": model.replicas.iter().map(replica).collect::<Vec<_>>()})
         })
+        .chain(app.fleet.foreign.iter().map(|model| {
+            let upstream = |u: &Arc<Upstream>| {
+                json!({"url": u.name, "state": if u.is_usable() { "up" } else { "down" }})
+            };
+            json!({"name": &*model.served.name, "upstreams": model.upstreams.iter().map(upstream).collect::<Vec<_>>()})
+        }))
         .collect();
     respond::json(&json!({"status": "ready", "models": models}))
 }

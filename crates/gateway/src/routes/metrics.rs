@@ -2,6 +2,7 @@
 
 use std::fmt::Write as _;
 use std::sync::Arc;
+use std::sync::atomic::Ordering::Relaxed;
 
 use axum::extract::State;
 use axum::http::{HeaderValue, header};
@@ -11,6 +12,7 @@ use scalellm_engine_link::{Replica, ReplicaState};
 
 use crate::app::App;
 use crate::fleet::state_name;
+use crate::foreign::Upstream;
 use crate::metrics::{family, label};
 
 type Gauge = (
@@ -115,9 +117,9 @@ pub async fn metrics(State(app): State<Arc<App>>) -> Response {
             "scalellm_generations_in_flight",
             "Places of running requests, of max_in_flight for each model.",
             app.fleet
-                .models
+                .served
                 .iter()
-                .map(|model| model.admission.taken())
+                .map(|served| served.admission.taken())
                 .sum(),
         ),
         (
@@ -137,6 +139,7 @@ pub async fn metrics(State(app): State<Arc<App>>) -> Response {
     write_queues(&mut out, &app);
     write_routing(&mut out, &app);
     write_accounts(&mut out, &app);
+    write_upstreams(&mut out, &app);
     app.metrics.write(&mut out);
     let replicas: Vec<(String, &Arc<Replica>)> = app
         .fleet
@@ -194,14 +197,14 @@ fn write_queues(out: &mut String, app: &App) {
         "gauge",
         "Requests that wait for their turn, of max_queued for each model.",
     );
-    for model in &app.fleet.models {
+    for served in &app.fleet.served {
         for class in Class::ALL {
             let _ = writeln!(
                 out,
                 "{name}{{model={},class=\"{}\"}} {}",
-                label(&model.name),
+                label(&served.name),
                 class.name(),
-                model.admission.queued(class)
+                served.admission.queued(class)
             );
         }
     }
@@ -236,6 +239,59 @@ fn write_routing(out: &mut String, app: &App) {
     for model in &app.fleet.models {
         let blocks = model.routing.cached_blocks();
         let _ = writeln!(out, "{name}{{model={}}} {blocks}", label(&model.name));
+    }
+}
+
+fn write_upstreams(out: &mut String, app: &App) {
+    type Value = fn(&Upstream) -> u64;
+    let families: [(&str, &str, &str, Value); 6] = [
+        (
+            "up",
+            "gauge",
+            "1 while the upstream can take requests.",
+            |u| u.is_usable().into(),
+        ),
+        (
+            "in_flight_requests",
+            "gauge",
+            "Requests that it has not answered to the end.",
+            |u| u.counts.in_flight.load(Relaxed) as u64,
+        ),
+        ("requests_total", "counter", "Requests sent to it.", |u| {
+            u.counts.requests.load(Relaxed)
+        }),
+        (
+            "failures_total",
+            "counter",
+            "Of them, those that it failed.",
+            |u| u.counts.failures.load(Relaxed),
+        ),
+        (
+            "connections_total",
+            "counter",
+            "Connections opened to it.",
+            |u| u.counts.connections.load(Relaxed),
+        ),
+        (
+            "estimated_total",
+            "counter",
+            "Answers without usage, whose tokens were estimated.",
+            |u| u.counts.estimated.load(Relaxed),
+        ),
+    ];
+    for (name, kind, help, value) in families {
+        let name = format!("scalellm_upstream_{name}");
+        family(out, &name, kind, help);
+        for model in &app.fleet.foreign {
+            for upstream in &model.upstreams {
+                let (model, url) = (label(&model.served.name), label(&upstream.name));
+                let _ = writeln!(
+                    out,
+                    "{name}{{model={model},upstream={url}}} {}",
+                    value(upstream)
+                );
+            }
+        }
     }
 }
 

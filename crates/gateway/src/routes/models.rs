@@ -7,33 +7,36 @@ use axum::response::{IntoResponse, Response};
 use serde_json::{Value, json};
 
 use crate::app::App;
-use crate::fleet::Model;
+use crate::fleet::Fleet;
 use crate::respond;
+use crate::served::Served;
 
 pub async fn list(State(app): State<Arc<App>>) -> Response {
-    let names = app.fleet.models.iter().flat_map(|model| {
-        std::iter::once(&*model.name)
-            .chain(model.aliases.iter().map(String::as_str))
-            .map(|name| card(name, model))
+    let fleet = &app.fleet;
+    let names = fleet.served.iter().flat_map(|served| {
+        std::iter::once(&*served.name)
+            .chain(served.aliases.iter().map(String::as_str))
+            .map(|name| card(name, fleet, served))
     });
     respond::json(&json!({"object": "list", "data": names.collect::<Vec<_>>()}))
 }
 
 pub async fn one(State(app): State<Arc<App>>, Path(id): Path<String>) -> Response {
     match app.fleet.find(&id) {
-        Ok(model) => respond::json(&card(&id, model)),
+        Ok(served) => respond::json(&card(&id, &app.fleet, served)),
         Err(error) => error.into_response(),
     }
 }
 
-fn card(name: &str, model: &Model) -> Value {
+fn card(name: &str, fleet: &Fleet, served: &Arc<Served>) -> Value {
+    let limits = fleet.own(served).and_then(|model| model.limits());
     json!({
         "id": name,
         "object": "model",
-        "created": model.created_unix_s,
+        "created": served.created_unix_s,
         "owned_by": "scalellm",
-        "root": &*model.name,
+        "root": &*served.name,
         "parent": null,
-        "max_model_len": model.limits().map(|limits| limits.max_model_len),
+        "max_model_len": limits.map(|limits| limits.max_model_len),
     })
 }

@@ -361,9 +361,8 @@ async fn a_template_that_does_not_compile_ends_the_start() {
             aliases: Vec::new(),
             path: stack.folder.0.clone(),
             replicas: vec![stack.socket(0)],
-            max_model_len: None,
             chat_template,
-            routing: "prefix".to_owned(),
+            ..ModelConfig::default()
         }],
         ..Config::default()
     };

@@ -238,9 +238,7 @@ async fn a_taken_port_is_an_error_that_names_it() {
         aliases: Vec::new(),
         path: stack.folder.0.clone(),
         replicas: vec![stack.socket(0)],
-        max_model_len: None,
-        chat_template: None,
-        routing: "prefix".to_owned(),
+        ..scalellm_gateway::ModelConfig::default()
     };
     let config = scalellm_gateway::Config {
         port: stack.address().port(),

@@ -9,6 +9,9 @@ mod errors;
 mod faults;
 // Marked so that the lints for tests hold for its helper functions too.
 #[cfg(test)]
+mod foreign;
+// Marked so that the lints for tests hold for its helper functions too.
+#[cfg(test)]
 mod lifecycle;
 #[cfg(test)]
 mod profile;
@@ -20,3 +23,6 @@ mod streams;
 #[cfg(test)]
 mod support;
 mod transport;
+// Marked so that the lints for tests hold for its helper functions too.
+#[cfg(test)]
+mod upstream;

@@ -109,9 +109,8 @@ async fn a_gateway_that_comes_later_learns_what_is_cached() {
         aliases: Vec::new(),
         path: stack.folder.0.clone(),
         replicas: vec![stack.socket(0), stack.socket(1)],
-        max_model_len: None,
-        chat_template: None,
         routing: "prefix".to_owned(),
+        ..ModelConfig::default()
     };
     let config = Config {
         port: 0,

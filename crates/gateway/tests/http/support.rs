@@ -161,9 +161,7 @@ impl Stack {
                 aliases: vec!["alias".to_owned()],
                 path: folder.0.clone(),
                 replicas: sockets,
-                max_model_len: None,
-                chat_template: None,
-                routing: "prefix".to_owned(),
+                ..ModelConfig::default()
             }],
             ..Config::default()
         };
@@ -346,6 +344,15 @@ impl Reply {
         assert_eq!(self.header("content-type"), "application/json");
         let body: Value = serde_json::from_slice(&self.body).unwrap();
         check_envelope(&body)
+    }
+
+    /// The JSON of each line that begins so.
+    pub fn events_of(&self, begin: &str) -> Vec<Value> {
+        let text = self.text();
+        let data = text.lines().filter_map(|line| line.strip_prefix(begin));
+        data.filter(|data| *data != "[DONE]")
+            .filter_map(|data| serde_json::from_str(data).ok())
+            .collect()
     }
 
     /// The JSON of each event; the framing is checked, and that `[DONE]` ends a stream unless an error did.

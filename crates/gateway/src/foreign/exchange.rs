@@ -1,0 +1,144 @@
+//! One request to an upstream, and its answer.
+
+use std::fmt;
+use std::sync::Arc;
+use std::sync::atomic::Ordering::Relaxed;
+use std::task::{Context, Poll};
+
+use bytes::{Bytes, BytesMut};
+use hyper::Request;
+use hyper::body::Incoming;
+use hyper::http::response;
+
+use super::link::{Link, Parts};
+use super::upstream::Upstream;
+
+/// Why there is no answer, or no more of it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Failure {
+    Connect(String),
+    /// The setting that says how long.
+    Late(&'static str),
+    Lost(String),
+    TooLong(usize),
+}
+
+impl fmt::Display for Failure {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Failure::Connect(reason) => write!(f, "it cannot be reached: {reason}"),
+            Failure::Late(setting) => write!(f, "it did not answer within {setting}"),
+            Failure::Lost(reason) => write!(f, "its answer broke off: {reason}"),
+            Failure::TooLong(bytes) => write!(f, "its answer is longer than {bytes} bytes"),
+        }
+    }
+}
+
+/// An answer whose head is there. Dropping it before its end closes the connection, which ends the request there.
+pub struct Exchange {
+    /// `None` once the answer has ended.
+    link: Option<Link>,
+    body: Incoming,
+    upstream: Arc<Upstream>,
+    _in_flight: InFlight,
+}
+
+struct InFlight(Arc<Upstream>);
+
+impl Drop for InFlight {
+    fn drop(&mut self) {
+        self.0.counts.in_flight.fetch_sub(1, Relaxed);
+    }
+}
+
+impl Exchange {
+    /// Sends a request and waits for the head of its answer. On a connection that was kept open the upstream may have
+    /// hung up meanwhile: then it goes out once more, on a new one.
+    ///
+    /// # Errors
+    /// There is no answer.
+    pub async fn start(
+        upstream: &Arc<Upstream>,
+        request: impl Fn() -> Request<Parts>,
+    ) -> Result<(response::Parts, Exchange), Failure> {
+        upstream.counts.in_flight.fetch_add(1, Relaxed);
+        let in_flight = InFlight(Arc::clone(upstream));
+        let kept = upstream.take_idle();
+        let mut link = match kept {
+            Some(link) => link,
+            None => upstream.connect().await?,
+        };
+        let mut answer = link.send(request()).await;
+        if answer.is_err() && link.used {
+            link = upstream.connect().await?;
+            answer = link.send(request()).await;
+        }
+        let (head, body) = answer.map_err(lost)?.into_parts();
+        let exchange = Exchange {
+            link: Some(link),
+            body,
+            upstream: Arc::clone(upstream),
+            _in_flight: in_flight,
+        };
+        Ok((head, exchange))
+    }
+
+    /// The next part of the answer; `None` at its end.
+    pub fn poll_data(&mut self, cx: &mut Context<'_>) -> Poll<Option<Result<Bytes, Failure>>> {
+        let Some(link) = &mut self.link else {
+            return Poll::Ready(None);
+        };
+        match link.poll_data(&mut self.body, cx) {
+            Poll::Ready(Some(Ok(data))) => Poll::Ready(Some(Ok(data))),
+            Poll::Ready(Some(Err(error))) => {
+                self.link = None;
+                Poll::Ready(Some(Err(lost(error))))
+            }
+            Poll::Ready(None) => {
+                if let Some(mut link) = self.link.take()
+                    && link.is_ready(cx)
+                {
+                    self.upstream.give_back(link);
+                }
+                Poll::Ready(None)
+            }
+            Poll::Pending => Poll::Pending,
+        }
+    }
+
+    /// All that is left of the answer.
+    ///
+    /// # Errors
+    /// It breaks off, or is longer than `limit_bytes`.
+    pub async fn collect(&mut self, limit_bytes: usize) -> Result<Bytes, Failure> {
+        let mut first = Bytes::new();
+        let mut whole = BytesMut::new();
+        loop {
+            let data = match std::future::poll_fn(|cx| self.poll_data(cx)).await {
+                None => break,
+                Some(data) => data?,
+            };
+            if first.len() + whole.len() + data.len() > limit_bytes {
+                return Err(Failure::TooLong(limit_bytes));
+            }
+            if first.is_empty() && whole.is_empty() {
+                first = data;
+                continue;
+            }
+            if whole.is_empty() {
+                whole.extend_from_slice(&std::mem::take(&mut first));
+            }
+            whole.extend_from_slice(&data);
+        }
+        Ok(if whole.is_empty() {
+            first
+        } else {
+            whole.freeze()
+        })
+    }
+}
+
+fn lost(error: hyper::Error) -> Failure {
+    let source = std::error::Error::source(&error).map(|source| format!(": {source}"));
+    Failure::Lost(format!("{error}{}", source.unwrap_or_default()))
+}

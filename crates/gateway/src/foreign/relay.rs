@@ -1,0 +1,425 @@
+//! A request's way to an upstream, and its answer's way back.
+
+use std::sync::Arc;
+use std::sync::atomic::Ordering::Relaxed;
+use std::time::{Duration, Instant};
+
+use axum::body::Body;
+use axum::http::{HeaderMap, HeaderName, HeaderValue, Method, StatusCode, header};
+use axum::response::{IntoResponse, Response};
+use bytes::Bytes;
+use hyper::http::response;
+
+use super::ForeignModel;
+use super::asked::Asked;
+use super::events::{Answers, Events};
+use super::exchange::{Exchange, Failure};
+use super::stream::{Counting, Deadline, Stream, error, late};
+use super::upstream::Upstream;
+use crate::admission::{self, Demand};
+use crate::app::{App, Phase};
+use crate::body::{self, ReadBody};
+use crate::error::{ApiError, ApiResult, ErrorNote};
+use crate::quota;
+use crate::record::{REQUEST_ID_HEADER, RequestRecord};
+use crate::stages::Stage;
+
+/// A request goes to its upstream and, before the first byte of an answer, to one more.
+const MAX_ATTEMPTS: usize = 2;
+/// Of an answer that is not streamed.
+const MAX_ANSWER_BYTES: usize = 32 << 20;
+/// Of an answer that is an error.
+const MAX_ERROR_BYTES: usize = 64 << 10;
+/// Reserved of a key's tokens for a request that does not limit its output.
+const UNLIMITED_OUTPUT_TOKENS: u32 = 1024;
+const BYTES_PER_TOKEN: u64 = 4;
+
+/// What of a client's headers goes on, beside those that the gateway makes.
+const SENT_ON: [HeaderName; 2] = [
+    HeaderName::from_static("traceparent"),
+    HeaderName::from_static("tracestate"),
+];
+const SENT_BACK: [HeaderName; 3] = [
+    header::CONTENT_TYPE,
+    header::CACHE_CONTROL,
+    header::RETRY_AFTER,
+];
+
+/// What is asked of an upstream.
+#[derive(Debug, Clone, Copy)]
+pub enum Endpoint {
+    Chat,
+    Completions,
+}
+
+impl Endpoint {
+    fn path(self) -> &'static str {
+        match self {
+            Endpoint::Chat => "/chat/completions",
+            Endpoint::Completions => "/completions",
+        }
+    }
+}
+
+/// The answer to a request whose model is computed elsewhere; `None` if the replicas here are to answer.
+///
+/// # Errors
+/// The request is refused, or no upstream answers it.
+pub async fn relayed(
+    app: &Arc<App>,
+    record: &Arc<RequestRecord>,
+    endpoint: Endpoint,
+    headers: &HeaderMap,
+    body: &ReadBody<'_>,
+) -> ApiResult<Option<Response>> {
+    if !app.fleet.has_foreign() {
+        return Ok(None);
+    }
+    let bytes = body.bytes.clone();
+    let asked = body::parse(app, record, &body.bytes, Asked::read).await?;
+    let Some(model) = app.fleet.foreign(asked.model.as_deref())?.cloned() else {
+        return Ok(None);
+    };
+    let relay = Relay {
+        app,
+        record,
+        endpoint,
+        headers,
+        model,
+        asked,
+        body: bytes,
+        deadline: None,
+    };
+    relay.run().await.map(Some)
+}
+
+struct Relay<'a> {
+    app: &'a Arc<App>,
+    record: &'a Arc<RequestRecord>,
+    endpoint: Endpoint,
+    headers: &'a HeaderMap,
+    model: Arc<ForeignModel>,
+    asked: Asked,
+    body: Bytes,
+    deadline: Option<Deadline>,
+}
+
+/// Why an attempt gave no answer.
+struct Failed {
+    answer: Box<Refusal>,
+    /// Another upstream may do better.
+    elsewhere: bool,
+}
+
+enum Refusal {
+    Ours(ApiError),
+    /// The upstream's own, as it came.
+    Passed(Response),
+}
+
+impl Relay<'_> {
+    async fn run(mut self) -> ApiResult<Response> {
+        let (app, record) = (self.app, self.record);
+        let choices = self.asked.n.max(1);
+        let demand = Demand {
+            choices: choices as usize,
+            max_tokens: self.asked.max_tokens,
+        };
+        self.deadline = self.deadline();
+        let places = || app.config.max_in_flight;
+        let deadline = self.deadline.map(|deadline| deadline.at);
+        let served = &self.model.served;
+        admission::name(record, served)?;
+        if !self.model.is_ready() {
+            app.metrics.rejected("no_replica");
+            return Err(self.model.no_upstream());
+        }
+        admission::let_in(app, record).await?;
+        let permit = admission::place(app, record, served, demand, deadline, places).await?;
+        let prompt_tokens = self.body.len() as u64 / BYTES_PER_TOKEN;
+        let output = u64::from(self.asked.max_tokens.unwrap_or(UNLIMITED_OUTPUT_TOKENS));
+        let most = prompt_tokens + output * u64::from(choices);
+        quota::reserve(app, record, i64::try_from(most).unwrap_or(i64::MAX)).await?;
+        let mut counting = Some(Counting {
+            record: Arc::clone(record),
+            permit,
+            estimated_prompt_tokens: prompt_tokens,
+            choices,
+        });
+        self.model.request_came();
+        let mut tried = Vec::new();
+        let mut refusal = None;
+        while tried.len() < MAX_ATTEMPTS {
+            let Some(index) = self.model.pick(&tried) else {
+                break;
+            };
+            if refusal.is_some() {
+                if !self.model.may_retry() {
+                    break;
+                }
+                app.metrics.retried.fetch_add(1, Relaxed);
+            }
+            tried.push(index);
+            let upstream = Arc::clone(&self.model.upstreams[index]);
+            record.update(|progress| progress.replica = Some(upstream.name.clone()));
+            upstream.counts.requests.fetch_add(1, Relaxed);
+            let failed = tokio::select! {
+                attempt = self.attempt(&upstream, &mut counting) => match attempt {
+                    Ok(response) => return Ok(response),
+                    Err(failed) => failed,
+                },
+                () = app.wait_for(Phase::Stopping) => {
+                    return Err(ApiError::draining(app.drain_retry_after_s()));
+                }
+            };
+            refusal = Some(failed.answer);
+            if !failed.elsewhere {
+                break;
+            }
+        }
+        match refusal.map(|refusal| *refusal) {
+            Some(Refusal::Ours(error)) => Err(Box::new(error)),
+            Some(Refusal::Passed(response)) => Ok(response),
+            None => Err(self.model.no_upstream()),
+        }
+    }
+
+    fn deadline(&self) -> Option<Deadline> {
+        let own = self.asked.deadline_ms.map(Duration::from_millis);
+        [
+            (own, "deadline_ms"),
+            (self.app.config.request_timeout(), "request_timeout_s"),
+        ]
+        .into_iter()
+        .filter_map(|(limit, setting)| {
+            let at = self.record.started + limit?;
+            Some(Deadline { at, setting })
+        })
+        .min_by_key(|deadline| deadline.at)
+    }
+
+    /// Sends the request to one upstream. `counting` is taken by an answer that is a stream.
+    async fn attempt(
+        &self,
+        upstream: &Arc<Upstream>,
+        counting: &mut Option<Counting>,
+    ) -> Result<Response, Failed> {
+        let start = Instant::now();
+        let body = self.asked.parts(&self.body, &upstream.model);
+        let request = || {
+            upstream.request(
+                Method::POST,
+                self.endpoint.path(),
+                self.headers_on(),
+                body.clone(),
+            )
+        };
+        self.record.add(Stage::Route, start.elapsed());
+        let first_byte = upstream.timeouts.first_byte;
+        let sent = Instant::now();
+        let exchange = Exchange::start(upstream, request);
+        let (head, mut exchange) = self
+            .within(first_byte, "first_byte_timeout_s", exchange)
+            .await
+            .map_err(|failure| self.failed(upstream, &failure))?;
+        if !head.status.is_success() {
+            return Err(self.refused(upstream, &head, &mut exchange).await);
+        }
+        if is_encoded(&head.headers) {
+            let failure = Failure::Lost("it is compressed, which was not asked for".to_owned());
+            return Err(self.failed(upstream, &failure));
+        }
+        let name = self
+            .asked
+            .model
+            .as_deref()
+            .unwrap_or(&self.model.served.name);
+        let answers = Answers::new((name != upstream.model).then_some(name));
+        let is_stream = has_type(&head.headers, "text/event-stream");
+        if is_stream && let Some(counted) = counting.take() {
+            let events = Events::new(answers, self.asked.usage_is_ours);
+            let mut stream = Stream::new(
+                self.app,
+                upstream,
+                exchange,
+                events,
+                counted,
+                sent,
+                self.deadline,
+            );
+            let left = first_byte.saturating_sub(sent.elapsed());
+            let waited = self
+                .within(left, "first_byte_timeout_s", stream.wait_for_first())
+                .await;
+            if let Err(failure) = waited {
+                *counting = Some(stream.into_counting());
+                return Err(self.failed(upstream, &failure));
+            }
+            return Ok(respond(&head, Body::new(stream)));
+        }
+        let whole = exchange.collect(MAX_ANSWER_BYTES);
+        let idle = upstream.timeouts.first_byte;
+        let json = self
+            .within(idle, "first_byte_timeout_s", whole)
+            .await
+            .map_err(|failure| self.failed(upstream, &failure))?;
+        if !json.trim_ascii_start().starts_with(b"{") {
+            let failure = Failure::Lost("it is no JSON object".to_owned());
+            return Err(self.failed(upstream, &failure));
+        }
+        upstream.succeeded();
+        self.record.update(|progress| {
+            progress.times.set(Stage::Upstream, sent.elapsed());
+        });
+        if let Some(counting) = counting {
+            let usage = answers.usage(&json).map(|(usage, _)| usage);
+            if usage.is_none() {
+                upstream.counts.estimated.fetch_add(1, Relaxed);
+            }
+            counting.note(json.len() as u64 / BYTES_PER_TOKEN, usage);
+        }
+        let json = answers.renamed(&json).map_or(json, Bytes::from);
+        Ok(respond(&head, Body::from(json)))
+    }
+
+    /// Waits for an upstream no longer than `limit`, and than the request may live.
+    async fn within<T>(
+        &self,
+        limit: Duration,
+        setting: &'static str,
+        work: impl Future<Output = Result<T, Failure>>,
+    ) -> Result<T, Failure> {
+        let until = Instant::now() + limit;
+        let (until, setting) = match self.deadline {
+            Some(deadline) if deadline.at < until => (deadline.at, deadline.setting),
+            _ => (until, setting),
+        };
+        tokio::time::timeout_at(until.into(), work)
+            .await
+            .unwrap_or(Err(Failure::Late(setting)))
+    }
+
+    fn failed(&self, upstream: &Upstream, failure: &Failure) -> Failed {
+        if let Failure::Late(setting @ ("deadline_ms" | "request_timeout_s")) = failure {
+            return Failed {
+                answer: Box::new(Refusal::Ours(*late(setting))),
+                elsewhere: false,
+            };
+        }
+        let reason = failure.to_string();
+        tracing::warn!(
+            request_id = self.record.id,
+            upstream = upstream.name,
+            reason,
+            "no answer"
+        );
+        upstream.counts.failures.fetch_add(1, Relaxed);
+        upstream.failed(&reason);
+        Failed {
+            answer: Box::new(Refusal::Ours(*error(upstream, failure))),
+            // Whoever has computed for that long already is not asked to begin anew.
+            elsewhere: !matches!(
+                failure,
+                Failure::Late("first_byte_timeout_s") | Failure::TooLong(_)
+            ),
+        }
+    }
+
+    /// An answer that is not a success: what is the client's doing goes back as it is, what is not becomes ours.
+    async fn refused(
+        &self,
+        upstream: &Upstream,
+        head: &response::Parts,
+        exchange: &mut Exchange,
+    ) -> Failed {
+        let body = exchange.collect(MAX_ERROR_BYTES);
+        let body = self
+            .within(upstream.timeouts.idle, "idle_timeout_s", body)
+            .await
+            .unwrap_or_default();
+        let status = head.status;
+        let ours = |error: Box<ApiError>| Box::new(Refusal::Ours(*error));
+        let told = format!("the upstream {} answered {status}", upstream.name);
+        let retry_after_s = head
+            .headers
+            .get(header::RETRY_AFTER)
+            .and_then(|value| value.to_str().ok()?.parse().ok());
+        let answer = match status {
+            StatusCode::UNAUTHORIZED => ours(ApiError::upstream_failed(format!(
+                "{told}: it does not take the gateway's key"
+            ))),
+            StatusCode::SERVICE_UNAVAILABLE => ours(ApiError::busy(
+                "upstream_busy",
+                told.clone(),
+                retry_after_s.unwrap_or(1),
+            )),
+            StatusCode::GATEWAY_TIMEOUT => ours(ApiError::upstream_late(told.clone())),
+            _ if status.is_client_error() => {
+                let mut response = respond(head, Body::from(body));
+                response.extensions_mut().insert(ErrorNote {
+                    code: None,
+                    message: told.clone(),
+                });
+                Box::new(Refusal::Passed(response))
+            }
+            _ => ours(ApiError::upstream_failed(told.clone())),
+        };
+        let unwell = !status.is_client_error() || status == StatusCode::UNAUTHORIZED;
+        if unwell {
+            upstream.counts.failures.fetch_add(1, Relaxed);
+            upstream.failed(&told);
+        }
+        let may_do_better = [StatusCode::TOO_MANY_REQUESTS, StatusCode::NOT_FOUND];
+        Failed {
+            answer,
+            elsewhere: unwell || may_do_better.contains(&status),
+        }
+    }
+
+    fn headers_on(&self) -> HeaderMap {
+        let mut headers = HeaderMap::with_capacity(8);
+        headers.insert(
+            header::CONTENT_TYPE,
+            HeaderValue::from_static("application/json"),
+        );
+        if let Ok(id) = HeaderValue::from_str(&self.record.id) {
+            headers.insert(HeaderName::from_static(REQUEST_ID_HEADER), id);
+        }
+        copy(&SENT_ON, self.headers, &mut headers);
+        headers
+    }
+}
+
+fn copy(names: &[HeaderName], from: &HeaderMap, to: &mut HeaderMap) {
+    for name in names {
+        if let Some(value) = from.get(name) {
+            to.insert(name.clone(), value.clone());
+        }
+    }
+}
+
+fn respond(head: &response::Parts, body: Body) -> Response {
+    let mut response = body.into_response();
+    *response.status_mut() = head.status;
+    copy(&SENT_BACK, &head.headers, response.headers_mut());
+    if has_type(&head.headers, "text/event-stream") {
+        let name = HeaderName::from_static("x-accel-buffering");
+        response
+            .headers_mut()
+            .insert(name, HeaderValue::from_static("no"));
+    }
+    response
+}
+
+fn has_type(headers: &HeaderMap, kind: &str) -> bool {
+    headers
+        .get(header::CONTENT_TYPE)
+        .and_then(|value| value.to_str().ok())
+        .is_some_and(|value| value.trim_start().starts_with(kind))
+}
+
+fn is_encoded(headers: &HeaderMap) -> bool {
+    headers
+        .get(header::CONTENT_ENCODING)
+        .is_some_and(|value| value != "identity")
+}

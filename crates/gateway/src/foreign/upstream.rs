@@ -1,0 +1,265 @@
+//! One server elsewhere: its connections, its health, its counts.
+
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, AtomicUsize, Ordering::Relaxed};
+use std::sync::{Arc, Weak};
+use std::time::{Duration, Instant};
+
+use bytes::Bytes;
+use hyper::header::{ACCEPT_ENCODING, AUTHORIZATION, HOST, HeaderValue};
+use hyper::{HeaderMap, Method, Request};
+use parking_lot::Mutex;
+use tokio::task::AbortHandle;
+
+use super::exchange::{Exchange, Failure};
+use super::link::{Link, Parts};
+use super::socket::{Socket, Tls};
+use crate::config::UpstreamConfig;
+use crate::config::upstream::{Base, Timeouts};
+use crate::error::GatewayError;
+
+/// So many requests or questions must fail one after the other until an upstream counts as down.
+const DOWN_AFTER_FAILURES: u32 = 3;
+/// How often one that is down is asked.
+const ASK_AGAIN: Duration = Duration::from_secs(1);
+/// One that is never asked is tried again after this time.
+const TRY_AGAIN: Duration = Duration::from_secs(5);
+const HEALTH_TIMEOUT: Duration = Duration::from_secs(5);
+const IDLE_FOR: Duration = Duration::from_secs(60);
+/// Of an answer about health, what is read so that the connection can be used again.
+const MAX_HEALTH_BYTES: usize = 1 << 20;
+
+pub struct Upstream {
+    /// Its `url`, by which metrics and the log call it.
+    pub name: String,
+    /// The model's name there.
+    pub model: String,
+    pub config: UpstreamConfig,
+    pub timeouts: Timeouts,
+    base: Base,
+    host: HeaderValue,
+    authorization: Option<HeaderValue>,
+    tls: Option<Tls>,
+    idle: Mutex<Vec<(Link, Instant)>>,
+    health: Health,
+    pub counts: Counts,
+    prober: Mutex<Option<AbortHandle>>,
+}
+
+#[derive(Default)]
+struct Health {
+    down: AtomicBool,
+    was_well: AtomicBool,
+    /// One after the other.
+    failures: AtomicU32,
+    /// The last failure while down.
+    since: Mutex<Option<Instant>>,
+}
+
+#[derive(Debug, Default)]
+pub struct Counts {
+    pub requests: AtomicU64,
+    pub failures: AtomicU64,
+    /// Connections that were opened.
+    pub connections: AtomicU64,
+    /// Answers without usage, whose tokens were estimated.
+    pub estimated: AtomicU64,
+    pub in_flight: AtomicUsize,
+}
+
+impl Upstream {
+    /// Starts asking for its health, so a runtime must be there. `path` is the key's in the configuration.
+    ///
+    /// # Errors
+    /// `GatewayError::Config` for what is wrong with its URL, key or authorities.
+    pub fn start(
+        config: &UpstreamConfig,
+        model: &str,
+        path: &str,
+    ) -> Result<Arc<Upstream>, GatewayError> {
+        let bad = |reason: String| GatewayError::Config(format!("{path}: {reason}"));
+        let base = config.base().map_err(bad)?;
+        let tls = base
+            .tls
+            .then(|| Tls::new(&base.host, config.ca_file.as_deref()))
+            .transpose()
+            .map_err(bad)?;
+        let upstream = Arc::new(Upstream {
+            name: config.url.clone(),
+            model: config.model.clone().unwrap_or_else(|| model.to_owned()),
+            timeouts: config.timeouts(),
+            host: HeaderValue::from_str(&base.authority).map_err(|error| bad(error.to_string()))?,
+            authorization: config.authorization(path)?,
+            tls,
+            base,
+            idle: Mutex::default(),
+            health: Health::default(),
+            counts: Counts::default(),
+            prober: Mutex::default(),
+            config: config.clone(),
+        });
+        let probing = tokio::spawn(keep_watch(Arc::downgrade(&upstream)));
+        *upstream.prober.lock() = Some(probing.abort_handle());
+        Ok(upstream)
+    }
+
+    #[must_use]
+    pub fn is_usable(&self) -> bool {
+        if !self.health.down.load(Relaxed) {
+            return true;
+        }
+        // Nobody asks this one: a request has to find out.
+        self.config.health_path.is_empty()
+            && self
+                .health
+                .since
+                .lock()
+                .is_none_or(|since| since.elapsed() >= TRY_AGAIN)
+    }
+
+    pub fn succeeded(&self) {
+        self.health.failures.store(0, Relaxed);
+        self.health.was_well.store(true, Relaxed);
+        if self.health.down.swap(false, Relaxed) {
+            tracing::info!(upstream = self.name, "the upstream is back");
+        }
+    }
+
+    /// A request failed that another server might have answered.
+    pub fn failed(&self, reason: &str) {
+        let failures = self.health.failures.fetch_add(1, Relaxed) + 1;
+        // One that has never been well need not show it often.
+        if failures < DOWN_AFTER_FAILURES && self.health.was_well.load(Relaxed) {
+            return;
+        }
+        *self.health.since.lock() = Some(Instant::now());
+        if !self.health.down.swap(true, Relaxed) {
+            tracing::warn!(upstream = self.name, reason, "the upstream is down");
+        }
+    }
+
+    /// A request for `path` below its URL, with its key.
+    #[must_use]
+    pub fn request(
+        &self,
+        method: Method,
+        path: &str,
+        headers: HeaderMap,
+        body: Vec<Bytes>,
+    ) -> Request<Parts> {
+        let mut request = Request::new(Parts::new(body));
+        *request.method_mut() = method;
+        // Both halves were parsed as parts of a URL before.
+        *request.uri_mut() = format!("{}{path}", self.base.path)
+            .parse()
+            .unwrap_or_default();
+        *request.headers_mut() = headers;
+        let headers = request.headers_mut();
+        headers.insert(HOST, self.host.clone());
+        headers.insert(ACCEPT_ENCODING, HeaderValue::from_static("identity"));
+        if let Some(authorization) = &self.authorization {
+            headers.insert(AUTHORIZATION, authorization.clone());
+        }
+        request
+    }
+
+    /// An idle connection that is still open.
+    pub fn take_idle(&self) -> Option<Link> {
+        loop {
+            let (mut link, since) = self.idle.lock().pop()?;
+            if since.elapsed() < IDLE_FOR && link.is_ready_now() {
+                return Some(link);
+            }
+        }
+    }
+
+    /// # Errors
+    /// Why there is none.
+    pub async fn connect(&self) -> Result<Link, Failure> {
+        self.counts.connections.fetch_add(1, Relaxed);
+        let connecting = async {
+            let socket = Socket::connect(&self.base, self.tls.as_ref())
+                .await
+                .map_err(|error| Failure::Connect(error.to_string()))?;
+            Link::new(socket)
+                .await
+                .map_err(|error| Failure::Connect(error.to_string()))
+        };
+        tokio::time::timeout(self.timeouts.connect, connecting)
+            .await
+            .unwrap_or(Err(Failure::Late("connect_timeout_s")))
+    }
+
+    /// Keeps a connection for the next request, if there is room.
+    pub fn give_back(&self, mut link: Link) {
+        link.used = true;
+        let mut idle = self.idle.lock();
+        if idle.len() < self.config.max_idle_connections {
+            idle.push((link, Instant::now()));
+        }
+    }
+
+    fn close_old(&self) {
+        let old: Vec<_> = {
+            let mut idle = self.idle.lock();
+            // The last used are last.
+            let kept = idle.partition_point(|(_, since)| since.elapsed() >= IDLE_FOR);
+            idle.drain(..kept).collect()
+        };
+        drop(old);
+    }
+
+    /// Asks whether it is well.
+    async fn probe(self: &Arc<Self>) -> Result<(), String> {
+        let path = &self.config.health_path;
+        let request = || self.request(Method::GET, path, HeaderMap::new(), Vec::new());
+        let asking = async {
+            let (head, mut exchange) = Exchange::start(self, request).await?;
+            exchange.collect(MAX_HEALTH_BYTES).await?;
+            Ok::<_, Failure>(head.status)
+        };
+        let status = tokio::time::timeout(HEALTH_TIMEOUT + self.timeouts.connect, asking)
+            .await
+            .map_err(|_| format!("{path} does not answer"))?
+            .map_err(|failure| format!("{path}: {failure}"))?;
+        // A server that lacks the page answers none the less; one that refuses the key is of no use.
+        if status.is_server_error() || status == hyper::StatusCode::UNAUTHORIZED {
+            return Err(format!("{path} answers {status}"));
+        }
+        Ok(())
+    }
+}
+
+impl Drop for Upstream {
+    fn drop(&mut self) {
+        if let Some(prober) = self.prober.lock().take() {
+            prober.abort();
+        }
+    }
+}
+
+async fn keep_watch(upstream: Weak<Upstream>) {
+    loop {
+        let wait = {
+            let Some(upstream) = upstream.upgrade() else {
+                return;
+            };
+            upstream.close_old();
+            let interval = Duration::from_secs_f64(upstream.config.health_interval_s);
+            if upstream.config.health_path.is_empty() {
+                interval
+            } else {
+                match upstream.probe().await {
+                    Ok(()) => {
+                        upstream.succeeded();
+                        interval
+                    }
+                    Err(reason) => {
+                        upstream.failed(&reason);
+                        interval.min(ASK_AGAIN)
+                    }
+                }
+            }
+        };
+        tokio::time::sleep(wait).await;
+    }
+}

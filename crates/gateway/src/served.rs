@@ -1,0 +1,45 @@
+//! What every served model has, whoever computes it.
+
+use std::sync::Arc;
+use std::sync::atomic::Ordering::Relaxed;
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use crate::admission::Admission;
+use crate::config::{Config, ModelConfig};
+use crate::metrics::{Metrics, ModelMetrics};
+
+pub struct Served {
+    pub name: Arc<str>,
+    pub aliases: Vec<String>,
+    pub created_unix_s: u64,
+    pub metrics: Arc<ModelMetrics>,
+    pub admission: Arc<Admission>,
+}
+
+impl Served {
+    #[must_use]
+    pub fn new(model: &ModelConfig, config: &Config, metrics: &Metrics) -> Arc<Served> {
+        let created_unix_s = SystemTime::now()
+            .duration_since(UNIX_EPOCH)
+            .unwrap_or_default()
+            .as_secs();
+        Arc::new(Served {
+            name: Arc::from(model.name.as_str()),
+            aliases: model.aliases.clone(),
+            created_unix_s,
+            metrics: metrics.model(&model.name),
+            admission: Admission::new(config.max_queued, config.batch_share),
+        })
+    }
+
+    #[must_use]
+    pub fn is_called(&self, name: &str) -> bool {
+        &*self.name == name || self.aliases.iter().any(|alias| alias == name)
+    }
+
+    pub fn count_tokens(&self, prompt: u64, cached: u64, output: u64) {
+        self.metrics.prompt_tokens.fetch_add(prompt, Relaxed);
+        self.metrics.cached_tokens.fetch_add(cached, Relaxed);
+        self.metrics.output_tokens.fetch_add(output, Relaxed);
+    }
+}
