@@ -4,6 +4,7 @@ import json
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from math import prod
 from pathlib import Path
 from typing import Any, Self
@@ -13,11 +14,13 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from scalellm.errors import ModelFileError, ModelNotFoundError, UnsupportedModelError
-from scalellm.layers.weights import PlainMatrices
+from scalellm.layers.weights import MatrixSpec, PlainMatrices
 from scalellm.loader.config import read_json
+from scalellm.loader.quantised import UNUSED, ScaledBytes, Scheme, Stored
 
 INDEX = "model.safetensors.index.json"
-_BYTES = {"F64": 8, "F32": 4, "BF16": 2, "F16": 2}
+_BYTES = {"F64": 8, "F32": 4, "BF16": 2, "F16": 2, "I32": 4, "I8": 1, "F8_E4M3": 1}
+_NUMBERS = ("F64", "F32", "BF16", "F16")  # what is not quantised
 _MAX_HEADER_BYTES = 100_000_000  # safetensors' own limit
 _SHOWN = 5  # tensors named in an error before "and N more"
 
@@ -37,9 +40,10 @@ class Checkpoint:
 
     folder: Path
     tensors: Mapping[str, StoredTensor]
+    scheme: Scheme | None = None  # how matrices are quantised, as far as they are
 
     @classmethod
-    def open(cls, folder: Path) -> Self:
+    def open(cls, folder: Path, scheme: Scheme | None = None) -> Self:
         """Read and check every shard's header. Raises ModelNotFoundError, ModelFileError."""
         tensors: dict[str, StoredTensor] = {}
         shards, promised = _shards(folder)
@@ -50,7 +54,14 @@ class Checkpoint:
                 tensors[name] = tensor
         if absent := sorted(promised - tensors.keys()):
             raise ModelFileError(f"{folder / INDEX} promises {_list(absent)}, in no shard")
-        return cls(folder, tensors)
+        return cls(folder, tensors, scheme)
+
+    def scheme_of(self, name: str) -> Scheme | None:
+        """How the matrix `name`, with ".weight", is quantised; None if it is numbers."""
+        if self.scheme is None or not name.endswith(".weight"):
+            return None
+        marker = f"{name.removesuffix('weight')}{self.scheme.marker}"
+        return self.scheme if marker in self.tensors else None
 
     @property
     def numbers(self) -> int:
@@ -64,19 +75,20 @@ class Checkpoint:
         names what is missing, unexpected or of another shape; UnsupportedModelError for a dtype.
         """
         complaints = []
-        if missing := [name for name in expected if name not in self.tensors]:
+        stored = self._stored(expected)
+        if missing := [name for name in stored if name not in self.tensors]:
             complaints.append(f"missing {_list(missing)}")
         unexpected = [
             name
             for name in self.tensors
-            if name not in expected and name not in ignored and not name.endswith(".inv_freq")
+            if name not in stored and name not in ignored and not self._is_unused(name)
         ]
         if unexpected:
             complaints.append(f"unexpected {_list(unexpected)}")
         wrong = [
-            f"{name} ({list(self.tensors[name].shape)}, config.json asks for {list(shape)})"
-            for name, shape in expected.items()
-            if name in self.tensors and self.tensors[name].shape != shape
+            f"{name} ({list(self.tensors[name].shape)}, config.json asks for {list(of.shapes[0])})"
+            for name, of in stored.items()
+            if name in self.tensors and self.tensors[name].shape not in of.shapes
         ]
         if wrong:
             complaints.append(f"of another shape {_list(wrong)}")
@@ -84,12 +96,34 @@ class Checkpoint:
             raise ModelFileError(
                 f"{self.folder}: the weights do not fit config.json: {'; '.join(complaints)}"
             )
-        for name in expected:
-            if self.tensors[name].dtype not in _BYTES:
+        for name, of in stored.items():
+            if self.tensors[name].dtype not in of.dtypes:
                 raise UnsupportedModelError(
                     f"{self.tensors[name].file}: {name} is stored as {self.tensors[name].dtype}; "
-                    f"this version reads {', '.join(_BYTES)}"
+                    f"this version reads {', '.join(of.dtypes)}"
                 )
+
+    def _stored(self, expected: Mapping[str, tuple[int, ...]]) -> dict[str, Stored]:
+        """The tensors that `expected` ones are stored as."""
+        stored = {}
+        for name, shape in expected.items():
+            scheme = self.scheme_of(name)
+            if scheme is None:
+                stored[name] = Stored((shape,), _NUMBERS)
+                continue
+            n, k = shape
+            for suffix, of in scheme.tensors(n, k).items():
+                stored[f"{name.removesuffix('weight')}{suffix}"] = of
+        return stored
+
+    def _is_unused(self, name: str) -> bool:
+        """Whether a tensor that no layer asks for may be there."""
+        matrix, _, suffix = name.rpartition(".")
+        if self.scheme_of(f"{matrix}.weight") is not None and suffix == "bias":
+            # Writers of quantised layers give all of them a bias.
+            with CheckpointSource(self, torch.float32, torch.device("cpu")) as source:
+                return not bool(source.stored(name).any())
+        return suffix == "inv_freq" or (self.scheme is not None and suffix in UNUSED)
 
 
 class CheckpointSource(PlainMatrices):
@@ -109,7 +143,32 @@ class CheckpointSource(PlainMatrices):
         self._files.close()
 
     def fill(self, out: Tensor, name: str) -> None:
-        out.copy_(self.stored(name))
+        scheme = self._checkpoint.scheme_of(name)
+        if scheme is None:
+            out.copy_(self.stored(name))
+            return
+        n, k = out.shape
+        try:
+            out.copy_(scheme.numbers(partial(self._part, name), n, k))
+        except ValueError as error:
+            raise ModelFileError(f"{self._checkpoint.folder}: {name}: {error}") from None
+
+    def int8(self, spec: MatrixSpec) -> tuple[Tensor, Tensor] | None:
+        """int8 [n, k] and float32 scales [n] if these are what the checkpoint has for all parts."""
+        parts = []
+        for name, outputs in spec.parts:
+            scheme = self._checkpoint.scheme_of(f"{name}.weight")
+            read = partial(self._part, f"{name}.weight")
+            part = scheme.int8(read, outputs) if isinstance(scheme, ScaledBytes) else None
+            if part is None:
+                return None
+            parts.append(part)
+        weights, scales = zip(*parts, strict=True)
+        return torch.cat(weights), torch.cat(scales)
+
+    def _part(self, name: str, suffix: str) -> Tensor:
+        """One of the tensors that make the matrix `name`, which ends in ".weight"."""
+        return self.stored(f"{name.removesuffix('weight')}{suffix}")
 
     def stored(self, name: str) -> Tensor:
         """The tensor as the checkpoint has it, on the CPU. Raises ModelFileError."""

@@ -8,6 +8,7 @@ from typing import Any
 
 from scalellm.errors import ModelFileError, ModelNotFoundError, UnsupportedModelError
 from scalellm.layers.rotary import ROPE_KINDS, RopeConfig, yarn_attention_factor
+from scalellm.loader.quantised import Scheme, read_scheme
 from scalellm.models.config import ModelConfig, MoeConfig
 from scalellm.models.registry import ARCHITECTURES
 
@@ -30,22 +31,30 @@ def read_model_config(folder: Path) -> ModelConfig:
     if not (folder / "config.json").is_file():
         raise ModelNotFoundError(f"{folder} is no model folder: it has no config.json")
     fields = Fields(folder / "config.json", read_json(folder / "config.json"))
-    if (quantization := fields.raw.get("quantization_config")) is not None:
-        method = quantization.get("quant_method") if isinstance(quantization, dict) else None
-        raise UnsupportedModelError(
-            f"{folder}: the checkpoint is quantised ({method or 'method not named'}); "
-            "this version serves float32, bfloat16 and float16 checkpoints"
-        )
+    scheme = read_quantisation(folder)
     architecture = _architecture(fields)
     family = ARCHITECTURES.get(architecture)
     config = None
     if family is not None:
         config = _native(fields, architecture, family)
     if config is None:
+        if scheme is not None:
+            raise UnsupportedModelError(
+                f"{folder}: the checkpoint is quantised ({scheme.description}), and "
+                f"{architecture}, which transformers' code runs, is only served from numbers"
+            )
         from scalellm.loader.fallback import read_fallback_config
 
         config = read_fallback_config(folder, architecture)
     return replace(config, eos_token_ids=_eos_token_ids(folder, fields, config.vocab_size))
+
+
+def read_quantisation(folder: Path) -> Scheme | None:
+    """How a folder's matrices are quantised, as config.json says; None if they are not.
+
+    Raises UnsupportedModelError, which names a method that this version does not read."""
+    raw = read_json(folder / "config.json").get("quantization_config")
+    return None if raw is None else read_scheme(folder / "config.json", raw)
 
 
 def read_json(path: Path) -> dict[str, Any]:

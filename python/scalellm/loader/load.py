@@ -14,7 +14,7 @@ from scalellm.kernels.attention import KVGeometry, PackedKVCache
 from scalellm.layers.shard import WHOLE, Shard
 from scalellm.layers.weights import WeightSource
 from scalellm.loader.checkpoint import Checkpoint, CheckpointSource
-from scalellm.loader.config import read_model_config
+from scalellm.loader.config import read_model_config, read_quantisation
 from scalellm.loader.device import choose_device, choose_dtype
 from scalellm.loader.fallback import count_numbers, load_fallback
 from scalellm.loader.fp8 import Fp8Source, fp8_obstacle
@@ -74,7 +74,8 @@ def load_model(
     dtype, reason = _choose_dtype(config, model_config, device)
     limit = check_max_model_len(config.max_model_len, model_config)
     dummy = config.load_format == "dummy"
-    checkpoint = None if dummy else Checkpoint.open(folder)
+    scheme = None if dummy else read_quantisation(folder)
+    checkpoint = None if dummy else Checkpoint.open(folder, scheme)
     if checkpoint is not None and model_config.tie_word_embeddings:
         model_config = replace(model_config, tie_word_embeddings=_really_tied(checkpoint))
     fp8 = check_fp8(config, model_config, dtype, device)
@@ -85,6 +86,8 @@ def load_model(
     quantization = "fp8" if fp8 else "none" if packing is None else packing.quantization
     if quantization == "int8" and config.quantization == "auto":
         reason += "; int8, as --quantization auto chooses on a CPU"
+    if scheme is not None:
+        reason += f"; the checkpoint is {scheme.description}"
     inventory = InventorySource(dtype, packing, fp8)
     if model_config.family == "transformers":
         numbers = (
@@ -204,6 +207,8 @@ def _mapped(
         identity: list[object] = ["random numbers", config.seed, torch.__version__]
     else:
         identity = checkpoint_identity(checkpoint)
+        if checkpoint.scheme is not None:
+            identity.append(repr(checkpoint.scheme))
     name = "".join(c if c.isalnum() else "-" for c in config.model_path.name)[:60] or "model"
     cache = PackedCache(folder, config.packed_cache_bytes)
     try:

@@ -6,10 +6,11 @@ import torch
 from torch import Tensor
 
 from scalellm.kernels.linear import Matrix, MatrixLayout
-from scalellm.kernels.linear.cpu import pack
+from scalellm.kernels.linear.cpu import pack, pack_int8
 from scalellm.kernels.linear.packed import INT4_GROUP
 from scalellm.layers.shard import GROUPS, Shard
 from scalellm.layers.weights import MatrixSpec, Use, WeightSource
+from scalellm.loader.checkpoint import CheckpointSource
 
 FORMAT_OF = {"none": "bf16", "int8": "int8", "int4": "int4"}
 # Inputs that the kernels take at once, of which a group has whole ones.
@@ -53,7 +54,12 @@ class PackingSource:
         return self._source.table(name, n, d)
 
     def matrix(self, spec: MatrixSpec, tied: Tensor | None = None) -> Matrix:
+        layout = self._packing.layout(spec)
+        if layout.format == "int8" and tied is None and isinstance(self._source, CheckpointSource):
+            as_it_is = self._source.int8(spec)
+            if as_it_is is not None:
+                return pack_int8(*as_it_is, layout)
         plain = self._source.matrix(spec, tied)
         if not isinstance(plain, Tensor):
             return plain
-        return pack(plain, self._packing.layout(spec))
+        return pack(plain, layout)

@@ -131,3 +131,40 @@ def pack(weight: Tensor, layout: MatrixLayout) -> PackedMatrix:
         )
     _core.cpu_matrix_pack(layout.code, weight.data_ptr(), data.data_ptr(), data.numel())
     return PackedMatrix(layout, data)
+
+
+def pack_int8(weight: Tensor, scales: Tensor, layout: MatrixLayout) -> PackedMatrix:
+    """Lay `weight` [n, k] int8, from -127 on, with `scales` [n] float32 out as they are.
+
+    The bytes are those of `pack` for the numbers they stand for, where these are bf16 and the
+    largest of each channel is 127 of its scale. crates/cpu-kernels/src/linear/layout.rs draws them.
+    """
+    if layout.format != "int8" or tuple(weight.shape) != (layout.n, layout.k):
+        raise ValueError(f"int8 {list(weight.shape)} is not {layout}")
+    channels = 32
+    lanes = torch.arange(channels)
+    if layout.gated:  # a panel has 16 of the gate, then the 16 of the up projection
+        half, run = layout.n // 2, channels // 2
+        first = torch.arange(0, half, run).unsqueeze(1) + lanes % run
+        rows, there = first + lanes // run * half, first < half
+    else:
+        rows = torch.arange(0, layout.n, channels).unsqueeze(1) + lanes
+        there = rows < layout.n
+    rows = rows.where(there, 0)
+    group_k = layout.k // layout.groups
+    steps = -(-group_k // 4)
+    values = torch.zeros(len(rows), channels, layout.groups, 4 * steps, dtype=torch.int8)
+    values[..., :group_k] = weight[rows].unflatten(-1, (layout.groups, group_k))
+    values[~there] = 0
+    values = values.unflatten(-1, (steps, 4)).permute(2, 0, 3, 1, 4)  # [groups, panels, steps, ..]
+    of_lanes = scales[rows].where(there, 0.0).contiguous().view(torch.uint8)
+    blocks = torch.cat(
+        (
+            of_lanes.expand(layout.groups, -1, -1),
+            (values.contiguous().view(torch.uint8) ^ 0x80).flatten(2),
+        ),
+        dim=-1,
+    )
+    data = aligned_bytes(layout.num_bytes)
+    data.copy_(blocks.flatten())
+    return PackedMatrix(layout, data)

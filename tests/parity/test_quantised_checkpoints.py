@@ -1,0 +1,288 @@
+"""Checkpoints that come quantised, written here as their formats say, against their numbers."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, Qwen3Config
+
+from scalellm.config import EngineConfig
+from scalellm.errors import ModelFileError, UnsupportedModelError
+from scalellm.executor.batch import Batch, Span
+from scalellm.executor.single import SingleExecutor
+from scalellm.kernels.linear import MatrixLayout
+from scalellm.kernels.linear.cpu import pack, pack_int8
+
+TINY = Qwen3Config(
+    vocab_size=211,
+    hidden_size=64,
+    intermediate_size=288,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=32,
+    max_position_embeddings=256,
+    tie_word_embeddings=False,
+    bos_token_id=1,
+    eos_token_id=2,
+    pad_token_id=0,
+)
+IDS = [(7 * i + i * i) % 211 for i in range(40)]
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory):
+    """A folder with a random model of float32."""
+    torch.manual_seed(1)
+    model = AutoModelForCausalLM.from_config(TINY)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.copy_(torch.randn(parameter.shape) * parameter.shape[-1] ** -0.5)
+    folder = tmp_path_factory.mktemp("plain")
+    model.save_pretrained(folder)
+    return folder
+
+
+def words_of(parts, order, bits=4):
+    """[.., 32 / bits] whole numbers to int32 words, part order[i] at place i from the lowest."""
+    words = torch.zeros(parts.shape[:-1], dtype=torch.int64)
+    for place, part in enumerate(order):
+        words |= parts[..., part].long() << (bits * place)
+    return words.to(torch.uint32).view(torch.int32)
+
+
+def whole_numbers(weight, group, bits):
+    """Asymmetric, a scale and zero for each group of inputs: [n, k], [n, groups] twice."""
+    n, k = weight.shape
+    grouped = weight.view(n, k // group, group)
+    low, high = grouped.amin(-1).clamp(max=0), grouped.amax(-1).clamp(min=0)
+    scale = ((high - low) / (2**bits - 1)).half().float()
+    zero = (-low / scale).round().clamp(0, 2**bits - 1)
+    q = (grouped / scale.unsqueeze(-1) + zero.unsqueeze(-1)).round().clamp(0, 2**bits - 1)
+    return q.view(n, k), scale, zero
+
+
+def of_groups(q, scale, zero):
+    n, k = q.shape
+    grouped = q.view(n, scale.shape[1], -1)
+    return ((grouped - zero.unsqueeze(-1)) * scale.unsqueeze(-1)).view(n, k)
+
+
+def awq(weight):
+    q, scale, zero = whole_numbers(weight, 32, 4)
+    order = (0, 2, 4, 6, 1, 3, 5, 7)
+    return of_groups(q, scale, zero), {
+        "qweight": words_of(q.t().unflatten(-1, (-1, 8)), order),
+        "qzeros": words_of(zero.t().unflatten(-1, (-1, 8)), order),
+        "scales": scale.t().half(),
+    }
+
+
+def gptq(weight, bits=4, group=32, less=1, shuffled=False):
+    n, k = weight.shape
+    inputs = torch.randperm(k, generator=torch.Generator().manual_seed(k)) if shuffled else range(k)
+    inputs = torch.as_tensor(inputs)
+    q, scale, zero = whole_numbers(weight[:, inputs], group, bits)
+    back = inputs.argsort()
+    packed = 32 // bits
+    return of_groups(q, scale, zero)[:, back], {
+        "qweight": words_of(
+            q[:, back].t().unflatten(0, (-1, packed)).transpose(1, 2), range(packed), bits
+        ),
+        "qzeros": words_of(
+            ((zero - less) % 2**bits).t().unflatten(-1, (-1, packed)), range(packed), bits
+        ),
+        "scales": scale.t().half(),
+        "g_idx": (back // group).int(),
+        "bias": torch.zeros(n),
+    }
+
+
+def int8(weight, channels=True):
+    scale = (weight.abs().amax(1, keepdim=True) if channels else weight.abs().max().view(1)) / 127
+    scale = scale.bfloat16()
+    q = (weight / scale.float()).round().clamp(-127, 127)
+    return q * scale.float(), {"weight": q.to(torch.int8), "weight_scale": scale}
+
+
+def fp8(weight, channels=True):
+    scale = (weight.abs().amax(1, keepdim=True) if channels else weight.abs().max()) / 448
+    q = (weight / scale).to(torch.float8_e4m3fn)
+    more = {} if channels else {"input_scale": torch.ones(())}
+    return q.float() * scale, {"weight": q, "weight_scale": scale, **more}
+
+
+def fp8_blocks(weight, name="weight_scale_inv"):
+    n, k = weight.shape
+    rows, columns = -(-n // 128), -(-k // 128)
+    scale = torch.empty(rows, columns)
+    for row in range(rows):
+        for column in range(columns):
+            block = weight[row * 128 : row * 128 + 128, column * 128 : column * 128 + 128]
+            scale[row, column] = block.abs().max() / 448
+    whole = scale.repeat_interleave(128, 0)[:n].repeat_interleave(128, 1)[:, :k]
+    q = (weight / whole).to(torch.float8_e4m3fn)
+    return q.float() * whole, {"weight": q, name: scale}
+
+
+def compressed(kind, strategy, format, **more):
+    weights = {"num_bits": 8, "type": kind, "symmetric": True, "strategy": strategy, **more}
+    group = {"targets": ["Linear"], "weights": weights, "input_activations": {"dynamic": True}}
+    return {
+        "quant_method": "compressed-tensors",
+        "format": format,
+        "config_groups": {"group_0": group},
+        "ignore": ["lm_head"],
+    }
+
+
+FORMATS = {
+    "compressed int8": (int8, compressed("int", "channel", "int-quantized")),
+    "compressed int8 tensor": (
+        lambda w: int8(w, channels=False),
+        compressed("int", "tensor", "int-quantized"),
+    ),
+    "compressed fp8": (fp8, compressed("float", "channel", "float-quantized")),
+    "compressed fp8 tensor": (
+        lambda w: fp8(w, channels=False),
+        compressed("float", "tensor", "float-quantized"),
+    ),
+    "compressed fp8 blocks": (
+        lambda w: fp8_blocks(w, "weight_scale"),
+        compressed("float", "block", "float-quantized", block_structure=[128, 128]),
+    ),
+    "block fp8": (
+        fp8_blocks,
+        {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [128, 128]},
+    ),
+    "fp8 tensor": (lambda w: fp8(w, channels=False), {"quant_method": "fp8"}),
+    "awq": (awq, {"quant_method": "awq", "bits": 4, "group_size": 32, "version": "gemm"}),
+    "gptq": (gptq, {"quant_method": "gptq", "bits": 4, "group_size": 32, "desc_act": False}),
+    "gptq in another order": (
+        lambda w: gptq(w, shuffled=True),
+        {"quant_method": "gptq", "bits": 4, "group_size": 32, "desc_act": True},
+    ),
+    "gptq of 8 bits": (
+        lambda w: gptq(w, bits=8),
+        {"quant_method": "gptq", "bits": 8, "group_size": 32},
+    ),
+    "gptq_v2 of one group": (
+        lambda w: gptq(w, group=w.shape[1], less=0),
+        {"quant_method": "gptq", "bits": 4, "group_size": -1, "checkpoint_format": "gptq_v2"},
+    ),
+}
+
+
+def write(plain, folder, writer, config):
+    """`plain` quantised in `folder` / quantised, and the numbers that this is in / numbers."""
+    quantised, numbers = {}, {}
+    for name, tensor in load_file(plain / "model.safetensors").items():
+        quantised[name] = numbers[name] = tensor
+        if name.endswith("_proj.weight"):
+            numbers[name], parts = writer(tensor)
+            del quantised[name]
+            for suffix, part in parts.items():
+                quantised[name.removesuffix("weight") + suffix] = part.contiguous()
+    for kind, tensors in (("quantised", quantised), ("numbers", numbers)):
+        (folder / kind).mkdir()
+        contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
+        save_file(contiguous, folder / kind / "model.safetensors", {"format": "pt"})
+        shutil.copy(plain / "config.json", folder / kind)
+    fields = json.loads((plain / "config.json").read_text())
+    fields["quantization_config"] = config
+    (folder / "quantised" / "config.json").write_text(json.dumps(fields))
+    return folder / "quantised", folder / "numbers"
+
+
+def logits(folder, **settings):
+    said = []
+    executor = SingleExecutor.load(
+        EngineConfig(
+            model_path=folder,
+            device="cpu",
+            kv_cache_memory_bytes=4 << 20,
+            packed_cache="none",
+            **settings,
+        ),
+        lambda phase, _seconds: said.append(phase),
+    )
+    span = Span(IDS, 0, range(-(-len(IDS) // executor.block_size)), len(IDS))
+    return executor.forward(Batch((span,))).clone(), " ".join(said)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_a_quantised_checkpoint_is_the_numbers_it_stands_for(plain, tmp_path, name):
+    quantised, numbers = write(plain, tmp_path, *FORMATS[name])
+    exact, _ = logits(numbers, dtype="float32")
+    found, said = logits(quantised, dtype="float32")
+    assert "the checkpoint is" in said
+    torch.testing.assert_close(found, exact, atol=2e-5, rtol=1e-5)
+    packed, _ = logits(quantised, dtype="bfloat16", quantization="int8")
+    assert (packed - exact).square().mean().sqrt() < 0.06 * exact.square().mean().sqrt()
+
+
+def test_int8_of_channels_is_packed_as_it_is(plain, tmp_path):
+    """Through bf16 numbers, whole ones would be rounded twice."""
+    quantised, numbers = write(plain, tmp_path, *FORMATS["compressed int8"])
+    as_it_is, _ = logits(quantised, dtype="bfloat16", quantization="int8")
+    again, _ = logits(numbers, dtype="bfloat16", quantization="int8")
+    exact, _ = logits(numbers, dtype="float32")
+    error = [(found - exact).square().mean() for found in (as_it_is, again)]
+    assert error[0] < error[1]
+
+
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize(("n", "k", "groups"), [(32, 64, 1), (70, 36, 1), (96, 1056, 8), (6, 4, 1)])
+def test_packing_int8_gives_the_bytes_of_packing_its_numbers(n, k, groups, gated):
+    generator = torch.Generator().manual_seed(n)
+    weight = torch.randint(-127, 128, (n, k), generator=generator, dtype=torch.int8)
+    weight[:, 0] = 127
+    scales = 2.0 ** torch.randint(-9, 3, (n,), generator=generator)
+    layout = MatrixLayout("int8", n, k, groups, gated)
+    numbers = (weight.float() * scales.unsqueeze(1)).bfloat16()
+    packed, expected = pack_int8(weight, scales, layout), pack(numbers, layout)
+    values = packed.data.int() - expected.data.int()
+    # A scale is 127 s / 127, which may be one bit off s.
+    assert int(values.abs().max()) <= 1
+    assert int((values != 0).sum()) <= 4 * n * groups
+
+
+@pytest.mark.parametrize(
+    ("config", "named"),
+    [
+        ({"quant_method": "bitsandbytes", "load_in_4bit": True}, "bitsandbytes"),
+        ({"bits": 4}, "does not name"),
+        ({"quant_method": "awq", "bits": 4, "group_size": 32, "version": "gemv"}, "version gemv"),
+        ({"quant_method": "gptq", "bits": 3, "group_size": 32}, "gptq of 3 bits"),
+        (compressed("int", "group", "int-quantized"), "scales by group"),
+        (compressed("int", "channel", "pack-quantized"), "format pack-quantized"),
+        (compressed("int", "channel", "int-quantized", symmetric=False), "asymmetric"),
+        ({"quant_method": "fp8", "weight_block_size": [128]}, "blocks of [128]"),
+    ],
+)
+def test_what_is_not_read_is_refused_by_name(plain, tmp_path, config, named):
+    quantised, _ = write(plain, tmp_path, int8, config)
+    with pytest.raises(UnsupportedModelError) as refusal:
+        logits(quantised)
+    assert named in str(refusal.value) and "awq (4 bits, version gemm)" in str(refusal.value)
+
+
+def test_tensors_that_do_not_fit_their_format_are_named(plain, tmp_path):
+    quantised, _ = write(plain, tmp_path, *FORMATS["gptq"])
+    file = quantised / "model.safetensors"
+    tensors = load_file(file)
+    name = "model.layers.0.mlp.down_proj"
+
+    def refused(**changed):
+        parts = {f"{name}.{suffix}": tensor for suffix, tensor in changed.items()}
+        save_file({**tensors, **parts}, file, {"format": "pt"})
+        with pytest.raises(ModelFileError) as refusal:
+            logits(quantised)
+        return str(refusal.value)
+
+    assert f"{name}.scales" in refused(scales=torch.ones(3, 64, dtype=torch.float16))
+    assert f"{name}.bias" in refused(bias=torch.ones(64))
+    assert "g_idx names groups" in refused(g_idx=torch.full((288,), 99, dtype=torch.int32))
