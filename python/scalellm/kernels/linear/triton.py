@@ -159,13 +159,15 @@ def linear(
     return out
 
 
-def linear_silu_and_mul_fp8(x: Fp8Rows, weight: Fp8Matrix, bias: Tensor | None = None) -> Fp8Rows:
+def linear_silu_and_mul_fp8(
+    x: Fp8Rows, weight: Fp8Matrix, bias: Tensor | None = None, tile: Tile | None = None
+) -> Fp8Rows:
     """silu(gate) * up of x W^T, in fp8 with a scale for each GROUP of a row."""
     rows, n = len(x.data), weight.data.shape[0] // 2
     data = torch.empty(rows, n, dtype=FP8, device=x.data.device)
     groups = triton.cdiv(n, GROUP)
     scales = torch.empty(rows, groups, dtype=torch.float32, device=data.device)
-    _run(x, weight, bias, data, scales, True, None)
+    _run(x, weight, bias, data, scales, True, tile)
     return Fp8Rows(data, scales, x.dtype)
 
 

@@ -229,9 +229,9 @@ def experts(
         )
     else:
         computed = data.new_empty(routed.choices, inner)
-    _run(x, gate_ups, routed, computed, inner, True, tile)
+    product_of_experts(x, gate_ups, routed, computed, inner, True, tile)
     parts = torch.empty(routed.choices, hidden, dtype=dtype, device=data.device)
-    _run(computed, downs, routed, parts, hidden, False, tile)
+    product_of_experts(computed, downs, routed, parts, hidden, False, tile)
     out = parts.new_empty(len(data), hidden)
     block = triton.next_power_of_2(hidden)
     _combine[(len(data),)](
@@ -240,7 +240,7 @@ def experts(
     return out
 
 
-def _run(
+def product_of_experts(
     x: Tensor | Fp8Rows,
     weight: Tensor | Fp8Matrix,
     routed: Routed,
@@ -249,6 +249,8 @@ def _run(
     gated: bool,
     tile: Tile | None,
 ) -> None:
+    """Each choice's row of `out` [choices, n]: silu(gate) * up of its token's row of x if `gated`,
+    else its own row of x times its expert's matrix, times the choice's weight."""
     a, x_scales = (x.data, x.scales) if isinstance(x, Fp8Rows) else (x, x)
     w, w_scales = (
         (weight.data, weight.scales) if isinstance(weight, Fp8Matrix) else (weight, weight)

@@ -1,0 +1,10 @@
+"""What `benchmarks/gpu.sh` measures where there is a GPU.
+
+timing    how long work on the device takes, and the device's ceilings
+kernels   experts, attention and products beside the bandwidth measured with them
+steps     whole decode steps of the engine, and how many experts they read
+serving   TTFT and TBT through the gateway
+peer      transformers' continuous batching, in this process
+tiles     what to try when tuning, and the file of the best
+summary   all of it as Markdown
+"""
