@@ -22,7 +22,7 @@ from scalellm.executor.graphs import Copied, CudaGraphs, DecodeGraphs, Draw, Lau
 from scalellm.executor.inputs import StepArrays
 from scalellm.executor.paged_inputs import build_paged_step
 from scalellm.kernels.attention import KVCache
-from scalellm.kernels.sampling import ids_of
+from scalellm.kernels.sampling import DRAW, ids_of
 from scalellm.loader.load import LoadedModel
 from scalellm.models.decoder import CausalLM
 
@@ -132,8 +132,11 @@ def gpu_steps(config: EngineConfig, loaded: LoadedModel, cache: KVCache) -> GpuS
     that transformers' code computes."""
     if loaded.device.type != "cuda" or loaded.config.family == "transformers":
         return None
-    from scalellm.kernels.sampling.triton import greedy
+    from scalellm.kernels.sampling.triton import draw, greedy
 
+    # Compiled now, not before the first request that draws with noise.
+    row = np.array([(1.0, 0.5, 0.0, 1, 0, 0, 0)], dtype=DRAW)
+    draw(torch.zeros(1, loaded.config.vocab_size, device=loaded.device), row)
     graphs: DecodeGraphs | None = None
     if not config.enforce_eager:
         most = min(config.max_num_seqs, config.max_num_batched_tokens)

@@ -14,6 +14,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from scalellm.errors import ModelFileError, ModelNotFoundError, UnsupportedModelError
+from scalellm.kernels.linear import Fp8Matrix
+from scalellm.kernels.quantise import FP8
 from scalellm.layers.weights import MatrixSpec, PlainMatrices
 from scalellm.loader.config import read_json
 from scalellm.loader.quantised import UNUSED, ScaledBytes, Scheme, Stored
@@ -165,6 +167,26 @@ class CheckpointSource(PlainMatrices):
             parts.append(part)
         weights, scales = zip(*parts, strict=True)
         return torch.cat(weights), torch.cat(scales)
+
+    def fp8(self, spec: MatrixSpec) -> Fp8Matrix | None:
+        """The matrix as the checkpoint has it, if that is fp8 which a GPU multiplies, in all parts.
+
+        Blocks of scales do not reach from one part into the next."""
+        parts = []
+        for index, (name, outputs) in enumerate(spec.parts):
+            scheme = self._checkpoint.scheme_of(f"{name}.weight")
+            if not isinstance(scheme, ScaledBytes):
+                return None
+            if scheme.block and outputs % scheme.block[0] and index + 1 < len(spec.parts):
+                return None
+            part = scheme.fp8(partial(self._part, f"{name}.weight"), outputs)
+            if part is None:
+                return None
+            parts.append(part)
+        weights, scales = zip(*parts, strict=True)
+        stored = [weight.view(torch.uint8) for weight in weights]
+        data = torch.cat(stored).to(self.device).view(FP8)
+        return Fp8Matrix(data, torch.cat(scales).to(self.device))
 
     def _part(self, name: str, suffix: str) -> Tensor:
         """One of the tensors that make the matrix `name`, which ends in ".weight"."""

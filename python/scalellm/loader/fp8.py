@@ -1,4 +1,4 @@
-"""Quantises a model's matrices to fp8 as they arrive on a GPU."""
+"""A model's matrices in fp8 on a GPU: as the checkpoint has them, or quantised as they arrive."""
 
 import torch
 from torch import Tensor
@@ -7,6 +7,7 @@ from scalellm.kernels.linear import Matrix
 from scalellm.kernels.linear.fp8 import quantise_matrix
 from scalellm.layers.shard import Shard
 from scalellm.layers.weights import MatrixSpec, Use, WeightSource
+from scalellm.loader.checkpoint import CheckpointSource
 
 LEAST_CAPABILITY = (8, 9)  # compute capability whose tensor cores multiply E4M3: Ada, Hopper, later
 
@@ -36,7 +37,7 @@ def fp8_obstacle(device: torch.device, family: str, dtype: torch.dtype) -> str |
 
 
 class Fp8Source:
-    """A WeightSource that quantises the matrices which another one gives."""
+    """A WeightSource of fp8 matrices; quantises those that another one gives in another type."""
 
     def __init__(self, source: WeightSource) -> None:
         self.dtype: torch.dtype = source.dtype
@@ -51,6 +52,10 @@ class Fp8Source:
         return self._source.table(name, n, d)
 
     def matrix(self, spec: MatrixSpec, tied: Tensor | None = None) -> Matrix:
+        if becomes_fp8(spec, tied) and isinstance(self._source, CheckpointSource):
+            as_it_is = self._source.fp8(spec)
+            if as_it_is is not None:
+                return as_it_is
         plain = self._source.matrix(spec, tied)
         if isinstance(plain, Tensor) and becomes_fp8(spec, tied):
             return quantise_matrix(plain)

@@ -28,6 +28,7 @@ from scalellm.loader.packed_cache import (
 )
 from scalellm.loader.packed_file import MappedWeights
 from scalellm.loader.packing import Packing, PackingSource
+from scalellm.loader.quantised import ScaledBytes, Scheme
 from scalellm.loader.sharding import ShardSource, check_division
 from scalellm.loader.sources import DummySource, InventorySource
 from scalellm.models.config import ModelConfig
@@ -78,7 +79,9 @@ def load_model(
     checkpoint = None if dummy else Checkpoint.open(folder, scheme)
     if checkpoint is not None and model_config.tie_word_embeddings:
         model_config = replace(model_config, tie_word_embeddings=_really_tied(checkpoint))
-    fp8 = check_fp8(config, model_config, dtype, device)
+    fp8 = check_fp8(config, model_config, dtype, device) or keeps_fp8(
+        config, scheme, model_config, dtype, device
+    )
     packing = choose_packing(config, model_config, dtype, device)
     check_division(
         model_config, packing, config.tensor_parallel_size, config.enable_expert_parallel
@@ -262,6 +265,22 @@ def check_fp8(
         if value == "fp8" and (obstacle := fp8_obstacle(device, model.family, dtype)) is not None:
             raise ConfigError(f"--{flag} fp8 {obstacle}")
     return config.quantization == "fp8"
+
+
+def keeps_fp8(
+    config: EngineConfig,
+    scheme: Scheme | None,
+    model: ModelConfig,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> bool:
+    """Whether a checkpoint of fp8 stays so because nobody asked for anything else and it can."""
+    return (
+        config.quantization == "auto"
+        and isinstance(scheme, ScaledBytes)
+        and scheme.dtype == "F8_E4M3"
+        and fp8_obstacle(device, model.family, dtype) is None
+    )
 
 
 def _really_tied(checkpoint: Checkpoint) -> bool:

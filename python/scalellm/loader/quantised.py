@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from scalellm.errors import ModelFileError, UnsupportedModelError
+from scalellm.kernels.quantise import GROUP
 
 SUPPORTED = (
     "compressed-tensors of int8 or fp8 weights (symmetric; scales of channels, tensors or blocks), "
@@ -96,6 +97,15 @@ class ScaledBytes(Scheme):
         if bool((weight == -128).any()):
             return None  # the kernels' int8 ends at -127
         return weight, read(self.marker).float().flatten().expand(n).contiguous()
+
+    def fp8(self, read: Read, n: int) -> tuple[Tensor, Tensor] | None:
+        """e4m3 [n, k] and float32 scales, [n, 1] or of blocks, if a GPU's kernels take these."""
+        if self.dtype != "F8_E4M3" or self.block not in (None, (GROUP, GROUP)):
+            return None
+        scale = read(self.marker).float()
+        if self.block is None:
+            return read("weight"), scale.view(-1, 1).expand(n, 1).contiguous()
+        return read("weight"), scale
 
 
 @dataclass(frozen=True, slots=True)

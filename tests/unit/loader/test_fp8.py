@@ -4,13 +4,16 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from scalellm.config import EngineConfig
 from scalellm.errors import ConfigError
 from scalellm.kernels.linear import Fp8Matrix, linear
 from scalellm.layers.weights import MatrixSpec, Use
+from scalellm.loader.checkpoint import Checkpoint, CheckpointSource
 from scalellm.loader.fp8 import Fp8Source, fp8_bytes, fp8_obstacle
-from scalellm.loader.load import check_fp8
+from scalellm.loader.load import check_fp8, keeps_fp8
+from scalellm.loader.quantised import ScaledBytes
 from scalellm.loader.sources import DummySource, InventorySource
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
@@ -69,3 +72,53 @@ def test_the_flag_is_named(flag):
     config = EngineConfig(**{flag: "fp8"})
     with pytest.raises(ConfigError, match=f"--{flag.replace('_', '-')} fp8 runs on a GPU"):
         check_fp8(config, SimpleNamespace(family="llama"), torch.bfloat16, CPU)
+
+
+STORED = MatrixSpec((("a", 128), ("b", 40)), 200, Use.COLUMN)
+SCHEMES = {
+    "channels": (ScaledBytes("fp8", "F8_E4M3", "weight_scale"), lambda n: (n, 1)),
+    "tensor": (ScaledBytes("fp8", "F8_E4M3", "weight_scale"), lambda _n: ()),
+    "blocks": (
+        ScaledBytes("fp8", "F8_E4M3", "weight_scale_inv", (128, 128)),
+        lambda n: (-(-n // 128), 2),
+    ),
+}
+
+
+def stored(folder, scheme, shape_of, spec):
+    """A source of a checkpoint of random fp8 matrices."""
+    generator = torch.Generator().manual_seed(5)
+    tensors = {}
+    for name, n in spec.parts:
+        numbers = torch.randn(n, spec.k, generator=generator)
+        tensors[f"{name}.weight"] = numbers.to(torch.float8_e4m3fn)
+        tensors[f"{name}.{scheme.marker}"] = torch.rand(shape_of(n), generator=generator) + 0.1
+    save_file(tensors, folder / "model.safetensors")
+    return CheckpointSource(Checkpoint.open(folder, scheme), torch.float32, CPU)
+
+
+@pytest.mark.parametrize("kind", SCHEMES)
+def test_fp8_checkpoints_stay_as_they_are(kind, tmp_path):
+    with stored(tmp_path, *SCHEMES[kind], STORED) as source:
+        found = Fp8Source(source).matrix(STORED)
+        assert isinstance(found, Fp8Matrix) and found.blocked is (kind == "blocks")
+        assert torch.equal(found.dequantised(torch.float32), source.matrix(STORED))
+
+
+def test_blocks_that_reach_into_the_next_part_are_quantised_anew(tmp_path):
+    spec = MatrixSpec((("a", 40), ("b", 128)), 200, Use.COLUMN)
+    with stored(tmp_path, *SCHEMES["blocks"], spec) as source:
+        found = Fp8Source(source).matrix(spec)
+        assert isinstance(found, Fp8Matrix) and not found.blocked
+
+
+@pytest.mark.parametrize(
+    ("asked", "dtype", "kept"),
+    [("auto", "F8_E4M3", True), ("none", "F8_E4M3", False), ("auto", "I8", False)],
+)
+def test_a_checkpoint_of_fp8_stays_so_unless_asked_otherwise(asked, dtype, kept, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _device: (9, 0))
+    model, scheme = SimpleNamespace(family="llama"), ScaledBytes("a", dtype, "weight_scale")
+    config = EngineConfig(quantization=asked)
+    assert keeps_fp8(config, scheme, model, torch.bfloat16, CUDA) is kept
+    assert not keeps_fp8(config, scheme, model, torch.bfloat16, CPU)
