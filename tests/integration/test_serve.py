@@ -118,3 +118,16 @@ def test_an_engines_own_complaint_is_shown(tmp_path: Path) -> None:
     assert "scalellm engine: " in done.stderr
     assert done.stderr.rstrip().endswith("scalellm serve: engine-0 could not start (exit code 1)")
     assert "Traceback" not in done.stderr
+
+
+def test_an_engine_that_loses_a_rank_is_replaced(tmp_path: Path) -> None:
+    serve = Serve(tmp_path, "--tensor-parallel-size", "2", "--cpu-threads", "2")
+    try:
+        assert serve.works()
+        engine = serve.engine_pid()
+        [rank] = children(engine)
+        kill(rank)
+        until(lambda: not alive(engine))
+        until(lambda: serve.engine_pid() and serve.works(), START_S)
+    finally:
+        serve.close()

@@ -15,6 +15,7 @@ from scalellm.cli.progress import Progress
 from scalellm.config import EngineConfig, LogConfig, build
 from scalellm.controller.cores import usable_cores
 from scalellm.errors import AddressInUseError, ConfigError, ServeError
+from scalellm.executor.followers import Followers
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -34,6 +35,8 @@ def run(arguments: argparse.Namespace) -> int:
     check_folder(folder, needs_tokenizer=False, needs_weights=weights)
     threads = config.cpu_threads or usable_cores()
     config = dataclasses.replace(config, model_path=folder, cpu_threads=threads)
+    ranks = config.tensor_parallel_size
+    followers = Followers(ranks) if ranks > 1 else None  # they import torch meanwhile
 
     import torch
 
@@ -42,7 +45,7 @@ def run(arguments: argparse.Namespace) -> int:
     from scalellm.executor.load import load_executor
 
     progress.done("import torch", torch.__version__)
-    executor = load_executor(config, progress.phase)
+    executor = load_executor(config, progress.phase, followers)
     progress.restart()
     has_tokenizer = (folder / "tokenizer.json").is_file()
     digest = tokenizer_digest(str(folder)) if has_tokenizer else ""

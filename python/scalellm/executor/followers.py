@@ -1,7 +1,9 @@
 """The other ranks' processes, as rank 0 sees them.
 
 start   spawn; they import torch meanwhile        load    tell them what, once rank 0 has it
-watch   a thread; the first that ends ends all    stop    by letter, then by force
+watch   a thread; the first that ends ends all    close   ask them to end, then make them
+
+This module imports no torch, so that all ranks can do so at once.
 """
 
 import contextlib
@@ -21,10 +23,14 @@ _END_S = 2.0  # for a rank to end by itself
 
 
 class Followers:
-    """Ranks 1 and later. `close` ends them; so does the end of this process."""
+    """Ranks 1 and later. `close` and `kill` end them; so does the end of this process.
 
-    def __init__(self, ranks: int, memory: int, logits: int) -> None:
-        """Start them; `memory` and `logits` are the files that they map."""
+    `memory` and `logits` are the files that all ranks map, empty until `share`."""
+
+    def __init__(self, ranks: int) -> None:
+        """Start them."""
+        self.memory = os.memfd_create("scalellm-ranks")
+        self.logits = os.memfd_create("scalellm-logits")
         self._controls: list[socket.socket] = []
         self._processes: list[subprocess.Popen[bytes]] = []
         self._closing = False
@@ -33,7 +39,7 @@ class Followers:
         for _ in range(1, ranks):
             ours, theirs = socket.socketpair()
             self._controls.append(ours)
-            files = {"control": theirs.fileno(), "memory": memory, "logits": logits}
+            files = {"control": theirs.fileno(), "memory": self.memory, "logits": self.logits}
             options = [f"--{name}={file}" for name, file in files.items()]
             with theirs:
                 process = subprocess.Popen(
@@ -42,6 +48,11 @@ class Followers:
                     stdin=subprocess.DEVNULL,
                 )
             self._processes.append(process)
+
+    def share(self, memory_bytes: int, logits_bytes: int) -> None:
+        """Make the files so large, of zeros whose memory is taken as it is used."""
+        os.ftruncate(self.memory, memory_bytes)
+        os.ftruncate(self.logits, logits_bytes)
 
     def load(self, orders: Sequence[bytes]) -> None:
         """Have each load what its order says; returns at once."""
@@ -95,20 +106,25 @@ class Followers:
         self._closing = True
         with contextlib.suppress(ConnectionAbortedError):
             stop()
+        for process in self._processes:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(_END_S)
+        self._end_all()
+
+    def kill(self) -> None:
+        """End all at once, before there was anything to do."""
+        if not self._closing:
+            self._closing = True
+            self._end_all()
+
+    def _end_all(self) -> None:
         self._end.close()
         if self._watcher is not None:
             self._watcher.join()
         for control, process in zip(self._controls, self._processes, strict=True):
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(_END_S)
             process.kill()
             process.wait()
             control.close()
         self._ended.close()
-
-
-def anonymous_file(name: str, size: int) -> int:
-    """A descriptor of `size` zeros, whose memory is taken as it is used."""
-    file = os.memfd_create(name)
-    os.ftruncate(file, size)
-    return file
+        os.close(self.memory)
+        os.close(self.logits)

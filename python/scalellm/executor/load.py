@@ -1,15 +1,19 @@
 """The executor that a configuration asks for."""
 
 from scalellm.config import EngineConfig
+from scalellm.executor.followers import Followers
 from scalellm.executor.single import SingleExecutor
 from scalellm.executor.tensor_parallel import TensorParallelExecutor
 from scalellm.loader.load import Progress
 
 
-def load_executor(config: EngineConfig, progress: Progress | None = None) -> SingleExecutor:
+def load_executor(
+    config: EngineConfig, progress: Progress | None = None, followers: Followers | None = None
+) -> SingleExecutor:
     """Load `config.model_path`, and start whatever processes compute it with this one.
 
-    `progress(phase, seconds)` is called as each phase ends. Raises ModelError, ConfigError,
-    EngineError."""
-    kind = TensorParallelExecutor if config.tensor_parallel_size > 1 else SingleExecutor
-    return kind.load(config, progress)
+    `progress(phase, seconds)` is called as each phase ends; `followers`: those processes, if they
+    were started before. Raises ModelError, ConfigError, EngineError."""
+    if config.tensor_parallel_size > 1:
+        return TensorParallelExecutor.load(config, progress, followers)
+    return SingleExecutor.load(config, progress)

@@ -9,7 +9,6 @@ own (rank.py). The bits are those of one process, on whatever number of ranks. A
 fails, ends the replica: `check` and whatever waits for it raise within a fraction of a second.
 """
 
-import os
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -20,12 +19,13 @@ import torch
 
 from scalellm.config import EngineConfig
 from scalellm.errors import EngineError
-from scalellm.executor.followers import Followers, anonymous_file
+from scalellm.executor.followers import Followers
 from scalellm.executor.inputs import StepArrays
 from scalellm.executor.rank import order
 from scalellm.executor.seat import STOP, Seat, Sizes, write_letter
 from scalellm.executor.single import SingleExecutor
 from scalellm.loader.load import Progress, check_max_model_len, check_ranks
+from scalellm.models.config import ModelConfig
 
 
 class TensorParallelExecutor(SingleExecutor):
@@ -35,38 +35,53 @@ class TensorParallelExecutor(SingleExecutor):
     _failure: str | None = None
 
     @classmethod
-    def load(cls, config: EngineConfig, progress: Progress | None = None) -> Self:
+    def load(
+        cls,
+        config: EngineConfig,
+        progress: Progress | None = None,
+        followers: Followers | None = None,
+    ) -> Self:
         """As SingleExecutor, by `config.tensor_parallel_size` ranks with a share of the threads
-        each. Raises ConfigError before anything is started where they cannot share the model, and
+        each; `followers`: the others, if they were started before, and ended by this if it raises.
+        Raises ConfigError where they cannot share the model, before anything is started, and
         EngineError where a rank cannot load."""
-        report = progress or (lambda _phase, _seconds: None)
+        with ExitStack() as on_failure:
+            if followers is not None:
+                on_failure.callback(followers.kill)
+            model = check_ranks(config)
+            if followers is None:
+                followers = Followers(config.tensor_parallel_size)
+                on_failure.callback(followers.kill)
+            own = cls._load_all(config, progress, model, followers)
+            on_failure.pop_all()
+        followers.watch(own._fail)
+        return own
+
+    @classmethod
+    def _load_all(
+        cls,
+        config: EngineConfig,
+        progress: Progress | None,
+        model: ModelConfig,
+        followers: Followers,
+    ) -> Self:
         ranks = config.tensor_parallel_size
-        model = check_ranks(config)
         limit = config.max_model_len or check_max_model_len(None, model)
         sizes = Sizes.of(config, model, limit)
         threads = max(1, (config.cpu_threads or torch.get_num_threads()) // ranks)
         config = replace(config, cpu_threads=threads)
-        with ExitStack() as undo:
-            memory = anonymous_file("scalellm-ranks", sizes.memory_bytes)
-            undo.callback(os.close, memory)
-            logits = anonymous_file("scalellm-logits", sizes.logits_bytes)
-            undo.callback(os.close, logits)
-            seat = Seat.take(0, sizes, config.enable_expert_parallel, memory, logits)
-            followers = Followers(ranks, memory, logits)
-            with ExitStack() as on_failure:
-                on_failure.callback(followers.close, seat.ranks.give_up)
-                own = cls.load_part(config, progress, seat)
-                began = time.monotonic()
-                followers.load(
-                    [order(rank, config, sizes, own.num_blocks) for rank in range(1, ranks)]
-                )
-                followers.wait_loaded()
-                on_failure.pop_all()
-        report(f"ranks: {ranks}, {threads} threads each", time.monotonic() - began)
+        followers.share(sizes.memory_bytes, sizes.logits_bytes)
+        parallel = config.enable_expert_parallel
+        seat = Seat.take(0, sizes, parallel, followers.memory, followers.logits)
+        own = cls.load_part(config, progress, seat)
         own._followers = followers
-        followers.watch(own._fail)
         if own.torch_threads is None:
             own.torch_threads = threads
+        began = time.monotonic()
+        followers.load([order(rank, config, sizes, own.num_blocks) for rank in range(1, ranks)])
+        followers.wait_loaded()
+        if progress is not None:
+            progress(f"ranks: {ranks}, {threads} threads each", time.monotonic() - began)
         return own
 
     def check(self) -> None:
