@@ -145,7 +145,7 @@ class Detokenizer:
 
 # ---------------------------------------------------------------- gateway (crates/gateway)
 
-def run_gateway(config_toml: str) -> None:
+def run_gateway(config_toml: str, path: str | None = None) -> None:
     """Serve until SIGTERM or SIGINT has drained it; without the GIL. Raises OSError if the port is
     taken,
     ValueError on a bad configuration."""

@@ -58,7 +58,8 @@ pub async fn admit(
     params: &Params,
     prompts: usize,
 ) -> ApiResult<Admitted> {
-    let model = Arc::clone(app.fleet.find_or_only(model_name)?);
+    let live = app.live();
+    let model = Arc::clone(live.fleet.find_or_only(model_name)?);
     name(record, &model.served)?;
     record.update(|progress| progress.own = Some(Arc::clone(&model)));
     let limits = model
@@ -72,7 +73,7 @@ pub async fn admit(
     let deadline = params
         .deadline_ms
         .map(|ms| record.started + Duration::from_millis(ms.into()));
-    let places = || model.places(&app.config);
+    let places = || model.places(&live.config);
     let permit = place(app, record, &model.served, demand, deadline, places).await?;
     Ok(Admitted {
         model,
@@ -133,7 +134,7 @@ pub async fn place(
         .ok_or_else(|| ApiError::draining(app.drain_retry_after_s()))?
         .map_err(|refusal| {
             app.metrics.rejected(refusal.reason());
-            refusal.error(app.config.max_in_flight)
+            refusal.error(app.live().config.max_in_flight)
         })
 }
 
@@ -178,7 +179,7 @@ fn ask(app: &App, record: &RequestRecord, demand: Demand) -> Ask {
         tenant,
         weight,
         // More than there ever are would wait for ever.
-        units: choices.min(app.config.max_in_flight),
+        units: choices.min(app.live().config.max_in_flight),
         cost: prompt + output * choices as f64,
     }
 }

@@ -2,17 +2,22 @@
 
 use std::sync::Arc;
 
+use parking_lot::RwLock;
 use scalellm_accounts::Accounts;
 use tokio::sync::watch;
+use tokio_rustls::TlsAcceptor;
 
 use crate::body::BodyMemory;
 use crate::config::Config;
 use crate::error::GatewayError;
 use crate::fleet::Fleet;
+use crate::log::Log;
 use crate::metrics::Metrics;
 use crate::recent::RecentRequests;
+use crate::reload::Changes;
 use crate::stages::Clock;
 use crate::text_pool::TextPool;
+use crate::tls;
 
 /// The gateway's own life: only forward.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -24,11 +29,20 @@ pub enum Phase {
     Stopping,
 }
 
-pub struct App {
+/// What a reload swaps, at once.
+pub struct Live {
     pub config: Config,
+    pub fleet: Fleet,
+    /// `None` while clients speak without TLS.
+    pub acceptor: Option<TlsAcceptor>,
+}
+
+pub struct App {
+    live: RwLock<Arc<Live>>,
+    pub changes: Changes,
+    pub log: Log,
     pub clock: Clock,
     pub metrics: Arc<Metrics>,
-    pub fleet: Fleet,
     pub text_pool: TextPool,
     /// Keys, quotas and usage, where there is a database.
     pub accounts: Option<Arc<Accounts>>,
@@ -43,12 +57,11 @@ impl App {
     /// Loads what requests need; connects in the background, so a runtime must be there.
     ///
     /// # Errors
-    /// As [`Fleet::start`]; `Runtime` if a thread cannot be started.
-    pub fn start(config: Config) -> Result<Arc<App>, GatewayError> {
-        let metrics = Arc::new(Metrics::new(
-            config.models.iter().map(|model| model.name.as_str()),
-        ));
-        let fleet = Fleet::start(&config, &metrics)?;
+    /// As [`Fleet::start`] and [`tls::acceptor`]; `Runtime` if a thread cannot be started.
+    pub fn start(config: Config, changes: Changes, log: Log) -> Result<Arc<App>, GatewayError> {
+        let metrics = Arc::new(Metrics::new());
+        let acceptor = tls::acceptor(&config)?;
+        let fleet = Fleet::start(&config, &metrics, None)?;
         let accounts = config
             .accounts()
             .map(Accounts::start)
@@ -64,9 +77,24 @@ impl App {
             phase: watch::Sender::new(Phase::Serving),
             in_flight: watch::Sender::new(0),
             metrics,
-            fleet,
-            config,
+            changes,
+            log,
+            live: RwLock::new(Arc::new(Live {
+                config,
+                fleet,
+                acceptor,
+            })),
         }))
+    }
+
+    /// The configuration and what it names. A request that takes it keeps it, whatever is swapped in meanwhile.
+    #[must_use]
+    pub fn live(&self) -> Arc<Live> {
+        Arc::clone(&self.live.read())
+    }
+
+    pub fn swap(&self, new: Live) {
+        *self.live.write() = Arc::new(new);
     }
 
     #[must_use]
@@ -119,6 +147,6 @@ impl App {
     /// Seconds after which a client may find another server in this one's place.
     #[must_use]
     pub fn drain_retry_after_s(&self) -> u32 {
-        self.config.drain_timeout_s.clamp(1.0, 60.0).ceil() as u32
+        self.live().config.drain_timeout_s.clamp(1.0, 60.0).ceil() as u32
     }
 }

@@ -21,18 +21,20 @@ const PRIORITIES_OF_A_CLASS: i32 = 1_000_000;
 /// # Errors
 /// 401; 503 if the database had to be asked and did not answer.
 pub async fn check(app: &App, record: &RequestRecord, headers: &HeaderMap) -> ApiResult<()> {
+    let live = app.live();
+    let keys = &live.config.api_keys;
     let Some(accounts) = &app.accounts else {
-        return check_static(headers, &app.config.api_keys);
+        return check_static(headers, keys);
     };
     let Some(given) = bearer(headers)? else {
-        if app.config.api_keys.is_empty() {
+        if keys.is_empty() {
             return accounts
                 .anonymous()
                 .map_err(|denied| quota::refuse(app, &denied));
         }
         return Err(no_key());
     };
-    if is_among(given, &app.config.api_keys) {
+    if is_among(given, keys) {
         return Ok(());
     }
     let secret = std::str::from_utf8(given).unwrap_or_default();
@@ -42,7 +44,7 @@ pub async fn check(app: &App, record: &RequestRecord, headers: &HeaderMap) -> Ap
             Ok(())
         }
         // Where no key was ever made, one that was sent along does no harm: clients often must send some.
-        Err(_) if app.config.api_keys.is_empty() && accounts.anonymous().is_ok() => Ok(()),
+        Err(_) if keys.is_empty() && accounts.anonymous().is_ok() => Ok(()),
         Err(denied) => Err(quota::refuse(app, &denied)),
     }
 }

@@ -99,7 +99,8 @@ pub async fn whole<'a>(
     payload: Body,
 ) -> ApiResult<ReadBody<'a>> {
     let mut held = None;
-    let reading = read(headers, payload, &app.config, &app.body_memory, &mut held);
+    let live = app.live();
+    let reading = read(headers, payload, &live.config, &app.body_memory, &mut held);
     let bytes = record
         .timed_async(Stage::Body, reading)
         .await

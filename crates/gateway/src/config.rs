@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use scalellm_engine_link::{Address, ReplicaConfig};
 use scalellm_routing::Policy;
-use serde::Deserialize;
+use serde::{Deserialize, Serialize};
 
 use crate::error::GatewayError;
 
@@ -21,6 +21,11 @@ pub struct Config {
     pub host: String,
     /// 0 takes a free port.
     pub port: u16,
+    /// Listens there too.
+    pub unix_socket: Option<PathBuf>,
+    /// Certificate chain and private key, in PEM; with them clients speak TLS.
+    pub tls_cert: Option<PathBuf>,
+    pub tls_key: Option<PathBuf>,
     /// Clients must present one of these as `Authorization: Bearer KEY`; empty lets everybody in.
     pub api_keys: Vec<String>,
     /// Keys, quotas and usage: `postgres://...`, `sqlite:PATH`, `sqlite` for a file in the user's data folder; absent for
@@ -91,7 +96,7 @@ pub enum DatabaseDown {
 }
 
 /// The least severity that is logged.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize, Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum LogLevel {
     Error,
@@ -112,6 +117,9 @@ pub struct ModelConfig {
     /// `unix:/path` or `host:port`.
     pub replicas: Vec<String>,
     pub upstreams: Vec<UpstreamConfig>,
+    /// Of both, those that get no new requests; set through `/admin/v1` alone.
+    #[serde(skip)]
+    pub drained: Vec<String>,
     /// Lowers the engines' own limit.
     pub max_model_len: Option<u32>,
     /// File with a chat template that replaces the folder's.
@@ -130,6 +138,7 @@ impl Default for ModelConfig {
             upstreams: Vec::new(),
             max_model_len: None,
             chat_template: None,
+            drained: Vec::new(),
             routing: Policy::Prefix.name().to_owned(),
         }
     }
@@ -140,6 +149,9 @@ impl Default for Config {
         Config {
             host: "127.0.0.1".to_owned(),
             port: 8000,
+            unix_socket: None,
+            tls_cert: None,
+            tls_key: None,
             api_keys: Vec::new(),
             database_url: None,
             database_down: DatabaseDown::Open,
@@ -248,6 +260,14 @@ impl Config {
                 self.places_per_slot
             ));
         }
+        for (there, absent, given, missing) in [
+            (&self.tls_cert, &self.tls_key, "tls_cert", "tls_key"),
+            (&self.tls_key, &self.tls_cert, "tls_key", "tls_cert"),
+        ] {
+            if there.is_some() && absent.is_none() {
+                return bad(format!("{missing}: missing, needed with {given}"));
+            }
+        }
         if self.models.is_empty() {
             return bad("models: at least one [[models]] is needed".to_owned());
         }
@@ -266,6 +286,53 @@ impl Config {
             model.validate(index)?;
         }
         Ok(())
+    }
+
+    /// Takes from `old` what cannot change while the process runs; names what was to.
+    pub fn keep_fixed(&mut self, old: &Config) -> Vec<&'static str> {
+        fn keep<T: Clone + PartialEq>(
+            name: &'static str,
+            new: &mut T,
+            old: &T,
+        ) -> Option<&'static str> {
+            let differs = new != old;
+            new.clone_from(old);
+            differs.then_some(name)
+        }
+        [
+            keep("host", &mut self.host, &old.host),
+            keep("port", &mut self.port, &old.port),
+            keep("unix_socket", &mut self.unix_socket, &old.unix_socket),
+            keep("database_url", &mut self.database_url, &old.database_url),
+            keep("database_down", &mut self.database_down, &old.database_down),
+            keep(
+                "database_timeout_s",
+                &mut self.database_timeout_s,
+                &old.database_timeout_s,
+            ),
+            keep("lease_s", &mut self.lease_s, &old.lease_s),
+            keep(
+                "usage_interval_s",
+                &mut self.usage_interval_s,
+                &old.usage_interval_s,
+            ),
+            keep(
+                "max_body_memory_bytes",
+                &mut self.max_body_memory_bytes,
+                &old.max_body_memory_bytes,
+            ),
+            keep(
+                "max_connections",
+                &mut self.max_connections,
+                &old.max_connections,
+            ),
+            keep("text_threads", &mut self.text_threads, &old.text_threads),
+            keep("text_queue", &mut self.text_queue, &old.text_queue),
+            keep("log_format", &mut self.log_format, &old.log_format),
+        ]
+        .into_iter()
+        .flatten()
+        .collect()
     }
 
     /// Settings of keys, quotas and usage; `None` without a database.

@@ -9,10 +9,10 @@ use std::task::{Context, Poll, ready};
 use std::time::{Duration, Instant};
 
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
-use tokio::net::TcpStream;
 use tokio::time::Sleep;
 
 use crate::metrics::Metrics;
+use crate::socket::Socket;
 
 /// Before closing, this much of what the client still sends is read and thrown away: closing with unread bytes
 /// would reset the connection under an answer that came before the body's end.
@@ -83,7 +83,7 @@ impl ConnectionState {
 
 /// The socket as hyper sees it.
 pub struct ClientSocket {
-    tcp: TcpStream,
+    socket: Socket,
     state: Arc<ConnectionState>,
     metrics: Arc<Metrics>,
     write_timeout: Duration,
@@ -96,13 +96,13 @@ pub struct ClientSocket {
 impl ClientSocket {
     #[must_use]
     pub fn new(
-        tcp: TcpStream,
+        socket: Socket,
         state: Arc<ConnectionState>,
         metrics: Arc<Metrics>,
         write_timeout: Duration,
     ) -> Self {
         ClientSocket {
-            tcp,
+            socket,
             state,
             metrics,
             write_timeout,
@@ -143,7 +143,7 @@ impl AsyncRead for ClientSocket {
         buf: &mut ReadBuf<'_>,
     ) -> Poll<io::Result<()>> {
         let before = buf.filled().len();
-        let read = Pin::new(&mut self.tcp).poll_read(cx, buf);
+        let read = Pin::new(&mut self.socket).poll_read(cx, buf);
         if buf.filled().len() > before {
             self.state.saw_bytes();
         }
@@ -157,7 +157,7 @@ impl AsyncWrite for ClientSocket {
         cx: &mut Context<'_>,
         buf: &[u8],
     ) -> Poll<io::Result<usize>> {
-        let wrote = Pin::new(&mut self.tcp).poll_write(cx, buf);
+        let wrote = Pin::new(&mut self.socket).poll_write(cx, buf);
         self.bound_wait(cx, wrote)
     }
 
@@ -166,21 +166,21 @@ impl AsyncWrite for ClientSocket {
         cx: &mut Context<'_>,
         bufs: &[io::IoSlice<'_>],
     ) -> Poll<io::Result<usize>> {
-        let wrote = Pin::new(&mut self.tcp).poll_write_vectored(cx, bufs);
+        let wrote = Pin::new(&mut self.socket).poll_write_vectored(cx, bufs);
         self.bound_wait(cx, wrote)
     }
 
     fn is_write_vectored(&self) -> bool {
-        self.tcp.is_write_vectored()
+        self.socket.is_write_vectored()
     }
 
     fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.tcp).poll_flush(cx)
+        Pin::new(&mut self.socket).poll_flush(cx)
     }
 
     fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         if self.lingering.is_none() {
-            ready!(Pin::new(&mut self.tcp).poll_shutdown(cx))?;
+            ready!(Pin::new(&mut self.socket).poll_shutdown(cx))?;
         }
         let this = &mut *self;
         let timer = this
@@ -192,7 +192,7 @@ impl AsyncWrite for ClientSocket {
         let mut scrap = [0_u8; 16 << 10];
         while this.lingered_bytes < LINGER_BYTES {
             let mut buf = ReadBuf::new(&mut scrap);
-            match ready!(Pin::new(&mut this.tcp).poll_read(cx, &mut buf)) {
+            match ready!(Pin::new(&mut this.socket).poll_read(cx, &mut buf)) {
                 Ok(()) if !buf.filled().is_empty() => this.lingered_bytes += buf.filled().len(),
                 _ => break,
             }

@@ -385,6 +385,23 @@ impl IntoResponse for ApiError {
     }
 }
 
+impl From<GatewayError> for Box<ApiError> {
+    /// An operator's change that cannot be.
+    fn from(error: GatewayError) -> Box<ApiError> {
+        match error {
+            GatewayError::Config(_) | GatewayError::Model { .. } => Box::new(ApiError::new(
+                StatusCode::BAD_REQUEST,
+                "invalid_request_error",
+                Some("invalid_config"),
+                error.to_string(),
+            )),
+            GatewayError::Bind { .. } | GatewayError::Runtime(_) => {
+                ApiError::internal(error.to_string())
+            }
+        }
+    }
+}
+
 /// Carries an error's text from its response to the access log.
 #[derive(Debug, Clone)]
 pub struct ErrorNote {

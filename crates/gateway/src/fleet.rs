@@ -9,6 +9,7 @@ use futures_util::future::join_all;
 use scalellm_engine_link::{Replica, ReplicaConfig, ReplicaState, proto};
 use scalellm_routing::Candidate;
 
+use crate::app::Live;
 use crate::config::{Config, ModelConfig};
 use crate::error::{ApiError, ApiResult, GatewayError};
 use crate::foreign::ForeignModel;
@@ -22,6 +23,8 @@ pub struct Model {
     pub served: Arc<Served>,
     pub text: Arc<TextModel>,
     pub replicas: Vec<Arc<Replica>>,
+    /// Of them, those that get no new requests.
+    drained: Vec<Arc<Replica>>,
     max_model_len: Option<u32>,
     pub routing: Routing,
 }
@@ -47,22 +50,27 @@ impl Model {
         served: Arc<Served>,
         config: &ModelConfig,
         index: usize,
-        text: TextModel,
+        text: Arc<TextModel>,
         link: &ReplicaConfig,
     ) -> Result<Model, GatewayError> {
         let addresses = config.addresses(index)?;
         let routing = Routing::new(config.policy(index)?, addresses.len());
+        let replicas: Vec<Arc<Replica>> = addresses
+            .into_iter()
+            .enumerate()
+            .map(|(index, address)| match routing.mirror(index) {
+                Some(sink) => Replica::start_following(address, link.clone(), sink),
+                None => Replica::start(address, link.clone()),
+            })
+            .collect();
+        let is_drained =
+            |replica: &&Arc<Replica>| config.drained.contains(&replica.address().to_string());
+        let drained = replicas.iter().filter(is_drained).cloned().collect();
         Ok(Model {
             served,
-            text: Arc::new(text),
-            replicas: addresses
-                .into_iter()
-                .enumerate()
-                .map(|(index, address)| match routing.mirror(index) {
-                    Some(sink) => Replica::start_following(address, link.clone(), sink),
-                    None => Replica::start(address, link.clone()),
-                })
-                .collect(),
+            text,
+            replicas,
+            drained,
             routing,
             max_model_len: config.max_model_len,
         })
@@ -137,8 +145,18 @@ impl Model {
         self.replicas.iter().any(|replica| self.is_usable(replica))
     }
 
+    /// An operator wants it to get no new requests.
+    #[must_use]
+    pub fn is_drained(&self, replica: &Replica) -> bool {
+        self.drained
+            .iter()
+            .any(|drained| std::ptr::eq(&**drained, replica))
+    }
+
     fn is_usable(&self, replica: &Replica) -> bool {
-        replica.state() == ReplicaState::Ready && self.shares_tokenizer(replica)
+        !self.is_drained(replica)
+            && replica.state() == ReplicaState::Ready
+            && self.shares_tokenizer(replica)
     }
 
     /// Ids of another tokenizer would be nonsense to the engine. One that does not tell its digest is believed.
@@ -202,39 +220,70 @@ pub struct Fleet {
 }
 
 impl Fleet {
-    /// Loads every model's tokenizer and starts connecting to its replicas.
+    /// Loads every model's tokenizer and starts connecting to its replicas. What `before` has already, and is not to
+    /// change, is taken over.
     ///
     /// # Errors
     /// `GatewayError::Model` with what is wrong with a folder or template, `Config` for an upstream.
-    pub fn start(config: &Config, metrics: &Metrics) -> Result<Fleet, GatewayError> {
-        let texts: Vec<Option<TextModel>> = config
-            .models
-            .iter()
-            .map(|model| {
-                (!model.replicas.is_empty())
-                    .then(|| load_text(model))
-                    .transpose()
-            })
-            .collect::<Result<_, _>>()?;
+    pub fn start(
+        config: &Config,
+        metrics: &Metrics,
+        before: Option<&Live>,
+    ) -> Result<Fleet, GatewayError> {
         let link = config.replica();
         let mut fleet = Fleet {
             served: Vec::new(),
             models: Vec::new(),
             foreign: Vec::new(),
         };
-        for (index, (model, text)) in config.models.iter().zip(texts).enumerate() {
-            let served = Served::new(model, config, metrics);
+        for (index, model) in config.models.iter().enumerate() {
+            let before = before.and_then(|live| Before::of(live, config, model));
+            let served = match &before {
+                Some(before) => Served::next(before.served, &before.live.config, model, config),
+                None => Served::new(model, config, metrics),
+            };
             fleet.served.push(Arc::clone(&served));
-            if let Some(text) = text {
-                let own = Model::start(Arc::clone(&served), model, index, text, &link)?;
-                fleet.models.push(Arc::new(own));
+            if !model.replicas.is_empty() {
+                let unchanged = before
+                    .as_ref()
+                    .and_then(|before| before.unchanged(&served, model));
+                fleet.models.push(match unchanged {
+                    Some(own) => own,
+                    None => {
+                        let loaded = before.as_ref().and_then(|before| before.text(model));
+                        let text = loaded.map_or_else(|| load_text(model).map(Arc::new), Ok)?;
+                        Arc::new(Model::start(
+                            Arc::clone(&served),
+                            model,
+                            index,
+                            text,
+                            &link,
+                        )?)
+                    }
+                });
             }
             if !model.upstreams.is_empty() {
-                let foreign = ForeignModel::start(served, model, index)?;
+                let elsewhere = before
+                    .as_ref()
+                    .and_then(|before| before.live.fleet.elsewhere(before.served));
+                let foreign =
+                    ForeignModel::start(served, model, index, elsewhere.map(|old| &**old))?;
                 fleet.foreign.push(Arc::new(foreign));
             }
         }
         Ok(fleet)
+    }
+
+    /// Whether every replica that was ready in `before` is ready here too.
+    #[must_use]
+    pub fn is_as_ready_as(&self, before: &Fleet) -> bool {
+        let is_ready = |replica: &&Arc<Replica>| replica.state() == ReplicaState::Ready;
+        self.replicas()
+            .filter(|replica| !is_ready(replica))
+            .all(|replica| {
+                let mut others = before.replicas().filter(is_ready);
+                !others.any(|other| other.address() == replica.address())
+            })
     }
 
     #[must_use]
@@ -326,6 +375,28 @@ impl Fleet {
         })
     }
 
+    /// All replicas of our own.
+    pub fn replicas(&self) -> impl Iterator<Item = &Arc<Replica>> {
+        self.models.iter().flat_map(|model| &model.replicas)
+    }
+
+    /// All engines, by model and address or URL.
+    pub fn engines(&self) -> impl Iterator<Item = String> {
+        let own = self.models.iter().flat_map(|model| {
+            model
+                .replicas
+                .iter()
+                .map(|replica| format!("{}: {}", model.name, replica.address()))
+        });
+        let elsewhere = self.foreign.iter().flat_map(|model| {
+            model
+                .upstreams
+                .iter()
+                .map(|upstream| format!("{}: {}", model.served.name, upstream.name))
+        });
+        own.chain(elsewhere)
+    }
+
     fn names(&self) -> Vec<&str> {
         self.served.iter().map(|served| &*served.name).collect()
     }
@@ -334,6 +405,55 @@ impl Fleet {
     pub async fn shutdown(&self) {
         let replicas = self.models.iter().flat_map(|model| &model.replicas);
         join_all(replicas.map(|replica| replica.shutdown())).await;
+    }
+}
+
+/// What served a model until now, where another configuration takes its place.
+struct Before<'a> {
+    live: &'a Live,
+    served: &'a Arc<Served>,
+    config: &'a ModelConfig,
+    /// Replicas are spoken to as before.
+    same_link: bool,
+}
+
+impl<'a> Before<'a> {
+    fn of(live: &'a Live, config: &Config, model: &ModelConfig) -> Option<Before<'a>> {
+        Some(Before {
+            live,
+            served: live
+                .fleet
+                .served
+                .iter()
+                .find(|served| *served.name == *model.name)?,
+            config: live
+                .config
+                .models
+                .iter()
+                .find(|old| old.name == model.name)?,
+            same_link: (
+                live.config.replica_hung_after_s,
+                live.config.replica_silence_s,
+            ) == (config.replica_hung_after_s, config.replica_silence_s),
+        })
+    }
+
+    /// The model as it is, if nothing that it was made of has changed.
+    fn unchanged(&self, served: &Arc<Served>, model: &ModelConfig) -> Option<Arc<Model>> {
+        let same = self.same_link
+            && Arc::ptr_eq(self.served, served)
+            && self.config == model
+            && model.chat_template.is_none();
+        self.live.fleet.own(self.served).filter(|_| same).cloned()
+    }
+
+    /// The loaded tokenizer; a template in a file of its own may have been edited there.
+    fn text(&self, model: &ModelConfig) -> Option<Arc<TextModel>> {
+        let same = self.config.path == model.path
+            && self.config.chat_template.is_none()
+            && model.chat_template.is_none();
+        let own = self.live.fleet.own(self.served)?;
+        same.then(|| Arc::clone(&own.text))
     }
 }
 

@@ -75,7 +75,7 @@ impl Generation {
                     .map(|ms| Duration::from_millis(ms.into())),
                 "deadline_ms",
             ),
-            (app.config.request_timeout(), "request_timeout_s"),
+            (app.live().config.request_timeout(), "request_timeout_s"),
         ];
         let nearest = limits
             .into_iter()

@@ -1,7 +1,7 @@
 //! The OpenAI-compatible front. One file for each stage of a request's life, in order:
 //!
 //! ```text
-//! server, connection   a socket's requests                  accept
+//! server, connection   a socket's requests; socket, tls      accept
 //! observe, recent,     id, stage times, metrics, log        (around all that follows)   write
 //! written
 //! auth                 API key                              auth
@@ -32,6 +32,7 @@ mod fair_queue;
 mod fleet;
 mod foreign;
 mod generation;
+mod log;
 mod metering;
 mod metrics;
 mod observe;
@@ -39,6 +40,7 @@ mod prompt;
 mod quota;
 mod recent;
 mod record;
+mod reload;
 mod request;
 mod respond;
 mod routes;
@@ -46,12 +48,15 @@ mod routing;
 mod serve;
 mod served;
 mod server;
+mod socket;
 mod stages;
 mod submit;
 pub mod text;
 mod text_pool;
+mod tls;
 mod written;
 
 pub use config::{Config, DatabaseDown, LogFormat, LogLevel, ModelConfig, UpstreamConfig};
 pub use error::GatewayError;
+pub use log::Log;
 pub use serve::{Gateway, serve};

@@ -74,12 +74,13 @@ pub struct Metrics {
     pub clients_stalled: AtomicU64,
     pub retried: AtomicU64,
     stages: [Histogram; Stage::ALL.len()],
-    models: Vec<(String, Arc<ModelMetrics>)>,
+    /// Those that were ever served: what was counted stays.
+    models: Mutex<Vec<(String, Arc<ModelMetrics>)>>,
 }
 
 impl Metrics {
     #[must_use]
-    pub fn new<'a>(models: impl IntoIterator<Item = &'a str>) -> Metrics {
+    pub fn new() -> Metrics {
         Metrics {
             requests: Mutex::default(),
             rejected: Mutex::default(),
@@ -88,18 +89,20 @@ impl Metrics {
             clients_stalled: AtomicU64::new(0),
             retried: AtomicU64::new(0),
             stages: std::array::from_fn(|_| Histogram::default()),
-            models: models
-                .into_iter()
-                .map(|name| (name.to_owned(), Arc::default()))
-                .collect(),
+            models: Mutex::default(),
         }
     }
 
     /// The counts of a model, by its name.
     #[must_use]
     pub fn model(&self, name: &str) -> Arc<ModelMetrics> {
-        let known = self.models.iter().find(|(known, _)| known == name);
-        known.map_or_else(Arc::default, |(_, counts)| Arc::clone(counts))
+        let mut models = self.models.lock();
+        if let Some((_, counts)) = models.iter().find(|(known, _)| known == name) {
+            return Arc::clone(counts);
+        }
+        let counts = Arc::default();
+        models.push((name.to_owned(), Arc::clone(&counts)));
+        counts
     }
 
     pub fn request_ended(&self, route: &'static str, status: u16) {
@@ -172,6 +175,7 @@ impl Metrics {
             family(out, name, kind, help);
             let _ = writeln!(out, "{name} {}", value.load(Relaxed));
         }
+        let models = self.models.lock().clone();
         type Count = fn(&ModelMetrics) -> &AtomicU64;
         let counts: [(&str, &str, Count); 3] = [
             ("scalellm_prompt_tokens_total", "Tokens of prompts.", |m| {
@@ -188,7 +192,7 @@ impl Metrics {
         ];
         for (name, help, count) in counts {
             family(out, name, "counter", help);
-            for (model, metrics) in &self.models {
+            for (model, metrics) in &models {
                 let _ = writeln!(
                     out,
                     "{name}{{model={}}} {}",
@@ -212,7 +216,7 @@ impl Metrics {
         ];
         for (name, help, histogram) in times {
             family(out, name, "histogram", help);
-            for (model, metrics) in &self.models {
+            for (model, metrics) in &models {
                 histogram(metrics).write(out, name, &format!("model={}", label(model)));
             }
         }

@@ -115,7 +115,7 @@ async fn gate(
         return Ok(());
     }
     if routes::is_admin(record.route) {
-        return auth::check_admin(headers, &app.config.admin_keys, connection);
+        return auth::check_admin(headers, &app.live().config.admin_keys, connection);
     }
     auth::check(app, record, headers).await?;
     if app.phase() != Phase::Serving {

@@ -1,16 +1,19 @@
 //! Starting and ending: as a process, or inside a test.
 
 use std::net::SocketAddr;
+use std::path::PathBuf;
 use std::sync::Arc;
 
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::task::JoinHandle;
-use tracing_subscriber::filter::LevelFilter;
 
 use crate::app::{App, Phase};
-use crate::config::{Config, LogFormat, LogLevel};
+use crate::config::Config;
 use crate::error::GatewayError;
-use crate::{routes, server};
+use crate::log::Log;
+use crate::reload::Changes;
+use crate::routes;
+use crate::server::{self, Listeners};
 
 /// A running gateway. Dropping it stops it at once.
 pub struct Gateway {
@@ -25,12 +28,24 @@ impl Gateway {
     /// # Errors
     /// A taken port, a bad model folder, a bad setting.
     pub async fn start(config: Config) -> Result<Gateway, GatewayError> {
+        Gateway::start_from(config, None, Log::default()).await
+    }
+
+    /// The same; `path` is the file that a reload reads.
+    ///
+    /// # Errors
+    /// As `start`.
+    pub async fn start_from(
+        config: Config,
+        path: Option<PathBuf>,
+        log: Log,
+    ) -> Result<Gateway, GatewayError> {
         config.validate()?;
         // The port first: a second server on it should fail before it has loaded anything.
-        let (listener, address) = server::bind(&config.host, config.port).await?;
-        let app = App::start(config)?;
+        let (listeners, address) = Listeners::bind(&config).await?;
+        let app = App::start(config, Changes::new(path), log)?;
         let router = routes::router(Arc::clone(&app));
-        let task = tokio::spawn(server::run(Arc::clone(&app), listener, router));
+        let task = tokio::spawn(server::run(Arc::clone(&app), listeners, router));
         Ok(Gateway {
             app,
             address,
@@ -77,13 +92,14 @@ impl Drop for Gateway {
     }
 }
 
-/// Serves until SIGTERM or SIGINT has drained it; a second signal ends it at once. Blocks.
+/// Serves until SIGTERM or SIGINT has drained it; a second signal ends it at once. SIGHUP has it read `path` again.
+/// Blocks.
 ///
 /// # Errors
 /// As [`Gateway::start`].
-pub fn serve(config: Config) -> Result<(), GatewayError> {
+pub fn serve(config: Config, path: Option<PathBuf>) -> Result<(), GatewayError> {
     config.validate()?;
-    start_log(&config);
+    let log = Log::start(&config);
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .enable_all()
         .thread_name("gateway")
@@ -91,7 +107,8 @@ pub fn serve(config: Config) -> Result<(), GatewayError> {
     runtime.block_on(async {
         let mut interrupts = signal(SignalKind::interrupt())?;
         let mut terminations = signal(SignalKind::terminate())?;
-        let mut gateway = Gateway::start(config).await?;
+        let mut hangups = signal(SignalKind::hangup())?;
+        let mut gateway = Gateway::start_from(config, path, log).await?;
         tracing::info!(address = %gateway.address(), "listening");
         let app = Arc::clone(&gateway.app);
         let signals = async {
@@ -104,30 +121,20 @@ pub fn serve(config: Config) -> Result<(), GatewayError> {
             }
             std::future::pending::<()>().await;
         };
+        let reloads = async {
+            while hangups.recv().await.is_some() {
+                if let Err(error) = app.changes.reload(&app).await {
+                    tracing::error!(%error, "nothing was reloaded");
+                }
+            }
+            std::future::pending::<()>().await;
+        };
         tokio::select! {
             () = gateway.ended() => {}
             () = signals => {}
+            () = reloads => {}
         }
         tracing::info!("ended");
         Ok(())
     })
-}
-
-/// Sends the process's log to standard error.
-fn start_log(config: &Config) {
-    let level = match config.log_level {
-        LogLevel::Error => LevelFilter::ERROR,
-        LogLevel::Warning => LevelFilter::WARN,
-        LogLevel::Info => LevelFilter::INFO,
-        LogLevel::Debug => LevelFilter::DEBUG,
-        LogLevel::Trace => LevelFilter::TRACE,
-    };
-    let builder = tracing_subscriber::fmt()
-        .with_max_level(level)
-        .with_writer(std::io::stderr);
-    // Where the process has a log already, that one is kept.
-    let _ = match config.log_format {
-        LogFormat::Text => builder.try_init(),
-        LogFormat::Json => builder.json().flatten_event(true).try_init(),
-    };
 }

@@ -32,6 +32,32 @@ impl Served {
         })
     }
 
+    /// As `new`, but what requests already share goes on: counts and places, as far as they are the same.
+    #[must_use]
+    pub fn next(
+        old: &Arc<Served>,
+        before: &Config,
+        model: &ModelConfig,
+        config: &Config,
+    ) -> Arc<Served> {
+        let same_places =
+            (before.max_queued, before.batch_share) == (config.max_queued, config.batch_share);
+        if same_places && old.aliases == model.aliases {
+            return Arc::clone(old);
+        }
+        let admission = match same_places {
+            true => Arc::clone(&old.admission),
+            false => Admission::new(config.max_queued, config.batch_share),
+        };
+        Arc::new(Served {
+            name: Arc::clone(&old.name),
+            aliases: model.aliases.clone(),
+            created_unix_s: old.created_unix_s,
+            metrics: Arc::clone(&old.metrics),
+            admission,
+        })
+    }
+
     #[must_use]
     pub fn is_called(&self, name: &str) -> bool {
         &*self.name == name || self.aliases.iter().any(|alias| alias == name)

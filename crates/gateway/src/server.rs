@@ -1,6 +1,8 @@
-//! Accepts connections, speaks HTTP/1.1 and HTTP/2 (prior knowledge) on them, and ends them in order.
+//! Accepts connections, speaks HTTP/1.1 and HTTP/2 on them (by prior knowledge, or ALPN), and ends them in order.
 
 use std::net::SocketAddr;
+use std::os::unix::fs::FileTypeExt;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
 use std::time::Duration;
@@ -12,14 +14,17 @@ use hyper::body::Incoming;
 use hyper::service::service_fn;
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use hyper_util::server::conn::auto;
-use tokio::net::{TcpListener, TcpStream};
+use tokio::net::{TcpListener, TcpStream, UnixListener, UnixStream};
 use tokio::sync::{Semaphore, watch};
 use tokio::task::JoinSet;
+use tokio_rustls::TlsAcceptor;
 use tower::ServiceExt;
 
 use crate::app::{App, Phase};
+use crate::config::Config;
 use crate::connection::{ClientSocket, ConnectionState};
 use crate::error::GatewayError;
+use crate::socket::Socket;
 
 const MAX_HEADERS: usize = 100;
 const MAX_HEAD_BYTES: usize = 64 << 10;
@@ -30,47 +35,116 @@ const CLOSE_WITHIN: Duration = Duration::from_secs(1);
 /// After running requests were told to stop, they may take this long to say so to their clients.
 const STOP_WITHIN: Duration = Duration::from_secs(2);
 
-/// Binds the configured address.
-///
-/// # Errors
-/// `GatewayError::Bind` with the address.
-pub async fn bind(host: &str, port: u16) -> Result<(TcpListener, SocketAddr), GatewayError> {
-    let address = if host.contains(':') {
-        format!("[{host}]:{port}")
-    } else {
-        format!("{host}:{port}")
+/// Where clients come in.
+pub struct Listeners {
+    tcp: TcpListener,
+    unix: Option<BoundSocket>,
+}
+
+/// A Unix socket's listener, whose file goes with it.
+struct BoundSocket {
+    listener: UnixListener,
+    path: PathBuf,
+}
+
+impl Drop for BoundSocket {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_file(&self.path);
+    }
+}
+
+enum Arrived {
+    Tcp(TcpStream, SocketAddr),
+    Unix(UnixStream),
+}
+
+impl Listeners {
+    /// Binds what is configured, and tells the TCP address.
+    ///
+    /// # Errors
+    /// `GatewayError::Bind` with the address.
+    pub async fn bind(config: &Config) -> Result<(Listeners, SocketAddr), GatewayError> {
+        let (host, port) = (&config.host, config.port);
+        let address = if host.contains(':') {
+            format!("[{host}]:{port}")
+        } else {
+            format!("{host}:{port}")
+        };
+        let bound = async {
+            let listener = TcpListener::bind(&address).await?;
+            let local = listener.local_addr()?;
+            Ok((listener, local))
+        };
+        let (tcp, local) = bound
+            .await
+            .map_err(|source| GatewayError::Bind { address, source })?;
+        let unix = match &config.unix_socket {
+            None => None,
+            Some(path) => Some(bind_unix(path).await.map_err(|source| GatewayError::Bind {
+                address: format!("unix_socket {}", path.display()),
+                source,
+            })?),
+        };
+        Ok((Listeners { tcp, unix }, local))
+    }
+
+    async fn accept(&self) -> std::io::Result<Arrived> {
+        let unix = async {
+            match &self.unix {
+                Some(bound) => bound.listener.accept().await,
+                None => std::future::pending().await,
+            }
+        };
+        tokio::select! {
+            accepted = self.tcp.accept() => accepted.map(|(tcp, peer)| Arrived::Tcp(tcp, peer)),
+            accepted = unix => accepted.map(|(unix, _)| Arrived::Unix(unix)),
+        }
+    }
+}
+
+/// Binds a Unix socket, in the place of one that a dead process has left.
+async fn bind_unix(path: &Path) -> std::io::Result<BoundSocket> {
+    let is_left_over = match UnixStream::connect(path).await {
+        Ok(_) => false,
+        // A file that is no socket refuses too, and stays.
+        Err(error) => {
+            error.kind() == std::io::ErrorKind::ConnectionRefused
+                && std::fs::metadata(path).is_ok_and(|found| found.file_type().is_socket())
+        }
     };
-    let bound = async {
-        let listener = TcpListener::bind(&address).await?;
-        let local = listener.local_addr()?;
-        Ok((listener, local))
-    };
-    bound
-        .await
-        .map_err(|source| GatewayError::Bind { address, source })
+    if is_left_over {
+        std::fs::remove_file(path)?;
+    }
+    Ok(BoundSocket {
+        listener: UnixListener::bind(path)?,
+        path: path.to_owned(),
+    })
 }
 
 /// Serves until the app has drained; then every connection is closed and every replica let go.
-pub async fn run(app: Arc<App>, listener: TcpListener, router: Router) {
+pub async fn run(app: Arc<App>, listeners: Listeners, router: Router) {
     let (close, closing) = watch::channel(false);
     let mut connections = JoinSet::new();
     {
         let drained = drained(&app);
         tokio::pin!(drained);
         let places = Arc::new(Semaphore::new(
-            app.config.max_connections.min(Semaphore::MAX_PERMITS),
+            app.live()
+                .config
+                .max_connections
+                .min(Semaphore::MAX_PERMITS),
         ));
         loop {
             let accept = async {
                 let place = Arc::clone(&places).acquire_owned().await;
-                (listener.accept().await, place)
+                (listeners.accept().await, place)
             };
             tokio::select! {
                 () = &mut drained => break,
                 Some(_) = connections.join_next() => {}
                 (accepted, place) = accept => match accepted {
-                    Ok((tcp, peer)) => {
-                        let connection = serve_connection(Arc::clone(&app), tcp, peer, router.clone(), closing.clone());
+                    Ok(arrived) => {
+                        let connection = serve_connection(Arc::clone(&app), arrived, router.clone(), closing.clone());
                         connections.spawn(async move {
                             connection.await;
                             drop(place);
@@ -85,13 +159,14 @@ pub async fn run(app: Arc<App>, listener: TcpListener, router: Router) {
             }
         }
     }
-    drop(listener);
+    drop(listeners);
     close.send_replace(true);
     let all_closed = async { while connections.join_next().await.is_some() {} };
     // What has not closed by then is aborted when the set is dropped.
     let _ = tokio::time::timeout(CLOSE_WITHIN, all_closed).await;
     connections.shutdown().await;
-    app.fleet.shutdown().await;
+    app.changes.shutdown().await;
+    app.live().fleet.shutdown().await;
     if let Some(accounts) = &app.accounts {
         accounts.shutdown().await;
     }
@@ -101,7 +176,7 @@ pub async fn run(app: Arc<App>, listener: TcpListener, router: Router) {
 async fn drained(app: &App) {
     app.wait_for(Phase::Draining).await;
     let requests = app.in_flight();
-    let timeout_s = app.config.drain_timeout_s;
+    let timeout_s = app.live().config.drain_timeout_s;
     tracing::info!(requests, timeout_s, "draining: new requests are refused");
     tokio::select! {
         () = app.idle() => {}
@@ -116,21 +191,32 @@ async fn drained(app: &App) {
 
 async fn serve_connection(
     app: Arc<App>,
-    tcp: TcpStream,
-    peer: SocketAddr,
+    arrived: Arrived,
     router: Router,
     mut closing: watch::Receiver<bool>,
 ) {
-    // Frames are written when they are whole; waiting for more to send would only delay tokens.
-    let _ = tcp.set_nodelay(true);
     app.metrics.connections.fetch_add(1, Relaxed);
     app.metrics.connections_open.fetch_add(1, Relaxed);
     let open = OpenConnection(Arc::clone(&app));
-    let state = ConnectionState::new(peer.ip().to_canonical().is_loopback());
-    let write_timeout = Duration::from_secs_f64(app.config.write_timeout_s);
-    let header_timeout = Duration::from_secs_f64(app.config.header_timeout_s);
+    let live = app.live();
+    let write_timeout = Duration::from_secs_f64(live.config.write_timeout_s);
+    let header_timeout = Duration::from_secs_f64(live.config.header_timeout_s);
+    let acceptor = live.acceptor.clone();
+    drop(live);
+    let (socket, is_local) = match arrived {
+        Arrived::Unix(unix) => (Socket::Unix(unix), true),
+        Arrived::Tcp(tcp, peer) => {
+            // Frames are written when they are whole; waiting for more to send would only delay tokens.
+            let _ = tcp.set_nodelay(true);
+            let Some(socket) = greet(tcp, acceptor, header_timeout).await else {
+                return;
+            };
+            (socket, peer.ip().to_canonical().is_loopback())
+        }
+    };
+    let state = ConnectionState::new(is_local);
     let socket = ClientSocket::new(
-        tcp,
+        socket,
         Arc::clone(&state),
         Arc::clone(&app.metrics),
         write_timeout,
@@ -169,6 +255,24 @@ async fn serve_connection(
         }
     }
     drop(open);
+}
+
+/// Begins TLS, where clients are to speak it; `None` if it does not come about in time.
+async fn greet(tcp: TcpStream, acceptor: Option<TlsAcceptor>, limit: Duration) -> Option<Socket> {
+    let Some(acceptor) = acceptor else {
+        return Some(Socket::Tcp(tcp));
+    };
+    match tokio::time::timeout(limit, acceptor.accept(tcp)).await {
+        Ok(Ok(stream)) => Some(Socket::Tls(Box::new(stream.into()))),
+        Ok(Err(error)) => {
+            tracing::debug!(%error, "no TLS");
+            None
+        }
+        Err(_) => {
+            tracing::debug!("connection closed: no TLS within header_timeout_s");
+            None
+        }
+    }
 }
 
 struct OpenConnection(Arc<App>);

@@ -1,5 +1,7 @@
 //! `run_gateway`: the HTTP front in this process.
 
+use std::path::PathBuf;
+
 use pyo3::exceptions::{PyOSError, PyValueError};
 use pyo3::prelude::*;
 use scalellm_gateway::{Config, GatewayError, serve};
@@ -9,10 +11,11 @@ pub fn register(module: &Bound<'_, PyModule>) -> PyResult<()> {
 }
 
 /// Serves until SIGTERM or SIGINT has drained it. Raises OSError if the port is taken, ValueError on a bad
-/// configuration.
+/// configuration. `path` is the file that SIGHUP and `/admin/v1/reload` read again.
 #[pyfunction]
-fn run_gateway(py: Python<'_>, config_toml: &str) -> PyResult<()> {
-    py.detach(|| serve(Config::from_toml(config_toml)?))
+#[pyo3(signature = (config_toml, path=None))]
+fn run_gateway(py: Python<'_>, config_toml: &str, path: Option<PathBuf>) -> PyResult<()> {
+    py.detach(|| serve(Config::from_toml(config_toml)?, path))
         .map_err(|error| match error {
             GatewayError::Bind { .. } | GatewayError::Runtime(_) => {
                 PyOSError::new_err(error.to_string())

@@ -19,7 +19,7 @@ def run(arguments: argparse.Namespace) -> int:
     from scalellm._core import run_gateway
 
     try:
-        run_gateway(text)
+        run_gateway(text, str(Path(arguments.config).resolve()))
     except ValueError as error:
         raise ConfigError(f"{arguments.config}: {error}") from None
     except OSError as error:

@@ -17,7 +17,7 @@ use hyper::client::conn::http1::{self, Builder, SendRequest};
 use hyper::{Request, Response};
 use hyper_util::rt::TokioIo;
 
-use super::socket::Socket;
+use crate::socket::Socket;
 
 const MAX_HEADERS: usize = 100;
 /// Of a response's head, and what is read ahead of the client.

@@ -7,14 +7,16 @@
 //! events     whole events in the bytes as they come; usage taken out, the model's name put back
 //! exchange   one request and its answer
 //! upstream   one server: health, idle connections, counts
-//! link       one connection; socket: its bytes, plain or TLS
+//! link       one connection
 //! ```
 
 use std::sync::Arc;
+use std::sync::atomic::Ordering::Relaxed;
 
 use parking_lot::Mutex;
+use serde_json::{Value, json};
 
-use crate::config::ModelConfig;
+use crate::config::{ModelConfig, UpstreamConfig};
 use crate::error::{ApiError, GatewayError};
 use crate::served::Served;
 
@@ -23,7 +25,6 @@ mod events;
 mod exchange;
 mod link;
 mod relay;
-mod socket;
 mod stream;
 mod upstream;
 
@@ -38,6 +39,8 @@ const RETRIES_PER_REQUEST: f64 = 0.2;
 pub struct ForeignModel {
     pub served: Arc<Served>,
     pub upstreams: Vec<Arc<Upstream>>,
+    /// Of them, those that get no new requests.
+    drained: Vec<bool>,
     turns: Mutex<Turns>,
 }
 
@@ -54,6 +57,7 @@ impl ForeignModel {
         served: Arc<Served>,
         config: &ModelConfig,
         index: usize,
+        before: Option<&ForeignModel>,
     ) -> Result<ForeignModel, GatewayError> {
         let upstreams: Vec<_> = config
             .upstreams
@@ -61,15 +65,20 @@ impl ForeignModel {
             .enumerate()
             .map(|(number, upstream)| {
                 let path = format!("models[{index}].upstreams[{number}]");
-                Upstream::start(upstream, &config.name, &path)
+                let running = before
+                    .map(|model| model.upstreams.as_slice())
+                    .unwrap_or_default();
+                Upstream::start(upstream, &config.name, &path, running)
             })
             .collect::<Result<_, _>>()?;
         let turns = Turns {
             due: vec![0; upstreams.len()],
             saved_retries: MAX_SAVED_RETRIES,
         };
+        let is_drained = |upstream: &UpstreamConfig| config.drained.contains(&upstream.url);
         Ok(ForeignModel {
             served,
+            drained: config.upstreams.iter().map(is_drained).collect(),
             upstreams,
             turns: Mutex::new(turns),
         })
@@ -77,24 +86,40 @@ impl ForeignModel {
 
     #[must_use]
     pub fn is_ready(&self) -> bool {
-        self.upstreams.iter().any(|upstream| upstream.is_usable())
+        self.usable().next().is_some()
+    }
+
+    fn usable(&self) -> impl Iterator<Item = (usize, &Arc<Upstream>)> {
+        let all = self.upstreams.iter().enumerate();
+        all.filter(|(index, upstream)| !self.drained[*index] && upstream.is_usable())
+    }
+
+    /// What an operator is told of each.
+    pub fn listed(&self) -> impl Iterator<Item = Value> {
+        self.upstreams
+            .iter()
+            .zip(&self.drained)
+            .map(|(upstream, drained)| {
+                json!({
+                    "url": upstream.name,
+                    "state": upstream.state(),
+                    "drained": drained,
+                    "in_flight_requests": upstream.counts.in_flight.load(Relaxed),
+                    "weight": upstream.config.weight,
+                    "fallback": upstream.config.fallback,
+                })
+            })
     }
 
     /// Whose turn it is among those that are well and not in `avoid`: by weight, fallbacks only if there is no other.
     fn pick(&self, avoid: &[usize]) -> Option<usize> {
         let among = |fallback: bool| {
-            let usable = self
-                .upstreams
-                .iter()
-                .enumerate()
+            self.usable()
                 .filter(|(index, upstream)| {
-                    upstream.config.fallback == fallback
-                        && !avoid.contains(index)
-                        && upstream.is_usable()
-                });
-            let weights =
-                usable.map(|(index, upstream)| (index, i64::from(upstream.config.weight)));
-            weights.collect::<Vec<_>>()
+                    upstream.config.fallback == fallback && !avoid.contains(index)
+                })
+                .map(|(index, upstream)| (index, i64::from(upstream.config.weight)))
+                .collect::<Vec<_>>()
         };
         let mut candidates = among(false);
         if candidates.is_empty() {
@@ -125,8 +150,13 @@ impl ForeignModel {
         let states: Vec<String> = self
             .upstreams
             .iter()
-            .map(|upstream| {
-                let state = if upstream.is_usable() { "up" } else { "down" };
+            .zip(&self.drained)
+            .map(|(upstream, drained)| {
+                let state = if *drained {
+                    "drained"
+                } else {
+                    upstream.state()
+                };
                 format!("{} is {state}", upstream.name)
             })
             .collect();

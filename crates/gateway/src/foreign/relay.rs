@@ -72,12 +72,13 @@ pub async fn relayed(
     headers: &HeaderMap,
     body: &ReadBody<'_>,
 ) -> ApiResult<Option<Response>> {
-    if !app.fleet.has_foreign() {
+    let live = app.live();
+    if !live.fleet.has_foreign() {
         return Ok(None);
     }
     let bytes = body.bytes.clone();
     let asked = body::parse(app, record, &body.bytes, Asked::read).await?;
-    let Some(model) = app.fleet.foreign(asked.model.as_deref())?.cloned() else {
+    let Some(model) = live.fleet.foreign(asked.model.as_deref())?.cloned() else {
         return Ok(None);
     };
     let relay = Relay {
@@ -126,7 +127,7 @@ impl Relay<'_> {
             max_tokens: self.asked.max_tokens,
         };
         self.deadline = self.deadline();
-        let places = || app.config.max_in_flight;
+        let places = || app.live().config.max_in_flight;
         let deadline = self.deadline.map(|deadline| deadline.at);
         let served = &self.model.served;
         admission::name(record, served)?;
@@ -188,7 +189,10 @@ impl Relay<'_> {
         let own = self.asked.deadline_ms.map(Duration::from_millis);
         [
             (own, "deadline_ms"),
-            (self.app.config.request_timeout(), "request_timeout_s"),
+            (
+                self.app.live().config.request_timeout(),
+                "request_timeout_s",
+            ),
         ]
         .into_iter()
         .filter_map(|(limit, setting)| {

@@ -12,10 +12,11 @@ use tokio::task::AbortHandle;
 
 use super::exchange::{Exchange, Failure};
 use super::link::{Link, Parts};
-use super::socket::{Socket, Tls};
 use crate::config::UpstreamConfig;
 use crate::config::upstream::{Base, Timeouts};
 use crate::error::GatewayError;
+use crate::socket::Socket;
+use crate::tls::Tls;
 
 /// So many requests or questions must fail one after the other until an upstream counts as down.
 const DOWN_AFTER_FAILURES: u32 = 3;
@@ -67,7 +68,8 @@ pub struct Counts {
 }
 
 impl Upstream {
-    /// Starts asking for its health, so a runtime must be there. `path` is the key's in the configuration.
+    /// Starts asking for its health, so a runtime must be there; the same one among `running` goes on instead. `path`
+    /// is the key's in the configuration.
     ///
     /// # Errors
     /// `GatewayError::Config` for what is wrong with its URL, key or authorities.
@@ -75,7 +77,18 @@ impl Upstream {
         config: &UpstreamConfig,
         model: &str,
         path: &str,
+        running: &[Arc<Upstream>],
     ) -> Result<Arc<Upstream>, GatewayError> {
+        let model = config.model.as_deref().unwrap_or(model);
+        let authorization = config.authorization(path)?;
+        let same = running.iter().find(|upstream| {
+            upstream.config == *config
+                && upstream.model == model
+                && upstream.authorization == authorization
+        });
+        if let Some(same) = same {
+            return Ok(Arc::clone(same));
+        }
         let bad = |reason: String| GatewayError::Config(format!("{path}: {reason}"));
         let base = config.base().map_err(bad)?;
         let tls = base
@@ -85,10 +98,10 @@ impl Upstream {
             .map_err(bad)?;
         let upstream = Arc::new(Upstream {
             name: config.url.clone(),
-            model: config.model.clone().unwrap_or_else(|| model.to_owned()),
+            model: model.to_owned(),
             timeouts: config.timeouts(),
             host: HeaderValue::from_str(&base.authority).map_err(|error| bad(error.to_string()))?,
-            authorization: config.authorization(path)?,
+            authorization,
             tls,
             base,
             idle: Mutex::default(),
@@ -114,6 +127,11 @@ impl Upstream {
                 .since
                 .lock()
                 .is_none_or(|since| since.elapsed() >= TRY_AGAIN)
+    }
+
+    #[must_use]
+    pub fn state(&self) -> &'static str {
+        if self.is_usable() { "up" } else { "down" }
     }
 
     pub fn succeeded(&self) {
@@ -177,7 +195,7 @@ impl Upstream {
     pub async fn connect(&self) -> Result<Link, Failure> {
         self.counts.connections.fetch_add(1, Relaxed);
         let connecting = async {
-            let socket = Socket::connect(&self.base, self.tls.as_ref())
+            let socket = Socket::connect(&self.base.host, self.base.port, self.tls.as_ref())
                 .await
                 .map_err(|error| Failure::Connect(error.to_string()))?;
             Link::new(socket)

@@ -22,10 +22,11 @@ pub async fn ready(State(app): State<Arc<App>>) -> Response {
     if app.phase() != Phase::Serving {
         return ApiError::draining(app.drain_retry_after_s()).into_response();
     }
-    if let Some(waiting) = app.fleet.waiting() {
+    let live = app.live();
+    if let Some(waiting) = live.fleet.waiting() {
         return waiting.into_response();
     }
-    let models: Vec<Value> = app
+    let models: Vec<Value> = live
         .fleet
         .models
         .iter()
@@ -35,9 +36,9 @@ pub async fn ready(State(app): State<Arc<App>>) -> Response {
             };
             json!({"name": &*model.name, "replicas": model.replicas.iter().map(replica).collect::<Vec<_>>()})
         })
-        .chain(app.fleet.foreign.iter().map(|model| {
+        .chain(live.fleet.foreign.iter().map(|model| {
             let upstream = |u: &Arc<Upstream>| {
-                json!({"url": u.name, "state": if u.is_usable() { "up" } else { "down" }})
+                json!({"url": u.name, "state": u.state()})
             };
             json!({"name": &*model.served.name, "upstreams": model.upstreams.iter().map(upstream).collect::<Vec<_>>()})
         }))

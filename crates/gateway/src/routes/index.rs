@@ -13,7 +13,7 @@ const PAGE: &str = "<!doctype html>
 <li>GET <a href=\"/v1/models\">/v1/models</a></li>
 <li>POST /tokenize, POST /detokenize</li>
 <li>GET <a href=\"/health\">/health</a>, <a href=\"/ready\">/ready</a>, <a href=\"/metrics\">/metrics</a>,
-<a href=\"/version\">/version</a></li>
+<a href=\"/version\">/version</a>, <a href=\"/openapi.json\">/openapi.json</a></li>
 </ul>
 </body>
 </html>

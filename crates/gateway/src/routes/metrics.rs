@@ -11,7 +11,7 @@ use scalellm_accounts::Class;
 use scalellm_engine_link::{Replica, ReplicaState};
 
 use crate::app::App;
-use crate::fleet::state_name;
+use crate::fleet::{Fleet, state_name};
 use crate::foreign::Upstream;
 use crate::metrics::{family, label};
 
@@ -106,6 +106,8 @@ const STATES: [ReplicaState; 5] = [
 ];
 
 pub async fn metrics(State(app): State<Arc<App>>) -> Response {
+    let live = app.live();
+    let fleet = &live.fleet;
     let mut out = String::with_capacity(64 << 10);
     for (name, help, value) in [
         (
@@ -116,7 +118,7 @@ pub async fn metrics(State(app): State<Arc<App>>) -> Response {
         (
             "scalellm_generations_in_flight",
             "Places of running requests, of max_in_flight for each model.",
-            app.fleet
+            fleet
                 .served
                 .iter()
                 .map(|served| served.admission.taken())
@@ -136,13 +138,12 @@ pub async fn metrics(State(app): State<Arc<App>>) -> Response {
         family(&mut out, name, "gauge", help);
         let _ = writeln!(out, "{name} {value}");
     }
-    write_queues(&mut out, &app);
-    write_routing(&mut out, &app);
+    write_queues(&mut out, fleet);
+    write_routing(&mut out, fleet);
     write_accounts(&mut out, &app);
-    write_upstreams(&mut out, &app);
+    write_upstreams(&mut out, fleet);
     app.metrics.write(&mut out);
-    let replicas: Vec<(String, &Arc<Replica>)> = app
-        .fleet
+    let replicas: Vec<(String, &Arc<Replica>)> = fleet
         .models
         .iter()
         .flat_map(|model| {
@@ -189,7 +190,7 @@ pub async fn metrics(State(app): State<Arc<App>>) -> Response {
     ([(header::CONTENT_TYPE, kind)], out).into_response()
 }
 
-fn write_queues(out: &mut String, app: &App) {
+fn write_queues(out: &mut String, fleet: &Fleet) {
     let name = "scalellm_queued_requests";
     family(
         out,
@@ -197,7 +198,7 @@ fn write_queues(out: &mut String, app: &App) {
         "gauge",
         "Requests that wait for their turn, of max_queued for each model.",
     );
-    for served in &app.fleet.served {
+    for served in &fleet.served {
         for class in Class::ALL {
             let _ = writeln!(
                 out,
@@ -210,7 +211,7 @@ fn write_queues(out: &mut String, app: &App) {
     }
 }
 
-fn write_routing(out: &mut String, app: &App) {
+fn write_routing(out: &mut String, fleet: &Fleet) {
     let name = "scalellm_routed_total";
     family(
         out,
@@ -218,7 +219,7 @@ fn write_routing(out: &mut String, app: &App) {
         "counter",
         "Choices of a replica, by the model's policy and why it chose so.",
     );
-    for model in &app.fleet.models {
+    for model in &fleet.models {
         let policy = model.routing.policy().name();
         for (reason, count) in model.routing.counts().filter(|(_, count)| *count > 0) {
             let model = label(&model.name);
@@ -236,13 +237,13 @@ fn write_routing(out: &mut String, app: &App) {
         "gauge",
         "Different blocks known to be in the replicas' prefix caches.",
     );
-    for model in &app.fleet.models {
+    for model in &fleet.models {
         let blocks = model.routing.cached_blocks();
         let _ = writeln!(out, "{name}{{model={}}} {blocks}", label(&model.name));
     }
 }
 
-fn write_upstreams(out: &mut String, app: &App) {
+fn write_upstreams(out: &mut String, fleet: &Fleet) {
     type Value = fn(&Upstream) -> u64;
     let families: [(&str, &str, &str, Value); 6] = [
         (
@@ -282,7 +283,7 @@ fn write_upstreams(out: &mut String, app: &App) {
     for (name, kind, help, value) in families {
         let name = format!("scalellm_upstream_{name}");
         family(out, &name, kind, help);
-        for model in &app.fleet.foreign {
+        for model in &fleet.foreign {
             for upstream in &model.upstreams {
                 let (model, url) = (label(&model.served.name), label(&upstream.name));
                 let _ = writeln!(

@@ -19,16 +19,19 @@ mod health;
 mod index;
 mod metrics;
 mod models;
+mod openapi;
+mod operations;
 mod profile;
 mod text;
 
 /// Every route's pattern, as metrics and the log name it.
-const ROUTES: [&str; 15] = [
+const ROUTES: [&str; 20] = [
     "/",
     "/health",
     "/ready",
     "/version",
     "/metrics",
+    "/openapi.json",
     "/v1/models",
     "/v1/models/{*id}",
     "/v1/chat/completions",
@@ -39,10 +42,21 @@ const ROUTES: [&str; 15] = [
     "/admin/v1/keys",
     "/admin/v1/keys/{id}",
     "/admin/v1/usage",
+    "/admin/v1/replicas",
+    "/admin/v1/replicas/drain",
+    "/admin/v1/reload",
+    "/admin/v1/log",
 ];
 
 /// Open to everybody, and answered while draining.
-const OPEN: [&str; 5] = ["/", "/health", "/ready", "/version", "/metrics"];
+const OPEN: [&str; 6] = [
+    "/",
+    "/health",
+    "/ready",
+    "/version",
+    "/metrics",
+    "/openapi.json",
+];
 
 #[must_use]
 pub fn label(pattern: &str) -> &'static str {
@@ -70,6 +84,7 @@ pub fn router(app: Arc<App>) -> Router {
         .route("/ready", get(health::ready))
         .route("/version", get(health::version))
         .route("/metrics", get(metrics::metrics))
+        .route("/openapi.json", get(openapi::openapi))
         .route("/v1/models", get(models::list))
         // Names may be hub ids: they hold slashes.
         .route("/v1/models/{*id}", get(models::one))
@@ -84,6 +99,18 @@ pub fn router(app: Arc<App>) -> Router {
         )
         .route("/admin/v1/keys/{id}", delete(admin::revoke_key))
         .route("/admin/v1/usage", get(admin::usage))
+        .route(
+            "/admin/v1/replicas",
+            get(operations::list)
+                .post(operations::add)
+                .delete(operations::remove),
+        )
+        .route("/admin/v1/replicas/drain", post(operations::drain))
+        .route("/admin/v1/reload", post(operations::reload))
+        .route(
+            "/admin/v1/log",
+            get(operations::log_level).put(operations::set_log_level),
+        )
         .method_not_allowed_fallback(method_not_allowed)
         .fallback(unknown_route)
         .layer(middleware::from_fn_with_state(Arc::clone(&app), observe))

@@ -12,7 +12,8 @@ use crate::respond;
 use crate::served::Served;
 
 pub async fn list(State(app): State<Arc<App>>) -> Response {
-    let fleet = &app.fleet;
+    let live = app.live();
+    let fleet = &live.fleet;
     let names = fleet.served.iter().flat_map(|served| {
         std::iter::once(&*served.name)
             .chain(served.aliases.iter().map(String::as_str))
@@ -22,8 +23,9 @@ pub async fn list(State(app): State<Arc<App>>) -> Response {
 }
 
 pub async fn one(State(app): State<Arc<App>>, Path(id): Path<String>) -> Response {
-    match app.fleet.find(&id) {
-        Ok(served) => respond::json(&card(&id, &app.fleet, served)),
+    let live = app.live();
+    match live.fleet.find(&id) {
+        Ok(served) => respond::json(&card(&id, &live.fleet, served)),
         Err(error) => error.into_response(),
     }
 }

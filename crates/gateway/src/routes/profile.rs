@@ -39,7 +39,8 @@ pub async fn profile(State(app): State<Arc<App>>, Query(wanted): Query<Wanted>) 
 
 /// Of every replica of every model, or why it did not tell.
 async fn steps(app: &App, after_us: u64) -> Vec<Value> {
-    let replicas = app.fleet.models.iter().flat_map(|model| {
+    let live = app.live();
+    let replicas = live.fleet.models.iter().flat_map(|model| {
         model
             .replicas
             .iter()

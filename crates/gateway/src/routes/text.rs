@@ -41,7 +41,7 @@ async fn encode(
     request: Request,
 ) -> ApiResult<Response> {
     let asked = body::parsed(app, record, request, TokenizeRequest::parse).await?;
-    let model = Arc::clone(app.fleet.find_or_only(asked.model.as_deref())?);
+    let model = Arc::clone(app.live().fleet.find_or_only(asked.model.as_deref())?);
     auth::may_use(record, &model)?;
     let tokens = match asked.prompt {
         TokenizePrompt::Conversation(conversation) => {
@@ -80,7 +80,7 @@ async fn decode(
     request: Request,
 ) -> ApiResult<Response> {
     let asked = body::parsed(app, record, request, DetokenizeRequest::parse).await?;
-    let model = Arc::clone(app.fleet.find_or_only(asked.model.as_deref())?);
+    let model = Arc::clone(app.live().fleet.find_or_only(asked.model.as_deref())?);
     auth::may_use(record, &model)?;
     let vocab_size = model.text.vocab_size();
     if let Some(id) = asked.tokens.iter().find(|id| **id as usize >= vocab_size) {

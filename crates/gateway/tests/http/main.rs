@@ -17,6 +17,9 @@ mod lifecycle;
 mod profile;
 // Marked so that the lints for tests hold for its helper functions too.
 #[cfg(test)]
+mod operations;
+// Marked so that the lints for tests hold for its helper functions too.
+#[cfg(test)]
 mod routing;
 mod streams;
 // Marked so that the lints for tests hold for its helper functions too.

@@ -1,0 +1,222 @@
+//! `/admin/v1/replicas`, `/admin/v1/reload`, `/admin/v1/log`: what an operator changes while requests run.
+
+use std::sync::Arc;
+
+use axum::Extension;
+use axum::extract::rejection::QueryRejection;
+use axum::extract::{Query, Request, State};
+use axum::response::{IntoResponse, Response};
+use serde::Deserialize;
+use serde::de::DeserializeOwned;
+use serde_json::{Value, json};
+
+use crate::app::App;
+use crate::body;
+use crate::config::{Config, LogLevel, ModelConfig, UpstreamConfig};
+use crate::error::{ApiError, ApiResult};
+use crate::fleet::{Fleet, state_name};
+use crate::record::RequestRecord;
+use crate::reload::Applied;
+use crate::respond;
+
+pub async fn list(State(app): State<Arc<App>>) -> Response {
+    respond::json(&listed(&app.live().fleet))
+}
+
+fn listed(fleet: &Fleet) -> Value {
+    let models = fleet.served.iter().map(|served| {
+        let own = fleet.own(served).into_iter().flat_map(|model| {
+            model.replicas.iter().map(|replica| {
+                json!({
+                    "address": replica.address().to_string(),
+                    "state": state_name(replica.state()),
+                    "drained": model.is_drained(replica),
+                    "in_flight_requests": replica.in_flight(),
+                })
+            })
+        });
+        let elsewhere = fleet
+            .elsewhere(served)
+            .into_iter()
+            .flat_map(|model| model.listed());
+        json!({
+            "model": &*served.name,
+            "replicas": own.collect::<Vec<_>>(),
+            "upstreams": elsewhere.collect::<Vec<_>>(),
+        })
+    });
+    json!({"models": models.collect::<Vec<_>>()})
+}
+
+/// A replica of our own by its address, or an upstream by its keys in the configuration.
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Added {
+    model: String,
+    address: Option<String>,
+    upstream: Option<UpstreamConfig>,
+}
+
+pub async fn add(
+    State(app): State<Arc<App>>,
+    Extension(record): Extension<Arc<RequestRecord>>,
+    request: Request,
+) -> Response {
+    let added = async {
+        let asked: Added = read(&app, &record, request).await?;
+        change(&app, &asked.model, |model| {
+            match (&asked.address, &asked.upstream) {
+                (Some(address), None) => model.replicas.push(address.clone()),
+                (None, Some(upstream)) => model.upstreams.push(upstream.clone()),
+                _ => {
+                    let message = "address: needed is it or upstream, one of them";
+                    return Err(ApiError::field("address", message));
+                }
+            }
+            Ok(())
+        })
+        .await
+    };
+    answer(added.await)
+}
+
+/// One engine: a replica's address, or an upstream's URL.
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Named {
+    model: String,
+    address: String,
+}
+
+impl Named {
+    fn check(&self, model: &ModelConfig) -> ApiResult<()> {
+        let mut known = model
+            .replicas
+            .iter()
+            .chain(model.upstreams.iter().map(|upstream| &upstream.url));
+        if known.any(|known| *known == self.address) {
+            return Ok(());
+        }
+        let message = format!(
+            "address: got {:?}, which is none of {:?}'s",
+            self.address, self.model
+        );
+        Err(ApiError::not_found("replica_not_found", message))
+    }
+}
+
+pub async fn drain(
+    State(app): State<Arc<App>>,
+    Extension(record): Extension<Arc<RequestRecord>>,
+    request: Request,
+) -> Response {
+    let drained = async {
+        let named: Named = read(&app, &record, request).await?;
+        change(&app, &named.model, |model| {
+            named.check(model)?;
+            if !model.drained.contains(&named.address) {
+                model.drained.push(named.address.clone());
+            }
+            Ok(())
+        })
+        .await
+    };
+    answer(drained.await)
+}
+
+pub async fn remove(
+    State(app): State<Arc<App>>,
+    named: Result<Query<Named>, QueryRejection>,
+) -> Response {
+    let removed = async {
+        let Query(named) = named.map_err(|error| ApiError::body(error.body_text()))?;
+        change(&app, &named.model, |model| {
+            named.check(model)?;
+            model.replicas.retain(|address| *address != named.address);
+            model
+                .upstreams
+                .retain(|upstream| upstream.url != named.address);
+            model.drained.retain(|address| *address != named.address);
+            Ok(())
+        })
+        .await
+    };
+    answer(removed.await)
+}
+
+pub async fn reload(State(app): State<Arc<App>>) -> Response {
+    let applied = app.changes.reload(&app).await;
+    answer(applied.map(|applied| json!(applied)).map_err(Into::into))
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Level {
+    level: LogLevel,
+}
+
+pub async fn log_level(State(app): State<Arc<App>>) -> Response {
+    respond::json(&json!({"level": app.live().config.log_level}))
+}
+
+pub async fn set_log_level(
+    State(app): State<Arc<App>>,
+    Extension(record): Extension<Arc<RequestRecord>>,
+    request: Request,
+) -> Response {
+    let set = async {
+        let Level { level } = read(&app, &record, request).await?;
+        let edit = |config: &Config| {
+            Ok::<_, Box<ApiError>>(Config {
+                log_level: level,
+                ..config.clone()
+            })
+        };
+        app.changes.change(&app, edit).await?;
+        Ok(json!({"level": level}))
+    };
+    answer(set.await)
+}
+
+async fn read<T: DeserializeOwned + Send + 'static>(
+    app: &App,
+    record: &RequestRecord,
+    request: Request,
+) -> ApiResult<T> {
+    body::parsed(app, record, request, |bytes| {
+        serde_json::from_slice(bytes).map_err(|error| ApiError::body(error.to_string()))
+    })
+    .await
+}
+
+/// Changes one model, and tells what there is now.
+async fn change(
+    app: &App,
+    name: &str,
+    edit: impl FnOnce(&mut ModelConfig) -> ApiResult<()>,
+) -> ApiResult<Value> {
+    let edit = |config: &Config| {
+        let mut config = config.clone();
+        let names: Vec<String> = config
+            .models
+            .iter()
+            .map(|model| model.name.clone())
+            .collect();
+        let model = config.models.iter_mut().find(|model| model.name == name);
+        let model = model.ok_or_else(|| {
+            let names: Vec<&str> = names.iter().map(String::as_str).collect();
+            ApiError::unknown_model(name, &names)
+        })?;
+        edit(model)?;
+        Ok::<_, Box<ApiError>>(config)
+    };
+    let Applied { .. } = app.changes.change(app, edit).await?;
+    Ok(listed(&app.live().fleet))
+}
+
+fn answer(result: ApiResult<Value>) -> Response {
+    match result {
+        Ok(value) => respond::json(&value),
+        Err(error) => error.into_response(),
+    }
+}

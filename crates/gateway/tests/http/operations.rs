@@ -1,0 +1,452 @@
+//! What an operator changes while requests run, and the other ways in: TLS and a Unix socket.
+
+use std::path::Path;
+use std::sync::Arc;
+
+use bytes::Bytes;
+use http_body_util::{BodyExt, Full};
+use hyper::client::conn::{http1, http2};
+use hyper_util::rt::{TokioExecutor, TokioIo};
+use rustls::pki_types::ServerName;
+use scalellm_gateway::{Config, Gateway, Log, ModelConfig};
+use serde_json::{Value, json};
+use tokio::net::{TcpStream, UnixStream};
+use tokio::sync::Notify;
+use tokio_rustls::TlsConnector;
+
+use super::support::{Folder, Reply, Stack, engine, open, request, says, send, start_engine, user};
+use super::upstream::{Act, Mock, before, chunk, json as answer, last_chunk, stream_head};
+
+const WHOLE: &str = r#"{"choices":[{"message":{"content":"hi"}}]}"#;
+const HI: &str = "data: {\"choices\":[{\"delta\":{\"content\":\"hi\"}}]}\n\n";
+
+async fn admin(gateway: &Gateway, method: &str, path: &str, body: Value) -> Reply {
+    let body = if body.is_null() {
+        Bytes::new()
+    } else {
+        Bytes::from(body.to_string())
+    };
+    send(gateway.address(), request(method, path, &[], body)).await
+}
+
+fn file(mock: &Mock, more: &str) -> String {
+    format!(
+        "port = 0\n{more}\n[[models]]\nname = 'chat'\n[[models.upstreams]]\nurl = 'http://{}/v1'\nhealth_path = ''\n",
+        mock.address
+    )
+}
+
+async fn from_file(path: &Path) -> Gateway {
+    let config = Config::from_toml(&std::fs::read_to_string(path).unwrap()).unwrap();
+    Gateway::start_from(config, Some(path.to_owned()), Log::default())
+        .await
+        .unwrap()
+}
+
+#[tokio::test]
+async fn a_reload_changes_all_or_nothing() {
+    let first = Mock::start(|_| vec![answer(WHOLE)]).await;
+    let second = Mock::start(|_| vec![answer(WHOLE)]).await;
+    let folder = Folder::new();
+    let path = folder.0.join("gateway.toml");
+    std::fs::write(&path, file(&first, "")).unwrap();
+    let gateway = from_file(&path).await;
+    let ask = || async {
+        let body = Bytes::from(r#"{"model":"chat"}"#);
+        let request = request(
+            "POST",
+            "/v1/chat/completions",
+            &[("authorization", "Bearer new")],
+            body,
+        );
+        send(gateway.address(), request).await.status
+    };
+    assert_eq!(ask().await, 200);
+    for (bad, says) in [
+        (
+            "max_in_flight = 0",
+            "max_in_flight: got 0, allowed is 1 or more",
+        ),
+        ("prot = 1", "prot"),
+        (
+            "tls_cert = '/no/such'\ntls_key = '/no/such'",
+            "tls_cert: /no/such",
+        ),
+        ("not toml", "gateway.toml"),
+    ] {
+        std::fs::write(&path, file(&second, bad)).unwrap();
+        let error = admin(&gateway, "POST", "/admin/v1/reload", Value::Null)
+            .await
+            .error(400);
+        assert_eq!(error["code"], "invalid_config");
+        assert!(error["message"].as_str().unwrap().contains(says), "{error}");
+        assert_eq!(ask().await, 200);
+    }
+    assert_eq!((first.seen().len(), second.seen().len()), (5, 0));
+    std::fs::write(&path, file(&second, "api_keys = ['new']\ntext_queue = 3")).unwrap();
+    let applied = admin(&gateway, "POST", "/admin/v1/reload", Value::Null)
+        .await
+        .ok();
+    assert_eq!(
+        applied,
+        json!({
+            "added": [format!("chat: http://{}/v1", second.address)],
+            "removed": [format!("chat: http://{}/v1", first.address)],
+            "at_next_start": ["text_queue"],
+        })
+    );
+    assert_eq!(ask().await, 200);
+    assert_eq!((first.seen().len(), second.seen().len()), (5, 1));
+    admin(&gateway, "POST", "/v1/chat/completions", json!({}))
+        .await
+        .error(401);
+    let again = admin(&gateway, "POST", "/admin/v1/reload", Value::Null)
+        .await
+        .ok();
+    assert_eq!(again["added"], json!([]));
+    assert_eq!(ask().await, 200);
+    assert_eq!(
+        second.connections(),
+        1,
+        "what did not change keeps its connections"
+    );
+}
+
+#[tokio::test]
+async fn a_stream_outlives_its_upstream_in_the_configuration() {
+    let gate = Arc::new(Notify::new());
+    let wait = Arc::clone(&gate);
+    let old = Mock::start(move |_| {
+        let done = chunk("data: [DONE]\n\n");
+        vec![
+            stream_head(),
+            chunk(HI),
+            Act::Wait(Arc::clone(&wait)),
+            chunk(HI),
+            done,
+            last_chunk(),
+        ]
+    })
+    .await;
+    let new = Mock::start(|_| vec![answer(WHOLE)]).await;
+    let stack = Stack::start(Vec::new(), before(vec![old.upstream()])).await;
+    let body = Bytes::from(r#"{"stream":true}"#);
+    let (response, _connection) = open(
+        stack.address(),
+        request("POST", "/v1/chat/completions", &[], body),
+    )
+    .await;
+    let added =
+        json!({"model": "chat", "upstream": {"url": new.upstream().url, "health_path": ""}});
+    admin(&stack.gateway, "POST", "/admin/v1/replicas", added)
+        .await
+        .ok();
+    let path = format!(
+        "/admin/v1/replicas?model=chat&address={}",
+        old.upstream().url
+    );
+    let listed = admin(&stack.gateway, "DELETE", &path, Value::Null)
+        .await
+        .ok();
+    assert_eq!(
+        listed["models"][0]["upstreams"].as_array().unwrap().len(),
+        1
+    );
+    assert_eq!(
+        stack.post("/v1/chat/completions", &json!({})).await.text(),
+        WHOLE
+    );
+    gate.notify_one();
+    let text = response.into_body().collect().await.unwrap().to_bytes();
+    assert_eq!(text, [HI, HI, "data: [DONE]\n\n"].concat());
+}
+
+#[tokio::test]
+async fn replicas_come_drain_and_go_while_a_request_runs() {
+    let slow = scalellm_fake_engine::Settings {
+        tbt_ms: 20.0,
+        ..engine()
+    };
+    let stack = Stack::start(vec![slow], |_| {}).await;
+    let first = stack.socket(0);
+    let body = json!({"model": "bytes", "prompt": "x", "max_tokens": 10, "stream": true, "ignore_eos": true});
+    let (response, _connection) = open(
+        stack.address(),
+        request(
+            "POST",
+            "/v1/completions",
+            &[],
+            Bytes::from(body.to_string()),
+        ),
+    )
+    .await;
+    let second = stack.socket(1);
+    let _engine = start_engine(&second, says("second"));
+    let added = json!({"model": "bytes", "address": second});
+    admin(&stack.gateway, "POST", "/admin/v1/replicas", added)
+        .await
+        .ok();
+    stack
+        .wait_metric("scalellm_replica_state{", "state=\"ready\"", 2.0)
+        .await;
+    let named = json!({"model": "bytes", "address": first});
+    let listed = admin(&stack.gateway, "POST", "/admin/v1/replicas/drain", named)
+        .await
+        .ok();
+    assert_eq!(listed["models"][0]["replicas"][0]["drained"], true);
+    for _ in 0..3 {
+        let reply = stack.chat(json!({"messages": user("x")})).await.ok();
+        assert_eq!(reply["choices"][0]["message"]["content"], "second");
+    }
+    let path = format!("/admin/v1/replicas?model=bytes&address={first}");
+    let listed = admin(&stack.gateway, "DELETE", &path, Value::Null)
+        .await
+        .ok();
+    assert_eq!(listed["models"][0]["replicas"].as_array().unwrap().len(), 1);
+    // The request on the replica that goes is not lost.
+    let text = response.into_body().collect().await.unwrap().to_bytes();
+    assert!(text.ends_with(b"data: [DONE]\n\n"), "{text:?}");
+}
+
+#[tokio::test]
+async fn what_an_operator_gets_wrong_is_told() {
+    let mock = Mock::start(|_| vec![answer(WHOLE)]).await;
+    let stack = Stack::start(Vec::new(), before(vec![mock.upstream()])).await;
+    let url = mock.upstream().url;
+    for (method, path, body, status, says) in [
+        (
+            "POST",
+            "/admin/v1/replicas",
+            json!({"model": "x", "address": "h:1"}),
+            404,
+            "served are",
+        ),
+        (
+            "POST",
+            "/admin/v1/replicas",
+            json!({"model": "chat"}),
+            400,
+            "address: needed",
+        ),
+        (
+            "POST",
+            "/admin/v1/replicas",
+            json!({"model": "chat", "address": "h:1"}),
+            400,
+            "models[0].path: missing",
+        ),
+        (
+            "POST",
+            "/admin/v1/replicas",
+            json!({"model": "chat", "upstream": {"url": "x"}}),
+            400,
+            "upstreams[1].url",
+        ),
+        (
+            "POST",
+            "/admin/v1/replicas",
+            json!({"model": "chat", "upstream": {"url": "http://h", "a": 1}}),
+            400,
+            "`a`",
+        ),
+        (
+            "POST",
+            "/admin/v1/replicas/drain",
+            json!({"model": "chat", "address": "h:1"}),
+            404,
+            "which is none of",
+        ),
+        (
+            "DELETE",
+            "/admin/v1/replicas?model=chat",
+            Value::Null,
+            400,
+            "address",
+        ),
+        (
+            "DELETE",
+            &format!("/admin/v1/replicas?model=chat&address={url}"),
+            Value::Null,
+            400,
+            "has none",
+        ),
+        (
+            "POST",
+            "/admin/v1/reload",
+            Value::Null,
+            400,
+            "not started from a file",
+        ),
+        (
+            "PUT",
+            "/admin/v1/log",
+            json!({"level": "loud"}),
+            400,
+            "`loud`, expected one of",
+        ),
+    ] {
+        let error = admin(&stack.gateway, method, path, body)
+            .await
+            .error(status);
+        assert!(error["message"].as_str().unwrap().contains(says), "{error}");
+    }
+    let set = admin(
+        &stack.gateway,
+        "PUT",
+        "/admin/v1/log",
+        json!({"level": "debug"}),
+    )
+    .await
+    .ok();
+    assert_eq!(set, json!({"level": "debug"}));
+    assert_eq!(
+        admin(&stack.gateway, "GET", "/admin/v1/log", Value::Null)
+            .await
+            .ok(),
+        set
+    );
+    let drained = json!({"model": "chat", "address": url});
+    admin(&stack.gateway, "POST", "/admin/v1/replicas/drain", drained)
+        .await
+        .ok();
+    let error = stack
+        .post("/v1/chat/completions", &json!({}))
+        .await
+        .error(503);
+    assert!(
+        error["message"].as_str().unwrap().contains("is drained"),
+        "{error}"
+    );
+}
+
+/// A certificate for localhost in two files, and the connector that believes it.
+fn certificate(folder: &Path) -> TlsConnector {
+    let made = rcgen::generate_simple_self_signed(vec!["localhost".to_owned()]).unwrap();
+    std::fs::write(folder.join("cert.pem"), made.cert.pem()).unwrap();
+    std::fs::write(folder.join("key.pem"), made.signing_key.serialize_pem()).unwrap();
+    let mut roots = rustls::RootCertStore::empty();
+    roots.add(made.cert.der().clone()).unwrap();
+    let provider = Arc::new(rustls::crypto::ring::default_provider());
+    let mut config = rustls::ClientConfig::builder_with_provider(provider)
+        .with_safe_default_protocol_versions()
+        .unwrap()
+        .with_root_certificates(roots)
+        .with_no_client_auth();
+    config.alpn_protocols = vec![b"h2".to_vec(), b"http/1.1".to_vec()];
+    TlsConnector::from(Arc::new(config))
+}
+
+#[tokio::test]
+async fn clients_speak_tls_and_a_new_certificate_is_taken_up() {
+    let mock = Mock::start(|_| vec![answer(WHOLE)]).await;
+    let folder = Folder::new();
+    let path = folder.0.join("gateway.toml");
+    let connector = certificate(&folder.0);
+    let tls = format!(
+        "tls_cert = '{0}/cert.pem'\ntls_key = '{0}/key.pem'",
+        folder.0.display()
+    );
+    std::fs::write(&path, file(&mock, &tls)).unwrap();
+    let gateway = from_file(&path).await;
+    let name = || ServerName::try_from("localhost").unwrap();
+    let connect = async |connector: &TlsConnector| {
+        let tcp = TcpStream::connect(gateway.address()).await.unwrap();
+        connector.connect(name(), tcp).await
+    };
+    let stream = connect(&connector).await.unwrap();
+    assert_eq!(stream.get_ref().1.alpn_protocol(), Some(&b"h2"[..]));
+    let (mut sender, connection) = http2::handshake(TokioExecutor::new(), TokioIo::new(stream))
+        .await
+        .unwrap();
+    let task = tokio::spawn(connection);
+    let mut asked = request(
+        "POST",
+        "/v1/chat/completions",
+        &[],
+        Bytes::from(r#"{"model":"chat"}"#),
+    );
+    *asked.uri_mut() = "https://localhost/v1/chat/completions".parse().unwrap();
+    asked.headers_mut().remove("host");
+    let reply = Reply::read(sender.send_request(asked).await.unwrap()).await;
+    assert_eq!(reply.text(), WHOLE);
+    let renewed = certificate(&folder.0);
+    assert!(connect(&renewed).await.is_err());
+    let mut asked: hyper::Request<Full<Bytes>> =
+        request("POST", "/admin/v1/reload", &[], Bytes::new());
+    *asked.uri_mut() = "https://localhost/admin/v1/reload".parse().unwrap();
+    asked.headers_mut().remove("host");
+    let reloaded = Reply::read(sender.send_request(asked).await.unwrap()).await;
+    assert_eq!(reloaded.status, 200, "{}", reloaded.text());
+    assert!(connect(&renewed).await.is_ok());
+    assert!(connect(&connector).await.is_err());
+    task.abort();
+}
+
+#[tokio::test]
+async fn half_a_tls_greeting_is_closed() {
+    let mock = Mock::start(|_| vec![answer(WHOLE)]).await;
+    let folder = Folder::new();
+    let path = folder.0.join("gateway.toml");
+    let _ = certificate(&folder.0);
+    let tls = format!(
+        "header_timeout_s = 0.1\ntls_cert = '{0}/cert.pem'\ntls_key = '{0}/key.pem'",
+        folder.0.display()
+    );
+    std::fs::write(&path, file(&mock, &tls)).unwrap();
+    let gateway = from_file(&path).await;
+    let tcp = TcpStream::connect(gateway.address()).await.unwrap();
+    tcp.readable().await.unwrap();
+    assert_eq!(tcp.try_read(&mut [0; 8]).unwrap(), 0);
+}
+
+#[tokio::test]
+async fn a_unix_socket_is_another_way_in() {
+    let mock = Mock::start(|_| vec![answer(WHOLE)]).await;
+    let folder = Folder::new();
+    let socket = folder.0.join("http.sock");
+    // What a killed process leaves behind is in nobody's way.
+    drop(std::os::unix::net::UnixListener::bind(&socket).unwrap());
+    let stack = Stack::start(Vec::new(), |config| {
+        before(vec![mock.upstream()])(config);
+        config.unix_socket = Some(socket.clone());
+    })
+    .await;
+    let stream = UnixStream::connect(&socket).await.unwrap();
+    let (mut sender, connection) = http1::handshake(TokioIo::new(stream)).await.unwrap();
+    let task = tokio::spawn(connection);
+    let asked = request("GET", "/admin/v1/replicas", &[], Bytes::new());
+    let reply = Reply::read(sender.send_request(asked).await.unwrap()).await;
+    assert_eq!(reply.ok()["models"][0]["model"], "chat");
+    task.abort();
+    let config = Config {
+        port: 0,
+        unix_socket: Some(socket.clone()),
+        models: vec![ModelConfig {
+            name: "x".to_owned(),
+            upstreams: vec![mock.upstream()],
+            ..ModelConfig::default()
+        }],
+        ..Config::default()
+    };
+    assert!(Gateway::start(config).await.is_err(), "the socket is taken");
+    drop(stack);
+}
+
+#[tokio::test]
+async fn the_endpoints_are_described() {
+    let mock = Mock::start(|_| vec![answer(WHOLE)]).await;
+    let stack = Stack::start(Vec::new(), before(vec![mock.upstream()])).await;
+    let document = stack.get("/openapi.json").await.ok();
+    for (path, methods) in document["paths"].as_object().unwrap() {
+        let options = request("OPTIONS", &path.replace("{id}", "x"), &[], Bytes::new());
+        let reply = send(stack.address(), options).await;
+        assert_eq!(reply.status, 405, "{path}");
+        let allowed = reply.header("allow").to_lowercase();
+        for method in methods.as_object().unwrap().keys() {
+            assert!(
+                allowed.contains(method.as_str()),
+                "{method} {path}: {allowed}"
+            );
+        }
+    }
+}
