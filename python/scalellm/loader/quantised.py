@@ -161,9 +161,10 @@ class Gptq(Scheme):
 
     def numbers(self, read: Read, n: int, k: int) -> Tensor:
         stored = _parts_of_words(read("qweight").t().contiguous(), self.bits)
-        zeros = _parts_of_words(read("qzeros"), self.bits).reshape(-1, n)
-        if self.zeros_less_one:  # zero itself was stored as the largest number
-            zeros = (zeros + 1) & ((1 << self.bits) - 1)
+        words = read("qzeros")
+        if self.zeros_less_one:  # taken from whole words, so that a zero of 0 borrowed
+            words = words + sum(1 << place for place in range(0, 32, self.bits))
+        zeros = _parts_of_words(words, self.bits).reshape(-1, n)
         scales = read("scales").float()
         group = read("g_idx").long()
         if bool(((group < 0) | (group >= len(scales))).any()):
