@@ -1,7 +1,6 @@
 //! Names of blocks and of replicas that are the same on every machine.
 
-use blake2::digest::consts::U16;
-use blake2::{Blake2b, Digest};
+use blake2b_simd::Params;
 
 /// Names a block and everything before it.
 pub type BlockHash = [u8; 16];
@@ -15,18 +14,18 @@ pub fn block_hashes(ids: &[u32], block_size: usize, salt: &[u8]) -> Vec<BlockHas
     }
     // Longer salts are refused before they get here; the engine would not find them.
     let length = u8::try_from(salt.len()).unwrap_or(u8::MAX);
-    let mut content = Vec::with_capacity(4 * block_size);
+    let mut parameters = Params::new();
+    parameters.hash_length(size_of::<BlockHash>());
     let mut parent = BlockHash::default();
+    let mut content = Vec::with_capacity(parent.len() + 1 + salt.len() + 4 * block_size);
     ids.chunks_exact(block_size)
         .map(|block| {
             content.clear();
+            content.extend_from_slice(&parent);
+            content.push(length);
+            content.extend_from_slice(salt);
             content.extend(block.iter().flat_map(|id| id.to_le_bytes()));
-            let mut hash = Blake2b::<U16>::new();
-            hash.update(parent);
-            hash.update([length]);
-            hash.update(salt);
-            hash.update(&content);
-            parent = hash.finalize().into();
+            parent.copy_from_slice(parameters.hash(&content).as_bytes());
             parent
         })
         .collect()

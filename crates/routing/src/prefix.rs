@@ -7,9 +7,19 @@
 use crate::policy::Reason;
 use crate::router::View;
 
+/// Another replica has to be this much sooner: predictions are no better, and a second copy takes room in a cache.
+const LEAVE_FACTOR: f64 = 1.1;
+
 pub(crate) fn choose(view: &View<'_>) -> Option<(usize, Reason)> {
     let longest = view.cached.iter().copied().max().unwrap_or(0);
-    let at = view.soonest_done(|_| true)?;
+    let soonest = view.soonest_done(|_| true)?;
+    let has_longest = view.soonest_done(|at| view.cached[at] == longest)?;
+    let total_ms = |at: usize| view.predictions[at].total_ms;
+    let at = if total_ms(has_longest) <= LEAVE_FACTOR * total_ms(soonest) {
+        has_longest
+    } else {
+        soonest
+    };
     let reason = match view.cached[at] {
         _ if longest == 0 => Reason::Cold,
         cached if cached == longest => Reason::Prefix,
