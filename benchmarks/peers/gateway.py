@@ -118,7 +118,7 @@ def _measured_gateway(port: int, behind: str, folder: Path) -> Launch:
     }
     # Numbers and plain strings are the same in JSON and TOML.
     lines = [f"{name} = {json.dumps(value)}" for name, value in settings.items()]
-    return replace(_gateway("\n".join([*lines, _model() + behind])), api_key=key)
+    return replace(_gateway("\n".join([*lines, behind])), api_key=key)
 
 
 def _model() -> str:
@@ -135,12 +135,13 @@ def _core_call(call: str, ready_path: str | None) -> Launch:
 
 
 def _own_engine(_: Path, port: int, behind: Backend) -> Launch:
-    return _measured_gateway(port, f'replicas = ["{behind.engine}"]\n', behind.folder)
+    replicas = f'replicas = ["{behind.engine}"]\n'
+    return _measured_gateway(port, _model() + replicas, behind.folder)
 
 
 def _foreign_engine(_: Path, port: int, behind: Backend) -> Launch:
-    upstream = f'[[models.upstreams]]\nurl = "{behind.url}/v1"\n'
-    return _measured_gateway(port, upstream, behind.folder)
+    model = f'[[models]]\nname = "{MODEL}"\n[[models.upstreams]]\nurl = "{behind.url}/v1"\n'
+    return _measured_gateway(port, model, behind.folder)
 
 
 def _nothing(_cache: Path, _log: Path) -> None:
