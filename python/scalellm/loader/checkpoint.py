@@ -19,6 +19,7 @@ from scalellm.kernels.quantise import FP8
 from scalellm.layers.weights import MatrixSpec, PlainMatrices
 from scalellm.loader.config import read_json
 from scalellm.loader.quantised import UNUSED, ScaledBytes, Scheme, Stored
+from scalellm.loader.staging import Staging
 
 INDEX = "model.safetensors.index.json"
 _BYTES = {"F64": 8, "F32": 4, "BF16": 2, "F16": 2, "I32": 4, "I8": 1, "F8_E4M3": 1}
@@ -137,6 +138,7 @@ class CheckpointSource(PlainMatrices):
         self._checkpoint = checkpoint
         self._files = ExitStack()
         self._open: dict[Path, Any] = {}
+        self._staging = Staging(device) if device.type == "cuda" else None
 
     def __enter__(self) -> Self:
         return self
@@ -147,7 +149,10 @@ class CheckpointSource(PlainMatrices):
     def fill(self, out: Tensor, name: str) -> None:
         scheme = self._checkpoint.scheme_of(name)
         if scheme is None:
-            out.copy_(self.stored(name))
+            if self._staging is None:
+                out.copy_(self.stored(name))
+            else:
+                self._staging.copy(out, self.stored(name))
             return
         n, k = out.shape
         try:
