@@ -19,6 +19,7 @@ if ! python3 -c 'import scalellm._core' 2>/dev/null; then
     python3 -m pip install -q --no-index --no-deps --no-compile --target "$site" .gpu/scalellm-*.whl
     export PYTHONPATH=$site
 fi
+command -v nvidia-smi >/dev/null || { echo "gpu.sh: no NVIDIA GPU here" >&2; exit 1; }
 nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader
 
 if [ "${CHECK:-yes}" != no ]; then

@@ -98,10 +98,12 @@ class Recorded:
     ) -> None:
         self.size, self.width = size, width
         device = cache.layers[0].keys.device
-        # token ids | positions | slots | spans | tables
-        self._lengths = [size, size, size, 3 * size, width * size]
+        # token ids | positions | slots | spans | tables, each at a multiple of 16 bytes: kernels are
+        # compiled anew for arrays that are not
+        self._sizes = [size, size, size, 3 * size, width * size]
+        self._lengths = [-(-numbers // 4) * 4 for numbers in self._sizes]
         self._inputs = torch.zeros(sum(self._lengths), dtype=torch.int32, device=device)
-        ids, positions, slots, spans, tables = self._inputs.split(self._lengths)
+        ids, positions, slots, spans, tables = self._parts(self._inputs)
         self.token_ids = ids
         slots.fill_(-1)
         rows = torch.arange(size, dtype=torch.int32, device=device)
@@ -122,7 +124,7 @@ class Recorded:
         """Start a step; its token ids are `previous` [n] of the device, if given."""
         count = len(arrays.spans)
         held = torch.empty(len(self._inputs), dtype=torch.int32, pin_memory=self.drawn.is_cuda)
-        ids, positions, slots, spans, tables = (part.numpy() for part in held.split(self._lengths))
+        ids, positions, slots, spans, tables = (part.numpy() for part in self._parts(held))
         plan = plan_pages(arrays.spans, arrays.tables, block_size)
         for written, given, rest in (
             (ids, arrays.token_ids, 0),
@@ -134,7 +136,7 @@ class Recorded:
             written[len(given) :] = rest
         table = tables.reshape(self.size, self.width)
         table[:count, : plan.tables.shape[1]] = plan.tables
-        first = 0 if previous is None else self.size
+        first = 0 if previous is None else self._lengths[0]
         self._inputs[first:].copy_(held[first:], non_blocking=True)
         if previous is not None:
             # A row without an id has -1, which is no row of the embedding.
@@ -143,6 +145,10 @@ class Recorded:
         if self.logits is None:
             raise RuntimeError("a recorded step has not run")
         return Launched(self.logits[:count], self.drawn[:count])
+
+    def _parts(self, inputs: Tensor) -> list[Tensor]:
+        parts = inputs.split(self._lengths)
+        return [part[:size] for part, size in zip(parts, self._sizes, strict=True)]
 
 
 class DecodeGraphs:
