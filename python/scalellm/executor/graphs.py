@@ -98,8 +98,8 @@ class Recorded:
     ) -> None:
         self.size, self.width = size, width
         device = cache.layers[0].keys.device
-        # token ids | positions | slots | spans | tables, each at a multiple of 16 bytes: kernels are
-        # compiled anew for arrays that are not
+        # token ids | positions | slots | spans | tables, each at a multiple of 16 bytes, as kernels
+        # are compiled anew for arrays that are not
         self._sizes = [size, size, size, 3 * size, width * size]
         self._lengths = [-(-numbers // 4) * 4 for numbers in self._sizes]
         self._inputs = torch.zeros(sum(self._lengths), dtype=torch.int32, device=device)
