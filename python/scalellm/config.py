@@ -186,8 +186,8 @@ class GatewayConfig:
     )
     routing: str = setting(
         "prefix",
-        "How a replica is chosen: `prefix` by what it has cached and its load, `least-load` by load "
-        "alone, `shape` by width, `session` to stay (docs/routing.md)",
+        "How a replica is chosen: `prefix` by what it has cached and its load, `least-load` by "
+        "load alone, `shape` by width, `session` to stay (docs/routing.md)",
         ("serve",),
         choices=("prefix", "least-load", "shape", "session"),
     )
