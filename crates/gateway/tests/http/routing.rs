@@ -137,6 +137,9 @@ async fn another_gateways_load_counts() {
         ..remembering()
     };
     let stack = Stack::start(vec![busy, remembering()], |_| {}).await;
+    stack
+        .wait_metric("scalellm_replica_backlog_tokens{", "", 50_000.0)
+        .await;
     for _ in 0..3 {
         let route = route(
             &stack.gateway,
