@@ -21,7 +21,7 @@ pub mod proto {
 
 pub use address::{Address, AddressError};
 pub use client::{
-    BlockHash, KvSink, Replica, ReplicaConfig, ReplicaState, RequestStream, StreamError,
+    BlockHash, KvSink, LostCause, Replica, ReplicaConfig, ReplicaState, RequestStream, StreamError,
     SubmitError,
 };
 pub use listener::{

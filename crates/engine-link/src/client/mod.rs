@@ -13,5 +13,5 @@ mod table;
 pub use config::ReplicaConfig;
 pub use kv_view::{BlockHash, KvSink};
 pub use replica::{Replica, ReplicaState};
-pub use stream::{RequestStream, StreamError};
+pub use stream::{LostCause, RequestStream, StreamError};
 pub use table::SubmitError;

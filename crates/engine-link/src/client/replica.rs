@@ -13,7 +13,7 @@ use super::connect::{full_message, open};
 use super::kv_view::KvSink;
 use super::session::SessionTask;
 use super::shared::Shared;
-use super::stream::RequestStream;
+use super::stream::{LostCause, RequestStream};
 use super::table::SubmitError;
 use crate::address::Address;
 use crate::proto;
@@ -168,7 +168,8 @@ impl Replica {
         {
             aborts.iter().for_each(tokio::task::AbortHandle::abort);
         }
-        self.shared.lose_all("the gateway has shut down");
+        self.shared
+            .lose_all(LostCause::Closed, "the gateway has shut down");
     }
 
     pub(super) const GOODBYE: Duration = GOODBYE;
@@ -179,6 +180,7 @@ impl Drop for Replica {
         for task in self.tasks.lock().drain(..) {
             task.abort();
         }
-        self.shared.lose_all("the replica was removed");
+        self.shared
+            .lose_all(LostCause::Closed, "the replica was removed");
     }
 }

@@ -20,6 +20,7 @@ use super::kv_view::KvView;
 use super::replica::Replica;
 use super::shared::{Shared, SlotState};
 use super::socket::Link;
+use super::stream::LostCause;
 use super::table::Table;
 use crate::proto::engine_client::EngineClient;
 use crate::proto::{self, FromEngine};
@@ -107,9 +108,9 @@ impl SessionTask {
             self.shared.set_slot(self.slot, SlotState::Attached);
             let end = self.serve(&mut inbound, stopped).await;
             drop(inbound);
-            let reason = match end {
+            let (cause, reason) = match end {
                 End::Stopped => return None,
-                End::Lost(reason) => reason,
+                End::Lost(reason) => (LostCause::Silent, reason),
                 End::Broken(reason) => {
                     self.table.detach();
                     self.shared.set_slot(self.slot, SlotState::Reattaching);
@@ -124,15 +125,18 @@ impl SessionTask {
                             inbound = next;
                             continue;
                         }
-                        Err(error) => format!(
-                            "the session broke ({reason}) and did not come back: {}",
-                            error.reason()
-                        ),
+                        Err(error) => {
+                            let reason = format!(
+                                "the session broke ({reason}) and did not come back: {}",
+                                error.reason()
+                            );
+                            (LostCause::Gone, reason)
+                        }
                     }
                 }
             };
             tracing::warn!(engine = %self.shared.address, slot = self.slot, reason, "session lost");
-            self.table.lose_all(&reason);
+            self.table.lose_all(cause, &reason);
             return Some(());
         }
     }

@@ -8,6 +8,7 @@ use tokio::sync::watch;
 use super::config::ReplicaConfig;
 use super::kv_view::{KvSink, KvView};
 use super::replica::ReplicaState;
+use super::stream::LostCause;
 use super::table::{InFlight, Table};
 use crate::address::Address;
 use crate::proto;
@@ -155,7 +156,7 @@ impl Shared {
                 load.step_age_ms
             );
             for table in &self.tables {
-                table.abandon_all(&reason);
+                table.abandon_all(LostCause::Hung, &reason);
             }
         }
         if changed {
@@ -163,9 +164,9 @@ impl Shared {
         }
     }
 
-    pub(super) fn lose_all(&self, reason: &str) {
+    pub(super) fn lose_all(&self, cause: LostCause, reason: &str) {
         for table in &self.tables {
-            table.lose_all(reason);
+            table.lose_all(cause, reason);
         }
         {
             let mut seen = self.seen.lock();

@@ -19,7 +19,36 @@ pub enum StreamError {
     /// The engine died, hung or could not be reattached to. What was received stays valid: the request may be
     /// replayed elsewhere with its ids in `resume_ids`.
     #[error("lost: {reason}")]
-    Lost { reason: String },
+    Lost { cause: LostCause, reason: String },
+}
+
+/// What became of the engine that ran a lost request.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum LostCause {
+    /// Its session broke and could not be taken up again: the process is gone, or has forgotten it.
+    Gone,
+    /// No frame came any more, or none that makes sense: stopped, or cut off.
+    Silent,
+    /// The listener answers, the loop behind it does not come round.
+    Hung,
+    /// It answered what no engine may answer.
+    Nonsense,
+    /// This side has let go of the engine.
+    Closed,
+}
+
+impl LostCause {
+    /// A label for metrics and logs.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Gone => "gone",
+            Self::Silent => "silent",
+            Self::Hung => "hung",
+            Self::Nonsense => "nonsense",
+            Self::Closed => "closed",
+        }
+    }
 }
 
 /// Holds what the reader has not taken yet. Merging bounds it by the request's `max_tokens`.
@@ -168,6 +197,7 @@ mod tests {
         mailbox.push(output(&[2, 3], proto::FinishReason::Length));
         mailbox.push(output(&[4], proto::FinishReason::Unspecified));
         mailbox.fail(StreamError::Lost {
+            cause: LostCause::Gone,
             reason: "late".into(),
         });
         let first = mailbox
@@ -187,6 +217,7 @@ mod tests {
         let mailbox = Mailbox::default();
         mailbox.push(output(&[1], proto::FinishReason::Unspecified));
         mailbox.fail(StreamError::Lost {
+            cause: LostCause::Gone,
             reason: "gone".into(),
         });
         assert_eq!(

@@ -12,7 +12,7 @@ use crate::support::{Engine, config, info, reach, ready, soon, submit, tcp, unix
 
 async fn lost(stream: &mut RequestStream) -> String {
     match soon("the error", stream.next()).await {
-        Some(Err(StreamError::Lost { reason })) => reason,
+        Some(Err(StreamError::Lost { reason, .. })) => reason,
         other => panic!("{other:?}"),
     }
 }

@@ -1,7 +1,7 @@
 //! From a frame to the requests' readers.
 
 use super::{State, Table};
-use crate::client::stream::StreamError;
+use crate::client::stream::{LostCause, StreamError};
 use crate::proto;
 
 impl Table {
@@ -48,6 +48,7 @@ impl Table {
         entry.submit = None;
         let Some(room) = entry.room.checked_sub(output.token_ids.len()) else {
             entry.mailbox.fail(StreamError::Lost {
+                cause: LostCause::Nonsense,
                 reason: "the engine sent more ids than max_tokens".to_owned(),
             });
             if finished {

@@ -21,7 +21,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use futures_util::task::AtomicWaker;
 use parking_lot::Mutex;
 
-use super::stream::{Mailbox, RequestStream, StreamError};
+use super::stream::{LostCause, Mailbox, RequestStream, StreamError};
 use crate::proto::{self, RequestRef};
 pub(super) use outgoing::Outgoing;
 
@@ -264,7 +264,7 @@ impl Table {
     }
 
     /// Ends every request; the engine is told on the running stream (a hung engine: the session lives).
-    pub(super) fn abandon_all(&self, reason: &str) {
+    pub(super) fn abandon_all(&self, cause: LostCause, reason: &str) {
         {
             let mut state = self.state.lock();
             let live: Vec<u64> = state
@@ -276,6 +276,7 @@ impl Table {
             for id in live {
                 if let Some(entry) = state.requests.get(&id) {
                     entry.mailbox.fail(StreamError::Lost {
+                        cause,
                         reason: reason.to_owned(),
                     });
                 }
@@ -286,7 +287,7 @@ impl Table {
     }
 
     /// Ends every request and forgets the session: the engine will cancel by itself.
-    pub(super) fn lose_all(&self, reason: &str) {
+    pub(super) fn lose_all(&self, cause: LostCause, reason: &str) {
         let mut state = self.state.lock();
         state.attached = false;
         state.generation += 1;
@@ -294,6 +295,7 @@ impl Table {
             self.release(&mut entry);
             if !entry.cancelled {
                 entry.mailbox.fail(StreamError::Lost {
+                    cause,
                     reason: reason.to_owned(),
                 });
             }
@@ -322,6 +324,6 @@ impl Table {
             state.closed = true;
             state.attached = false;
         }
-        self.abandon_all(reason);
+        self.abandon_all(LostCause::Closed, reason);
     }
 }
