@@ -11,6 +11,7 @@
 //!                                          least_load | prefix | shape | session --> Choice
 //! ```
 
+mod breaker;
 mod candidate;
 mod estimate;
 mod hash;
@@ -19,12 +20,15 @@ mod policy;
 mod predict;
 mod prefix;
 mod prefix_index;
+mod retry_budget;
 mod router;
 mod session;
 mod shape;
 
+pub use breaker::{Breaker, BreakerSettings};
 pub use candidate::{Candidate, Request, StepCost};
 pub use hash::{BlockHash, block_hashes, stable_hash};
 pub use policy::{Choice, Policy, Reason, UnknownPolicy};
 pub use prefix_index::{MAX_BLOCKS, MAX_REPLICAS, PrefixIndex};
+pub use retry_budget::RetryBudget;
 pub use router::Router;
