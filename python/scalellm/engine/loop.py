@@ -24,7 +24,7 @@ from scalellm.engine.calibration import REPEATS, Shape, build_batch
 from scalellm.engine.kv_cache import KVCache
 from scalellm.engine.logprobs import TokenLogprobs
 from scalellm.engine.phases import PhaseClock, PhaseTotals, phases_between
-from scalellm.engine.request import Request
+from scalellm.engine.request import FinishReason, Request
 from scalellm.engine.sampler import Sampler
 from scalellm.engine.scheduler import Scheduler
 from scalellm.engine.step import Limits, Output, Step
@@ -146,7 +146,7 @@ class EngineLoop:
                     pass
         finally:
             self.scheduler.abandon()
-            self._end_all("error", "the engine ended before the request was finished")
+            self._end_all("cancelled", "the engine ended before the request was finished")
 
     def _turn(self) -> bool:
         """One step, or a wait for work; False when the loop is to end."""
@@ -218,11 +218,11 @@ class EngineLoop:
             self._draining_since is not None
             and time.monotonic() - self._draining_since > self._drain_timeout_s
         ):
-            self._end_all("error", "the engine stopped before the request was finished")
+            self._end_all("cancelled", None)
             return True
         return False
 
-    def _end_all(self, reason: Any, error: str | None) -> None:
+    def _end_all(self, reason: FinishReason, error: str | None) -> None:
         try:
             self._take_in(self._listener.poll(0.0))
         finally:
