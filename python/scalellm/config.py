@@ -194,6 +194,14 @@ class GatewayConfig:
     request_timeout_s: float = setting(
         3600.0, "Longest life of one request; 0: no limit", ("serve",), minimum=0, maximum=86_400
     )
+    replay: bool = setting(
+        True,
+        "Requests whose replica dies go on at another one, or at the same once it is restarted",
+        ("serve",),
+    )
+    replay_wait_s: float = setting(
+        60.0, "How long they wait for that replica", ("serve",), minimum=0, maximum=86_400
+    )
 
     def __post_init__(self) -> None:
         check_fields(self)

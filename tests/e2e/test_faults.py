@@ -1,4 +1,5 @@
-"""An engine that dies or stops in the middle of its streams, and what its clients see of it."""
+"""An engine that dies or stops in the middle of its streams, and what its clients see of it where
+replays are off. With replays: tests/chaos."""
 
 import http.client
 import json
@@ -25,7 +26,7 @@ NOTICED_WITHIN_S = {signal.SIGKILL: 5.0, signal.SIGSTOP: 15.0}
 def fragile(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serve]:
     made = Serve(
         tmp_path_factory.mktemp("serve"),
-        *("--kv-cache-memory", "64MiB", "--hung-after-s", str(HUNG_AFTER_S)),
+        *("--kv-cache-memory", "64MiB", "--hung-after-s", str(HUNG_AFTER_S), "--no-replay"),
     )
     yield made
     made.close()

@@ -4,7 +4,6 @@ import json
 import signal
 import subprocess
 import sys
-import time
 import urllib.error
 from collections.abc import Iterator
 from pathlib import Path
@@ -27,7 +26,7 @@ def serve(tmp_path: Path) -> Iterator[Serve]:
 def test_faults_heal_and_a_drain_loses_nothing(serve: Serve) -> None:
     """One tree for all of it: a start takes seconds."""
     says_what_is_taken(serve)
-    ends_streams_of_a_killed_engine(serve)
+    continues_streams_of_a_killed_engine(serve)
     survives_a_stopped_controller(serve)
     drains(serve)
 
@@ -48,16 +47,15 @@ def says_what_is_taken(serve: Serve) -> None:
     )
 
 
-def ends_streams_of_a_killed_engine(serve: Serve) -> None:
+def continues_streams_of_a_killed_engine(serve: Serve) -> None:
     engine = serve.engine_pid()
     with serve.post({"stream": True, "max_tokens": LONG}) as stream:
         assert stream.readline().startswith(b"data: ")
         kill(engine)
-        killed_s = time.monotonic()
         rest = stream.read().decode()
-    assert time.monotonic() - killed_s < 10
-    events = [line for line in rest.splitlines() if line.startswith("data: ")]
-    assert '"error"' in events[-1] or '"error"' in events[-2]
+    events = [line.removeprefix("data: ") for line in rest.splitlines() if line]
+    assert events.pop() == "[DONE]"
+    assert json.loads(events[-1])["choices"][0]["finish_reason"] == "length"
     until(serve.works, START_S)
     assert serve.engine_pid() not in (0, engine)
 

@@ -195,6 +195,9 @@ impl Loop {
                 }
             }
             self.admit();
+            if self.is_poisoned() {
+                return End::Died;
+            }
             if self.step() {
                 if self
                     .settings
@@ -269,6 +272,19 @@ impl Loop {
         if let Some((stored, removed)) = self.prefixes.take_changes() {
             self.handle.emit_kv(stored, removed, false);
         }
+    }
+
+    /// Whether the next step computes a prompt that it dies of.
+    fn is_poisoned(&self) -> bool {
+        let Some(poison) = self.settings.faults.poison_id else {
+            return false;
+        };
+        let now = Instant::now();
+        self.running.values().any(|sequence| {
+            sequence.due <= now
+                && sequence.is_first()
+                && sequence.submission.submit.prompt_ids.contains(&poison)
+        })
     }
 
     fn cancel(&mut self, key: u64) {

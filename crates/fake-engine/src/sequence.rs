@@ -104,7 +104,11 @@ impl Sequence {
             self.times.prefill = computing(self.times.first_scheduled_us, now_us);
             output.cached_tokens = self.cached_tokens;
             output.times = Some(self.times.clone());
-            if let Some(count) = submit.prompt_logprobs {
+            // Those of a resumed request went out with its first attempt.
+            if let Some(count) = submit
+                .prompt_logprobs
+                .filter(|_| submit.resume_ids.is_empty())
+            {
                 output.prompt_logprobs =
                     prompt_logprobs(&submit.prompt_ids, count, settings.vocab_size);
             }
@@ -145,6 +149,12 @@ impl Sequence {
             {
                 output.finish_reason = proto::FinishReason::Error as i32;
                 output.error = "the fake engine was told to fail".to_owned();
+            } else if settings
+                .faults
+                .cancel_after
+                .is_some_and(|after| self.given >= after)
+            {
+                output.finish_reason = proto::FinishReason::Cancelled as i32;
             } else if self.given >= limit {
                 output.finish_reason = proto::FinishReason::Length as i32;
             } else {

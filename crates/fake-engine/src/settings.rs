@@ -82,6 +82,10 @@ pub struct Faults {
     pub die_after_outputs: Option<u64>,
     /// Ends every request with ERROR after this many ids.
     pub error_after: Option<u32>,
+    /// Ends every request with CANCELLED after this many ids, as an engine does that must stop now.
+    pub cancel_after: Option<u32>,
+    /// Dies, as by `die_after_outputs`, of the first output of a prompt with this id.
+    pub poison_id: Option<u32>,
     /// Refuses every Submit while the load looks well.
     pub refuse: Option<Refuse>,
     pub garbage: Option<Garbage>,

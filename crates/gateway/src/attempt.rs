@@ -1,34 +1,70 @@
-//! One choice's way through the engines: routed, submitted, and once tried again elsewhere while that loses nothing.
+//! One choice's way through the engines: routed, submitted, and moved on when its replica fails it.
+//!
+//! ```text
+//!  start --> Running --outputs--> finished
+//!               |   ^
+//!   lost,       |   | submitted again with all ids received,
+//!   drained     v   | to a replica that continues them exactly
+//!             Paused --no such replica in time, or too many deaths--> error
+//! ```
+//!
+//! What a replica refuses goes to one other at once: nothing has begun.
 
+use std::pin::Pin;
 use std::sync::Arc;
-use std::sync::atomic::Ordering::Relaxed;
 use std::task::{Context, Poll, ready};
+use std::time::{Duration, Instant};
 
 use futures_util::StreamExt;
-use scalellm_engine_link::{RequestStream, StreamError, SubmitError, proto};
+use scalellm_engine_link::listener::MAX_DEADLINE_MS;
+use scalellm_engine_link::proto::{self, FinishReason, RefusalCode};
+use scalellm_engine_link::{LostCause, RequestStream, StreamError};
 use scalellm_routing::Choice;
+use tokio::time::{Sleep, sleep};
 
 use crate::app::App;
 use crate::error::{ApiError, ApiResult};
 use crate::fleet::Model;
+use crate::replay::{
+    Cause, Failures, Loss, MAX_DEATHS, Pause, Place, continues_exactly, is_hopeless,
+};
 use crate::routing::{Placement, RouteWish};
+use crate::stages::micros;
 
-/// A submitted request: its first replica and one more.
-const MAX_ATTEMPTS: usize = 2;
+/// Replicas that a choice is offered to before one has taken it.
+const MAX_OFFERS: u32 = 2;
+/// Between two looks for a replica to go on at.
+const LOOK_AGAIN: Duration = Duration::from_millis(50);
 
 /// A choice's outputs. Dropping it cancels the choice in the engine.
 pub struct Attempt {
-    stream: RequestStream,
-    /// Kept until the first output, after which another replica could not start anew.
-    submit: Option<proto::Submit>,
+    run: Run,
+    prompt: Arc<[u32]>,
+    /// What a replica is sent, but for the prompt; `resume_ids` are all ids received.
+    submit: proto::Submit,
     wish: RouteWish,
-    /// Kept as long.
+    /// Kept until the first output.
     placement: Option<Placement>,
-    tried: Vec<usize>,
+    deadline: Option<Instant>,
+    place: Place,
+    /// The engine there, as it described itself.
+    engine: Option<Arc<proto::DescribeResponse>>,
+    /// Whether it has given an output.
+    answered: bool,
+    tries: u32,
+    replays: u32,
+    refusals: u32,
+    failures: Failures,
+    pause: Option<Pause>,
+}
+
+enum Run {
+    Running(RequestStream),
+    Paused(Pin<Box<Sleep>>),
 }
 
 impl Attempt {
-    /// Submits to `preferred`, or where the model's policy says.
+    /// Submits to `preferred`, or where the policy says. `submit` is without the prompt's ids.
     ///
     /// # Errors
     /// 503 when no replica takes it.
@@ -36,19 +72,34 @@ impl Attempt {
         app: &App,
         model: &Model,
         submit: proto::Submit,
+        prompt: &Arc<[u32]>,
         wish: RouteWish,
+        deadline: Option<Instant>,
         preferred: Option<usize>,
     ) -> ApiResult<Attempt> {
-        let mut tried = Vec::new();
-        let (stream, placement) = submit_to_any(app, model, &submit, wish, preferred, &mut tried)
-            .inspect_err(|_| app.metrics.rejected("no_replica"))?;
-        Ok(Attempt {
-            stream,
-            submit: Some(submit),
+        model.faults.request();
+        let mut attempt = Attempt {
+            run: Run::Paused(Box::pin(sleep(Duration::ZERO))),
+            prompt: Arc::clone(prompt),
+            submit,
             wish,
-            placement,
-            tried,
-        })
+            placement: None,
+            deadline,
+            place: Place::default(),
+            engine: None,
+            answered: false,
+            tries: 0,
+            replays: 0,
+            refusals: 0,
+            failures: Failures::default(),
+            pause: None,
+        };
+        if attempt.submit_to_any(app, model, preferred) {
+            Ok(attempt)
+        } else {
+            app.metrics.rejected("no_replica");
+            Err(model.no_replica())
+        }
     }
 
     /// Why the policy chose the replica, while it has not answered.
@@ -57,10 +108,16 @@ impl Attempt {
         self.placement.as_ref().map(|placement| placement.choice)
     }
 
-    /// The replica that runs it now.
+    /// The replica that runs it now, or ran it last.
     #[must_use]
     pub fn replica(&self) -> usize {
-        self.tried.last().copied().unwrap_or(0)
+        self.place.replica
+    }
+
+    /// Replicas that it outlived.
+    #[must_use]
+    pub fn replays(&self) -> u32 {
+        self.replays
     }
 
     /// The next output. After an error, or the output with a finish reason, it must not be polled again.
@@ -71,90 +128,282 @@ impl Attempt {
         cx: &mut Context<'_>,
     ) -> Poll<ApiResult<proto::Output>> {
         loop {
-            let error = match ready!(self.stream.poll_next_unpin(cx)) {
-                Some(Ok(output)) => {
-                    self.submit = None;
-                    self.placement = None;
-                    return Poll::Ready(Ok(output));
+            let loss = match &mut self.run {
+                Run::Paused(timer) => {
+                    ready!(timer.as_mut().poll(cx));
+                    self.go_on(app, model)?;
+                    continue;
                 }
-                Some(Err(error)) => error,
-                None => StreamError::Lost {
-                    reason: "it ended the request without a reason".to_owned(),
+                Run::Running(stream) => match ready!(stream.poll_next_unpin(cx)) {
+                    Some(Ok(output)) if output.finish_reason() != FinishReason::Cancelled => {
+                        self.received(app, model, &output);
+                        return Poll::Ready(Ok(self.first_told(output)));
+                    }
+                    Some(Ok(mut output)) => {
+                        output.finish_reason = FinishReason::Unspecified as i32;
+                        let loss = given_up(std::mem::take(&mut output.error));
+                        if output.token_ids.is_empty() {
+                            loss
+                        } else {
+                            self.received(app, model, &output);
+                            self.lose(app, model, loss)?;
+                            return Poll::Ready(Ok(self.first_told(output)));
+                        }
+                    }
+                    Some(Err(StreamError::Refused(refusal))) => {
+                        self.refused(app, model, refusal)?;
+                        continue;
+                    }
+                    Some(Err(StreamError::Lost { cause, reason })) => Loss {
+                        cause: Cause::Lost(cause),
+                        reason,
+                    },
+                    None => Loss {
+                        cause: Cause::Lost(LostCause::Nonsense),
+                        reason: "it ended the request without a reason".to_owned(),
+                    },
                 },
             };
-            let another = may_go_elsewhere(&error) && self.tried.len() < MAX_ATTEMPTS;
-            match self.submit.as_mut().filter(|_| another) {
-                Some(submit) => {
-                    self.placement = None;
-                    match submit_to_any(app, model, submit, self.wish, None, &mut self.tried) {
-                        Ok((stream, placement)) => {
-                            tracing::warn!(trace_id = submit.trace_id, %error, "trying another replica");
-                            app.metrics.retried.fetch_add(1, Relaxed);
-                            self.stream = stream;
-                            self.placement = placement;
-                        }
-                        Err(_) => return Poll::Ready(Err(answer(model, error))),
-                    }
-                }
-                None => return Poll::Ready(Err(answer(model, error))),
+            self.lose(app, model, loss)?;
+        }
+    }
+
+    /// Takes in what the engine gave.
+    fn received(&mut self, app: &App, model: &Model, output: &proto::Output) {
+        let Place { replica, epoch } = self.place;
+        if output.finish_reason() == FinishReason::Error {
+            // A request that forbids tokens may have forbidden all: that is not the replica's failure.
+            let forbids = self.submit.min_tokens > 0
+                || (self.submit.sampling.as_ref()).is_some_and(|s| !s.logit_bias.is_empty());
+            if !forbids {
+                model.faults.failed(replica, epoch, app.clock.now_ms());
+            }
+        } else if !self.answered {
+            model.faults.succeeded(replica, epoch, app.clock.now_ms());
+        }
+        self.answered = true;
+        self.placement = None;
+        self.submit.resume_ids.extend(&output.token_ids);
+        if let Some(pause) = self.pause.take() {
+            app.metrics.faults.paused_us(micros(pause.since.elapsed()));
+        }
+    }
+
+    /// Only the first replica's word on the prompt counts: a later one may have it from an earlier try.
+    fn first_told(&self, mut output: proto::Output) -> proto::Output {
+        if self.replays > 0 && self.submit.resume_ids.len() > output.token_ids.len() {
+            output.cached_tokens = 0;
+        }
+        output
+    }
+
+    /// The replica has lost the choice: it pauses, or ends.
+    fn lose(&mut self, app: &App, model: &Model, loss: Loss) -> ApiResult<()> {
+        let faults = &model.faults.config;
+        let (now, now_ms) = (Instant::now(), app.clock.now_ms());
+        let ids = self.submit.resume_ids.len();
+        self.placement = None;
+        self.failures.note(self.place, now);
+        if !matches!(loss.cause, Cause::Drained | Cause::Lost(LostCause::Closed)) {
+            model
+                .faults
+                .failed(self.place.replica, self.place.epoch, now_ms);
+        }
+        if loss.cause.is_death() {
+            let deaths = self.failures.died(self.place, ids);
+            if deaths >= MAX_DEATHS {
+                model.faults.refused_prompts.refuse(&self.prompt, now);
+                app.metrics.faults.not_replayed("deaths");
+                return Err(ApiError::replica_deaths(deaths, faults.poison_refused_s));
             }
         }
-    }
-}
-
-fn submit_to_any(
-    app: &App,
-    model: &Model,
-    submit: &proto::Submit,
-    wish: RouteWish,
-    mut preferred: Option<usize>,
-    tried: &mut Vec<usize>,
-) -> ApiResult<(RequestStream, Option<Placement>)> {
-    while tried.len() < MAX_ATTEMPTS {
-        let (index, placement) = match preferred.take() {
-            Some(index) => (index, None),
-            None => match model.place(submit, wish, tried, app.clock.now_ms()) {
-                Some(placement) => (placement.choice.index, Some(placement)),
-                None => break,
-            },
+        let in_the_way = if loss.cause == Cause::Lost(LostCause::Nonsense) {
+            Some(("nonsense", "what it said is of no use".to_owned()))
+        } else if !faults.replay && (ids > 0 || self.tries >= MAX_OFFERS) {
+            Some(("off", "replays are off".to_owned()))
+        } else if self.replays >= faults.max_replays {
+            let limit = faults.max_replays;
+            Some((
+                "limit",
+                format!("it has been moved max_replays, {limit}, times"),
+            ))
+        } else if !model.faults.may_replay(now_ms) {
+            Some(("budget", "too much is being replayed already".to_owned()))
+        } else {
+            None
         };
-        let Some(replica) = model.replicas.get(index) else {
-            break;
+        if let Some((reason, message)) = in_the_way {
+            app.metrics.faults.not_replayed(reason);
+            return Err(ApiError::engine_lost(&format!(
+                "{}; {message}",
+                loss.reason
+            )));
+        }
+        tracing::warn!(
+            trace_id = self.submit.trace_id,
+            choice = self.submit.choice,
+            cause = loss.cause.name(),
+            reason = loss.reason,
+            ids,
+            "a choice has lost its replica"
+        );
+        let pause = self.pause.get_or_insert_with(|| Pause {
+            since: now,
+            until: now + faults.replay_wait(),
+            _waiting: app.metrics.faults.waits(),
+            loss: loss.clone(),
+        });
+        pause.loss = loss;
+        self.run = Run::Paused(Box::pin(sleep(Duration::ZERO)));
+        Ok(())
+    }
+
+    /// Ends the pause if a replica is there, or looks again later.
+    fn go_on(&mut self, app: &App, model: &Model) -> ApiResult<()> {
+        if self.submit_to_any(app, model, None) {
+            return Ok(());
+        }
+        let Some(pause) = &self.pause else {
+            return Err(model.no_replica());
         };
-        tried.push(index);
-        match replica.submit(submit.clone()) {
-            Ok(stream) => return Ok((stream, placement)),
-            Err(SubmitError::NotReady | SubmitError::Full) => {}
-        }
+        let begun = !self.submit.resume_ids.is_empty();
+        let engine = self.engine.as_deref().filter(|_| begun);
+        let (reason, message) = if engine.is_some_and(|first| is_hopeless(model, first)) {
+            let message = "the replicas that are there have other weights or compute otherwise";
+            ("other_engine", message.to_owned())
+        } else if !model.faults.config.replay {
+            ("off", "no other replica takes it".to_owned())
+        } else if Instant::now() >= pause.until {
+            let limit = model.faults.config.replay_wait_s;
+            let message = format!("no replica to go on at came within replay_wait_s, {limit} s");
+            ("no_replica", message)
+        } else {
+            self.run = Run::Paused(Box::pin(sleep(LOOK_AGAIN)));
+            return Ok(());
+        };
+        app.metrics.faults.not_replayed(reason);
+        let lost = &pause.loss.reason;
+        Err(ApiError::engine_lost(&format!("{lost}; {message}")))
     }
-    Err(model.no_replica())
-}
 
-fn may_go_elsewhere(error: &StreamError) -> bool {
-    match error {
-        StreamError::Lost { .. } => true,
-        StreamError::Refused(refusal) => {
-            matches!(
-                refusal.code(),
-                proto::RefusalCode::Draining | proto::RefusalCode::Full
-            )
+    /// The engine would not take the choice.
+    fn refused(&mut self, app: &App, model: &Model, refusal: proto::Refusal) -> ApiResult<()> {
+        let elsewhere = matches!(refusal.code(), RefusalCode::Draining | RefusalCode::Full);
+        if !elsewhere {
+            return Err(refused(model, refusal));
         }
+        self.placement = None;
+        self.failures.note(self.place, Instant::now());
+        if self.pause.is_some() {
+            self.run = Run::Paused(Box::pin(sleep(LOOK_AGAIN)));
+            return Ok(());
+        }
+        self.refusals += 1;
+        let offer = self.refusals < MAX_OFFERS && model.faults.may_retry(app.clock.now_ms());
+        if !offer || !self.submit_to_any(app, model, None) {
+            return Err(refused(model, refusal));
+        }
+        app.metrics.faults.retried();
+        Ok(())
     }
-}
 
-fn answer(model: &Model, error: StreamError) -> Box<ApiError> {
-    match error {
-        StreamError::Lost { reason } => ApiError::engine_lost(&reason),
-        StreamError::Refused(refusal) => match refusal.code() {
-            proto::RefusalCode::Invalid => {
-                ApiError::field(client_field(&refusal.field), refusal.message)
+    /// Submits to a replica that takes it, and continues what was received; false if there is none.
+    fn submit_to_any(&mut self, app: &App, model: &Model, mut preferred: Option<usize>) -> bool {
+        let begun = !self.submit.resume_ids.is_empty();
+        let first = self.engine.clone().filter(|_| begun);
+        let differs = |info: Option<&Arc<proto::DescribeResponse>>| {
+            first
+                .as_ref()
+                .is_some_and(|first| !info.is_some_and(|info| continues_exactly(first, info)))
+        };
+        let mut avoid = self.failures.avoid(model, Instant::now());
+        for (index, replica) in model.replicas.iter().enumerate() {
+            if differs(replica.info().as_ref()) {
+                avoid.push(index);
             }
-            proto::RefusalCode::Draining => model.no_replica(),
-            proto::RefusalCode::Full => ApiError::busy("overloaded", refusal.message, 1),
-            proto::RefusalCode::Duplicate | proto::RefusalCode::Unspecified => ApiError::internal(
-                format!("the engine refused the request: {}", refusal.message),
-            ),
-        },
+        }
+        loop {
+            let message = self.message();
+            let (index, placement) = match preferred.take() {
+                Some(index) => (index, None),
+                None => match model.place(&message, self.wish, &avoid, app.clock.now_ms()) {
+                    Some(placement) => (placement.choice.index, Some(placement)),
+                    None => return false,
+                },
+            };
+            avoid.push(index);
+            let Some(replica) = model.replicas.get(index) else {
+                continue;
+            };
+            let Ok(stream) = replica.submit(message) else {
+                continue;
+            };
+            // Asked after the submission: had another engine come in between, it would be told here.
+            let info = replica.info();
+            if differs(info.as_ref()) {
+                continue;
+            }
+            model.faults.sent(index);
+            self.place = Place {
+                replica: index,
+                epoch: info.as_ref().map_or(0, |info| info.epoch),
+            };
+            self.engine = info;
+            self.answered = false;
+            self.tries += 1;
+            if let Some(pause) = &self.pause {
+                self.replays += 1;
+                app.metrics.faults.replayed(pause.loss.cause.name());
+            }
+            self.placement = placement;
+            self.run = Run::Running(stream);
+            return true;
+        }
+    }
+
+    /// What the next replica is sent.
+    fn message(&self) -> proto::Submit {
+        let left = |at: Instant| {
+            // The gateway keeps the exact deadline; what the protocol cannot say, the engine need not know.
+            u32::try_from(at.saturating_duration_since(Instant::now()).as_millis())
+                .unwrap_or(u32::MAX)
+                .clamp(1, MAX_DEADLINE_MS)
+        };
+        let mut message = self.submit.clone();
+        message.request = Some(proto::RequestRef {
+            id: 0,
+            attempt: self.tries,
+        });
+        message.prompt_ids = self.prompt.to_vec();
+        message.deadline_ms = self.deadline.map(left);
+        message
+    }
+}
+
+/// Why an engine ends what nobody asked it to end.
+fn given_up(error: String) -> Loss {
+    if error.is_empty() {
+        Loss {
+            cause: Cause::Drained,
+            reason: "it is stopping".to_owned(),
+        }
+    } else {
+        Loss {
+            cause: Cause::Crashed,
+            reason: error,
+        }
+    }
+}
+
+fn refused(model: &Model, refusal: proto::Refusal) -> Box<ApiError> {
+    match refusal.code() {
+        RefusalCode::Invalid => ApiError::field(client_field(&refusal.field), refusal.message),
+        RefusalCode::Draining => model.no_replica(),
+        RefusalCode::Full => ApiError::busy("overloaded", refusal.message, 1),
+        RefusalCode::Duplicate | RefusalCode::Unspecified => ApiError::internal(format!(
+            "the engine refused the request: {}",
+            refusal.message
+        )),
     }
 }
 

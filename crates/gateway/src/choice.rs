@@ -65,6 +65,8 @@ pub struct Choice {
     pub last_times: Option<proto::StageTimes>,
     /// The replica that ran it last.
     pub replica: usize,
+    /// Replicas that it outlived.
+    pub replays: u32,
     /// `None` once finished: the engine has forgotten it, or was told to.
     attempt: Option<Attempt>,
     text: OutputText,
@@ -101,6 +103,7 @@ impl Choice {
             first_times: None,
             last_times: None,
             replica: attempt.replica(),
+            replays: 0,
             attempt: Some(attempt),
             text,
             include_stop: params.include_stop,
@@ -125,6 +128,7 @@ impl Choice {
             Some(attempt) => {
                 let output = ready!(attempt.poll_output(app, model, cx));
                 self.replica = attempt.replica();
+                self.replays = attempt.replays();
                 Poll::Ready(output)
             }
             None => Poll::Pending,
@@ -233,10 +237,6 @@ fn failure(reason: FinishReason, error: &str) -> Option<Box<ApiError>> {
         FinishReason::Deadline => Some(ApiError::deadline(
             "the engine reached the request's deadline",
         )),
-        FinishReason::Cancelled => {
-            let message = "the engine cancelled this request: it is stopping";
-            Some(ApiError::busy("cancelled", message, 1))
-        }
         FinishReason::Error => {
             let message = format!("the engine failed on this request: {error}");
             Some(ApiError::internal(message))

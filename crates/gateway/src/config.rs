@@ -9,6 +9,7 @@ use scalellm_routing::Policy;
 use serde::{Deserialize, Serialize};
 
 use crate::error::GatewayError;
+use crate::fault_config::FaultConfig;
 
 pub mod upstream;
 
@@ -72,6 +73,8 @@ pub struct Config {
     pub text_threads: usize,
     /// Prompts that wait for one of those threads; further ones get 503.
     pub text_queue: usize,
+    /// What happens when a replica fails.
+    pub faults: FaultConfig,
     pub log_level: LogLevel,
     pub log_format: LogFormat,
     pub models: Vec<ModelConfig>,
@@ -175,6 +178,7 @@ impl Default for Config {
             replica_silence_s: 2.0,
             text_threads: 0,
             text_queue: 256,
+            faults: FaultConfig::default(),
             log_level: LogLevel::Info,
             log_format: LogFormat::Text,
             models: Vec::new(),
@@ -268,6 +272,7 @@ impl Config {
                 return bad(format!("{missing}: missing, needed with {given}"));
             }
         }
+        self.faults.check().map_err(GatewayError::Config)?;
         if self.models.is_empty() {
             return bad("models: at least one [[models]] is needed".to_owned());
         }
@@ -483,6 +488,19 @@ mod tests {
                 format!("{MODEL}routing = 'random'\n"),
                 "models[0].routing: got \"random\", allowed are least-load, prefix, shape, session",
             ),
+            (
+                format!("{MODEL}[faults]\nreplay_wait_s = -1"),
+                "faults.replay_wait_s",
+            ),
+            (
+                format!("{MODEL}[faults]\nretry_share = 2"),
+                "faults.retry_share",
+            ),
+            (
+                format!("{MODEL}[faults]\nbreaker_probes = 0"),
+                "faults.breaker_probes",
+            ),
+            (format!("{MODEL}[faults]\nreplays = 1"), "replays"),
         ] {
             let message = Config::from_toml(&text).unwrap_err().to_string();
             assert!(

@@ -323,6 +323,27 @@ impl ApiError {
         ))
     }
 
+    /// 500: the request was there when replicas died, and is not sent to a further one.
+    #[must_use]
+    pub fn replica_deaths(deaths: u32, refused_for_s: f64) -> Box<ApiError> {
+        let message = format!(
+            "this request was present at {deaths} deaths of replicas; its prompt is refused for {refused_for_s} s"
+        );
+        Box::new(ApiError::new(
+            StatusCode::INTERNAL_SERVER_ERROR,
+            "server_error",
+            Some("replica_deaths"),
+            message,
+        ))
+    }
+
+    /// 503: the same prompt again.
+    #[must_use]
+    pub fn prompt_refused(left: std::time::Duration) -> Box<ApiError> {
+        let message = "this prompt was present at deaths of replicas and is refused for a while";
+        ApiError::busy("prompt_refused", message, left.as_secs_f64().ceil() as u32)
+    }
+
     #[must_use]
     pub fn deadline(message: impl Into<String>) -> Box<ApiError> {
         Box::new(ApiError::new(

@@ -12,6 +12,7 @@ use scalellm_routing::Candidate;
 use crate::app::Live;
 use crate::config::{Config, ModelConfig};
 use crate::error::{ApiError, ApiResult, GatewayError};
+use crate::faults::Faults;
 use crate::foreign::ForeignModel;
 use crate::metrics::Metrics;
 use crate::routing::{Placement, RouteWish, Routing};
@@ -25,6 +26,7 @@ pub struct Model {
     pub replicas: Vec<Arc<Replica>>,
     /// Of them, those that get no new requests.
     drained: Vec<Arc<Replica>>,
+    pub faults: Faults,
     max_model_len: Option<u32>,
     pub routing: Routing,
 }
@@ -52,6 +54,7 @@ impl Model {
         index: usize,
         text: Arc<TextModel>,
         link: &ReplicaConfig,
+        faults: Faults,
     ) -> Result<Model, GatewayError> {
         let addresses = config.addresses(index)?;
         let routing = Routing::new(config.policy(index)?, addresses.len());
@@ -72,6 +75,7 @@ impl Model {
             replicas,
             drained,
             routing,
+            faults,
             max_model_len: config.max_model_len,
         })
     }
@@ -153,7 +157,8 @@ impl Model {
             .any(|drained| std::ptr::eq(&**drained, replica))
     }
 
-    fn is_usable(&self, replica: &Replica) -> bool {
+    #[must_use]
+    pub fn is_usable(&self, replica: &Replica) -> bool {
         !self.is_drained(replica)
             && replica.state() == ReplicaState::Ready
             && self.shares_tokenizer(replica)
@@ -175,7 +180,9 @@ impl Model {
         avoid: &[usize],
         now_ms: f64,
     ) -> Option<Placement> {
-        let candidates = self.candidates(avoid);
+        let candidates = self
+            .faults
+            .allowed(&self.replicas, self.candidates(avoid), now_ms);
         self.routing.place(&candidates, submit, wish, now_ms)
     }
 
@@ -227,7 +234,7 @@ impl Fleet {
     /// `GatewayError::Model` with what is wrong with a folder or template, `Config` for an upstream.
     pub fn start(
         config: &Config,
-        metrics: &Metrics,
+        metrics: &Arc<Metrics>,
         before: Option<&Live>,
     ) -> Result<Fleet, GatewayError> {
         let link = config.replica();
@@ -252,12 +259,19 @@ impl Fleet {
                     None => {
                         let loaded = before.as_ref().and_then(|before| before.text(model));
                         let text = loaded.map_or_else(|| load_text(model).map(Arc::new), Ok)?;
+                        let faults = Faults::new(
+                            &config.faults,
+                            config.max_in_flight,
+                            model.replicas.len(),
+                            metrics,
+                        );
                         Arc::new(Model::start(
                             Arc::clone(&served),
                             model,
                             index,
                             text,
                             &link,
+                            faults,
                         )?)
                     }
                 });
@@ -413,7 +427,7 @@ struct Before<'a> {
     live: &'a Live,
     served: &'a Arc<Served>,
     config: &'a ModelConfig,
-    /// Replicas are spoken to as before.
+    /// Replicas are spoken to as before, and their failures met as before.
     same_link: bool,
 }
 
@@ -434,7 +448,8 @@ impl<'a> Before<'a> {
             same_link: (
                 live.config.replica_hung_after_s,
                 live.config.replica_silence_s,
-            ) == (config.replica_hung_after_s, config.replica_silence_s),
+            ) == (config.replica_hung_after_s, config.replica_silence_s)
+                && live.config.faults == config.faults,
         })
     }
 

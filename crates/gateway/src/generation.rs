@@ -29,6 +29,8 @@ pub struct Usage {
     pub prompt_tokens: u64,
     pub cached_tokens: u64,
     pub completion_tokens: u64,
+    /// How often a choice went on at a replica after its own died.
+    pub replays: u32,
 }
 
 /// One of a request's prompts, checked against the model.
@@ -97,21 +99,21 @@ impl Generation {
             admission::check_deadline(app, model, prompts, left, name)?;
         }
         let wish = wish(record, params);
+        for prompt in prompts {
+            if let Some(left) = model.faults.refused_prompts.left(&prompt.ids, start) {
+                app.metrics.rejected("prompt_refused");
+                return Err(ApiError::prompt_refused(left));
+            }
+        }
+        let deadline = left.map(|(left, _)| start + left);
         let seed = params.seed.unwrap_or_else(rand::random);
         let mut choices = Vec::with_capacity(prompts.len() * params.n as usize);
         for (index, prompt) in prompts.iter().enumerate() {
             let mut replica = None;
+            let ids: Arc<[u32]> = prompt.ids.as_slice().into();
             for choice in 0..params.n {
-                let submit = submit(
-                    record,
-                    app,
-                    prompt,
-                    params,
-                    seed,
-                    choice,
-                    left.map(|(left, _)| left),
-                );
-                let attempt = Attempt::start(app, model, submit, wish, replica)?;
+                let submit = submit(record, app, prompt, params, seed, choice);
+                let attempt = Attempt::start(app, model, submit, &ids, wish, deadline, replica)?;
                 if choices.is_empty() {
                     note_route(record, model, &attempt);
                 }
@@ -222,6 +224,7 @@ impl Generation {
                 .iter()
                 .map(|choice| u64::from(choice.output_tokens))
                 .sum(),
+            replays: self.choices.iter().map(|choice| choice.replays).sum(),
         }
     }
 
@@ -237,14 +240,17 @@ impl Generation {
     }
 
     fn fail(&mut self, error: Box<ApiError>) -> Box<ApiError> {
+        let replays = self.usage().replays;
         self.choices.clear();
         self.error = None;
         let note = ErrorNote {
             code: error.code,
             message: error.message.clone(),
         };
-        self.record
-            .update(|progress| progress.failed = Some((error.status.as_u16(), note)));
+        self.record.update(|progress| {
+            progress.failed = Some((error.status.as_u16(), note));
+            progress.replays = replays;
+        });
         error
     }
 
@@ -273,6 +279,7 @@ impl Generation {
             progress.longest_choice_tokens = longest.into();
             progress.tokens_came(now);
             progress.finish = finish.or(progress.finish);
+            progress.replays = usage.replays;
             if engine_last.is_some() {
                 progress.engine_last = engine_last;
             }

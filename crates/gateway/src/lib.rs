@@ -10,8 +10,8 @@
 //! quota, metering      the key's budgets; what is used       (from admission to the end)
 //! admission, fair_queue  a place among the running requests admission
 //! prompt, text_pool    template and ids, on own threads     text_queue, template, tokenise
-//! fleet, submit,       model name to replica; one retry     route
-//! attempt
+//! fleet, submit        model name to replica                route
+//! attempt, faults      the replica dies: on at another one   (until the last token)
 //! choice, generation   engine outputs to text               link_out to decode, detokenise
 //! respond/             JSON bodies and SSE frames           serialise
 //! foreign/             models that servers elsewhere compute: from body on, in the place of what is between   upstream
@@ -29,6 +29,9 @@ pub mod config;
 mod connection;
 pub mod error;
 mod fair_queue;
+mod fault_config;
+mod fault_metrics;
+mod faults;
 mod fleet;
 mod foreign;
 mod generation;
@@ -40,7 +43,9 @@ mod prompt;
 mod quota;
 mod recent;
 mod record;
+mod refused_prompts;
 mod reload;
+mod replay;
 mod request;
 mod respond;
 mod routes;
@@ -58,5 +63,6 @@ mod written;
 
 pub use config::{Config, DatabaseDown, LogFormat, LogLevel, ModelConfig, UpstreamConfig};
 pub use error::GatewayError;
+pub use fault_config::FaultConfig;
 pub use log::Log;
 pub use serve::{Gateway, serve};

@@ -7,6 +7,7 @@ use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 
 use parking_lot::Mutex;
 
+use crate::fault_metrics::FaultMetrics;
 use crate::stages::{Stage, StageTimes};
 
 /// Upper bounds of the buckets of every histogram, in seconds.
@@ -29,7 +30,7 @@ impl Histogram {
         self.sum_us.fetch_add(us, Relaxed);
     }
 
-    fn write(&self, out: &mut String, name: &str, labels: &str) {
+    pub fn write(&self, out: &mut String, name: &str, labels: &str) {
         let separator = if labels.is_empty() { "" } else { "," };
         let mut count = 0;
         for (bucket, bound) in self.buckets.iter().zip(
@@ -72,7 +73,7 @@ pub struct Metrics {
     pub connections: AtomicU64,
     pub connections_open: AtomicU64,
     pub clients_stalled: AtomicU64,
-    pub retried: AtomicU64,
+    pub faults: FaultMetrics,
     stages: [Histogram; Stage::ALL.len()],
     /// Those that were ever served: what was counted stays.
     models: Mutex<Vec<(String, Arc<ModelMetrics>)>>,
@@ -87,7 +88,7 @@ impl Metrics {
             connections: AtomicU64::new(0),
             connections_open: AtomicU64::new(0),
             clients_stalled: AtomicU64::new(0),
-            retried: AtomicU64::new(0),
+            faults: FaultMetrics::default(),
             stages: std::array::from_fn(|_| Histogram::default()),
             models: Mutex::default(),
         }
@@ -165,16 +166,11 @@ impl Metrics {
                 "Clients dropped for not reading.",
                 &self.clients_stalled,
             ),
-            (
-                "scalellm_retries_total",
-                "counter",
-                "Requests sent to a second replica.",
-                &self.retried,
-            ),
         ] {
             family(out, name, kind, help);
             let _ = writeln!(out, "{name} {}", value.load(Relaxed));
         }
+        self.faults.write(out);
         let models = self.models.lock().clone();
         type Count = fn(&ModelMetrics) -> &AtomicU64;
         let counts: [(&str, &str, Count); 3] = [

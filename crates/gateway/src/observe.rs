@@ -23,6 +23,7 @@ use crate::stages::{Stage, micros};
 use crate::written::Written;
 use crate::{auth, metering, quota, routes};
 
+const REPLAYS: HeaderName = HeaderName::from_static("x-scalellm-replays");
 const SERVER_TIMING: HeaderName = HeaderName::from_static("server-timing");
 /// nginx's status for a client that left before its answer.
 const CLIENT_LEFT: u16 = 499;
@@ -74,6 +75,10 @@ pub async fn observe(State(app): State<Arc<App>>, mut request: Request, next: Ne
         record.times_so_far()
     };
     let headers = response.headers_mut();
+    let replays = record.update(|progress| progress.replays);
+    if replays > 0 {
+        headers.insert(REPLAYS, HeaderValue::from(replays));
+    }
     if let Some(key) = record.key() {
         quota::write_headers(key, headers);
     }
@@ -236,6 +241,7 @@ impl Drop for RequestEnd {
                         cached_tokens = progress.cached_tokens,
                         output_tokens = progress.output_tokens,
                         finish = progress.finish,
+                        replays = progress.replays,
                         code = note.as_ref().and_then(|note| note.code),
                         error = note.as_ref().map(|note| note.message.as_str()),
                         stages = progress.times.server_timing(),

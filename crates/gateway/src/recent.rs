@@ -28,6 +28,7 @@ pub struct EndedRequest {
     cached_tokens: u64,
     output_tokens: u64,
     longest_choice_tokens: u64,
+    replays: u32,
     times: StageTimes,
     first: Option<First>,
     /// Since the start.
@@ -71,6 +72,7 @@ impl EndedRequest {
             cached_tokens: progress.cached_tokens,
             output_tokens: progress.output_tokens,
             longest_choice_tokens: progress.longest_choice_tokens,
+            replays: progress.replays,
             times: progress.times,
             first: first.map(|(frame, detokenise_us)| First {
                 detokenise_us,
@@ -102,6 +104,7 @@ impl EndedRequest {
             "cached_tokens": self.cached_tokens,
             "output_tokens": self.output_tokens,
             "longest_choice_tokens": self.longest_choice_tokens,
+            "replays": self.replays,
             "stages_us": stages,
             "first": self.first.map(|first| json!({
                 "detokenise_us": first.detokenise_us,
@@ -206,6 +209,7 @@ mod tests {
             cached_tokens: 0,
             output_tokens: 1,
             longest_choice_tokens: 1,
+            replays: 0,
             times: StageTimes::default(),
             first: None,
             last_tokens_us: None,

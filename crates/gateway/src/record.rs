@@ -50,6 +50,8 @@ pub struct Progress {
     pub output_tokens: u64,
     /// Of the choice that has most.
     pub longest_choice_tokens: u64,
+    /// How often a choice went on at a replica after its own died.
+    pub replays: u32,
     pub first_tokens: Option<TokensCame>,
     pub last_tokens: Option<TokensCame>,
     /// What the engine said with its first output, and with its last.

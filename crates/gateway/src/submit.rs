@@ -1,8 +1,5 @@
 //! What an engine is told of one choice.
 
-use std::time::Duration;
-
-use scalellm_engine_link::listener::MAX_DEADLINE_MS;
 use scalellm_engine_link::proto;
 
 use crate::app::App;
@@ -11,7 +8,8 @@ use crate::generation::PreparedPrompt;
 use crate::record::RequestRecord;
 use crate::request::Params;
 
-/// The Submit of choice `choice` of a prompt; `left` is the time until the request's deadline.
+/// The Submit of choice `choice` of a prompt, without the prompt's ids, and without the time that is left: an attempt
+/// fills those in each time it sends it.
 #[must_use]
 pub fn submit(
     record: &RequestRecord,
@@ -20,7 +18,6 @@ pub fn submit(
     params: &Params,
     seed: u64,
     choice: u32,
-    left: Option<Duration>,
 ) -> proto::Submit {
     let bias = |(token_id, bias): &(u32, f32)| proto::LogitBias {
         token_id: *token_id,
@@ -30,7 +27,7 @@ pub fn submit(
         request: None,
         trace_id: record.id.clone(),
         prompt_tokens: u32::try_from(prompt.ids.len()).unwrap_or(u32::MAX),
-        prompt_ids: prompt.ids.clone(),
+        prompt_ids: Vec::new(),
         resume_ids: Vec::new(),
         sampling: Some(proto::Sampling {
             temperature: params.temperature,
@@ -50,12 +47,7 @@ pub fn submit(
         stop_token_ids: params.stop_token_ids.clone(),
         ignore_eos: params.ignore_eos,
         priority: auth::engine_priority(record, params.priority),
-        // The gateway keeps the exact deadline; what the protocol cannot say, the engine need not know.
-        deadline_ms: left.map(|left| {
-            u32::try_from(left.as_millis())
-                .unwrap_or(u32::MAX)
-                .clamp(1, MAX_DEADLINE_MS)
-        }),
+        deadline_ms: None,
         arrival_us: app.clock.unix_us(record.started),
         choice,
         cache_salt: params.cache_salt.clone(),

@@ -104,7 +104,9 @@ def gateway_toml(config: ServeConfig, model_path: Path, port: int, addresses: Se
         model["max_model_len"] = config.engine.max_model_len
     if gateway.chat_template is not None:
         model["chat_template"] = str(Path(gateway.chat_template).resolve())
+    faults: dict[str, object] = {"replay": gateway.replay, "replay_wait_s": gateway.replay_wait_s}
     lines = [f"{key} = {_toml(value)}" for key, value in top.items()]
+    lines += ["", "[faults]", *(f"{key} = {_toml(value)}" for key, value in faults.items())]
     lines += ["", "[[models]]", *(f"{key} = {_toml(value)}" for key, value in model.items())]
     return "\n".join(lines) + "\n"
 

@@ -158,7 +158,7 @@ impl Relay<'_> {
                 if !self.model.may_retry() {
                     break;
                 }
-                app.metrics.retried.fetch_add(1, Relaxed);
+                app.metrics.faults.retried();
             }
             tried.push(index);
             let upstream = Arc::clone(&self.model.upstreams[index]);

@@ -70,6 +70,9 @@ pub struct UsageBody {
     completion_tokens: u64,
     total_tokens: u64,
     prompt_tokens_details: PromptTokensDetails,
+    /// Told only where there were any.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    replays: Option<u32>,
 }
 
 #[derive(Serialize)]
@@ -86,6 +89,7 @@ impl From<Usage> for UsageBody {
             prompt_tokens_details: PromptTokensDetails {
                 cached_tokens: usage.cached_tokens,
             },
+            replays: (usage.replays > 0).then_some(usage.replays),
         }
     }
 }

@@ -186,6 +186,7 @@ pub async fn metrics(State(app): State<Arc<App>>) -> Response {
             );
         }
     }
+    write_faults(&mut out, fleet);
     let kind = HeaderValue::from_static("text/plain; version=0.0.4; charset=utf-8");
     ([(header::CONTENT_TYPE, kind)], out).into_response()
 }
@@ -293,6 +294,35 @@ fn write_upstreams(out: &mut String, fleet: &Fleet) {
                 );
             }
         }
+    }
+}
+
+fn write_faults(out: &mut String, fleet: &Fleet) {
+    let name = "scalellm_breaker_open";
+    let help =
+        "1 while the replica gets no requests, or a few to try it, because it failed others.";
+    family(out, name, "gauge", help);
+    for model in &fleet.models {
+        for (index, replica) in model.replicas.iter().enumerate() {
+            let (open, address) = (!model.faults.is_closed(index), replica.address());
+            let labels = format!(
+                "model={},replica={}",
+                label(&model.served.name),
+                label(&address.to_string())
+            );
+            let _ = writeln!(out, "{name}{{{labels}}} {}", u8::from(open));
+        }
+    }
+    let name = "scalellm_refused_prompts";
+    let help = "Prompts that are refused because they were present at deaths of replicas.";
+    family(out, name, "gauge", help);
+    for model in &fleet.models {
+        let refused = model.faults.refused_prompts.len();
+        let _ = writeln!(
+            out,
+            "{name}{{model={}}} {refused}",
+            label(&model.served.name)
+        );
     }
 }
 

@@ -5,6 +5,7 @@ use std::time::{Duration, Instant};
 use bytes::Bytes;
 use http_body_util::BodyExt;
 use scalellm_fake_engine::{Faults, Garbage, Refuse, Settings};
+use scalellm_gateway::Config;
 use serde_json::json;
 
 use crate::support::{
@@ -19,13 +20,17 @@ fn faulty(faults: Faults) -> Settings {
     }
 }
 
+fn without_replays(config: &mut Config) {
+    config.faults.replay = false;
+}
+
 #[tokio::test]
-async fn an_engine_that_dies_ends_its_stream_with_an_error_event_at_once() {
-    let mut stack = Stack::one(faulty(Faults {
+async fn without_replays_a_death_ends_its_streams_with_an_error_event_at_once() {
+    let dying = faulty(Faults {
         die_after_outputs: Some(5),
         ..Faults::default()
-    }))
-    .await;
+    });
+    let mut stack = Stack::start(vec![dying], without_replays).await;
     let start = Instant::now();
     let events = stack
         .complete(json!({"prompt": "x", "max_tokens": 500, "stream": true}))
@@ -61,12 +66,12 @@ async fn an_engine_that_dies_ends_its_stream_with_an_error_event_at_once() {
 }
 
 #[tokio::test]
-async fn an_engine_that_dies_before_its_answer_is_a_502() {
-    let stack = Stack::one(faulty(Faults {
+async fn without_replays_a_death_before_the_answer_is_a_502() {
+    let dying = faulty(Faults {
         die_after_outputs: Some(3),
         ..Faults::default()
-    }))
-    .await;
+    });
+    let stack = Stack::start(vec![dying], without_replays).await;
     assert_eq!(
         stack
             .complete(json!({"prompt": "x", "max_tokens": 500}))
@@ -102,7 +107,7 @@ async fn nothing_is_lost_where_another_replica_can_start_anew() {
     for reply in asking {
         assert_eq!(reply.await.unwrap().ok()["choices"][0]["text"], "abcd");
     }
-    assert!(stack.metric("scalellm_retries_total ", "").await >= 1.0);
+    assert!(stack.metric("scalellm_replays_total{", "gone").await >= 1.0);
 }
 
 #[tokio::test]
@@ -111,7 +116,11 @@ async fn a_hung_engine_ends_its_requests_and_is_avoided() {
         hang_after_steps: Some(3),
         ..Faults::default()
     });
-    let stack = Stack::start(vec![hanging], |config| config.replica_hung_after_s = 1.0).await;
+    let stack = Stack::start(vec![hanging], |config| {
+        config.replica_hung_after_s = 1.0;
+        config.faults.replay = false;
+    })
+    .await;
     let events = stack
         .complete(json!({"prompt": "x", "max_tokens": 500, "stream": true}))
         .await

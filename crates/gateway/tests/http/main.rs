@@ -15,6 +15,8 @@ mod foreign;
 mod lifecycle;
 #[cfg(test)]
 mod profile;
+#[cfg(test)]
+mod replays;
 // Marked so that the lints for tests hold for its helper functions too.
 #[cfg(test)]
 mod operations;
