@@ -304,7 +304,7 @@ def test_an_executor_that_can_compute_no_more_ends_the_engine() -> None:
         engine.take()
         executor.failure = EngineError("a rank was lost")
         engine.finish(key)
-        assert engine.reason(key) == "error"
+        assert engine.reason(key) == "cancelled"
         engine.thread.join(timeout=30)
         assert engine.failure is executor.failure
 

@@ -267,6 +267,7 @@ class EngineLoop:
     def _fail_step(self, step: Step, error: BaseException | None, now_us: int) -> None:
         self._failed_in_a_row += 1
         logger.error("step %d failed", self._steps, exc_info=error)
+        self._executor.check()  # what can compute no more is given up, not failed
         self._sampler = Sampler(self._executor.vocab_size)
         reason = f"the engine could not compute a step: {type(error).__name__}: {error}"
         self.scheduler.fail(step, reason, now_us)
