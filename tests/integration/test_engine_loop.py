@@ -456,6 +456,41 @@ def test_sampling_with_a_seed_repeats_and_resumes() -> None:
         assert engine.ids(resumed) == engine.ids(first)[9:]
 
 
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        {"temperature": 1.0, "top_p": 0.9, "min_p": 0.01, "top_k": 30},
+        {"temperature": 1.0, "logprobs": 2},
+        {"repetition_penalty": 1.3, "frequency_penalty": 0.5, "presence_penalty": 0.5},
+        {"temperature": 1.0, "min_tokens": 12, "ignore_eos": False, "logit_bias": [(EOS, 5.0)]},
+        {"temperature": 1.0, "stop_token_ids": list(range(1, VOCAB, 8)), "min_tokens": 6},
+        {"temperature": 1.0, "prompt_logprobs": 1},
+    ],
+    ids=lambda fields: "-".join(fields) or "greedy",
+)
+def test_every_way_of_sampling_resumes_where_it_was(fields: dict[str, Any]) -> None:
+    class Flat(TableExecutor):
+        def forward(self, batch: Batch) -> torch.Tensor:
+            return super().forward(batch) * 0.1
+
+    asked = {"seed": 5, "choice": 2, "ignore_eos": True, **fields}
+    with running(Flat()) as engine:
+        whole = engine.submit([3, 4, 5, 6, 7], 24, **asked)
+        engine.finish(whole)
+        ids = engine.ids(whole)
+        assert len(ids) > 5
+        logprobs = [entry for output in engine.outputs[whole] for entry in output[4] or ()]
+        for cut in {1, 5, len(ids) // 2, len(ids) - 1}:
+            rest = engine.submit([3, 4, 5, 6, 7], 24, **asked, resume_ids=ids[:cut])
+            engine.finish(rest)
+            assert engine.ids(rest) == ids[cut:]
+            assert engine.reason(rest) == engine.reason(whole)
+            told = [entry for output in engine.outputs[rest] for entry in output[4] or ()]
+            assert told == logprobs[cut:]
+            assert all(output[5] is None for output in engine.outputs[rest])
+
+
 def test_a_deadline_ends_a_request_that_waits() -> None:
     with running(TableExecutor()) as engine:
         key = engine.submit([1], 190, ignore_eos=True, deadline_us=time.time_ns() // 1000 - 1)
