@@ -8,7 +8,7 @@ in the file (`max_num_seqs = 64`). `resolve` merges the four sources and keeps e
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, TypeVar
@@ -19,7 +19,7 @@ from scalellm.settings import SERVERS, Setting, declared, setting, suggestion
 CONFIG_FILE = "scalellm.toml"
 _CLIENTS = ("chat", "complete", "status", "bench", "profile")
 _ACCOUNTS = ("keys", "usage")
-_SHAPED = ("simulate",)
+_SHAPED = ("serve", "simulate")
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,7 +165,7 @@ class GatewayConfig:
     admin_key: tuple[str, ...] = setting(
         (),
         "Key for /admin/v1; without one it answers this machine alone",
-        ("serve", "profile", *_ACCOUNTS),
+        ("serve", "status", "profile", *_ACCOUNTS),
         secret=True,
     )
     chat_template: str | None = setting(
@@ -230,10 +230,9 @@ class DeploymentConfig:
     replicas: int = setting(1, "Engines to run", ("serve",), minimum=1, maximum=1024)
     blueprint: str = setting(
         "static",
-        "Whether the replicas' shape is fixed",
+        "Whether the replicas' shape is fixed, or follows the load",
         ("serve",),
-        choices=("static",),
-        later=("auto",),
+        choices=("static", "auto"),
     )
     launcher: str = setting(
         "local",
@@ -267,7 +266,8 @@ class BlueprintConfig:
 
     devices: int | None = setting(
         None,
-        "Devices to divide among the replicas; default: those of the widest calibrated shape",
+        "Devices to divide among the replicas, on a CPU cores; default: all, in a simulation those "
+        "of the widest calibrated shape",
         _SHAPED,
         minimum=1,
         maximum=1024,
@@ -290,8 +290,21 @@ class BlueprintConfig:
     min_stay_s: float = setting(
         30.0, "Least time between two changes of shape", _SHAPED, minimum=0, maximum=86_400
     )
-    calibration: str = setting(
-        "node-8gpu", "Costs of steps by shape: a file, or the name of a shipped one", _SHAPED
+    hand_over_s: float = setting(
+        20.0,
+        "How long a replica of the old shape may finish its requests; then they are given up",
+        ("serve",),
+        minimum=0,
+        maximum=25,
+    )
+    journal: str | None = setting(
+        None, "File that each decision of `auto` is appended to, as JSON lines", _SHAPED
+    )
+    calibration: str | None = setting(
+        None,
+        "Costs of steps by shape: a file, or the name of a shipped one; default: "
+        "cpu-qwen3-0.6b-int8, in a simulation node-8gpu",
+        _SHAPED,
     )
 
     def __post_init__(self) -> None:
@@ -316,6 +329,7 @@ class ServeConfig:
     gateway: GatewayConfig
     deployment: DeploymentConfig
     log: LogConfig
+    blueprint: BlueprintConfig = field(default_factory=BlueprintConfig)
 
 
 GROUPS: tuple[type, ...] = (

@@ -42,6 +42,8 @@ pub struct Config {
     pub usage_interval_s: f64,
     /// For `/admin/v1`; while there is none it answers this machine alone.
     pub admin_keys: Vec<String>,
+    /// Where a controller writes the deployment's shape down, for `/admin/v1/blueprint`.
+    pub blueprint_file: Option<PathBuf>,
     pub max_body_bytes: usize,
     /// Of all request bodies that are being read and parsed; while it is taken, further ones get 503.
     pub max_body_memory_bytes: usize,
@@ -162,6 +164,7 @@ impl Default for Config {
             lease_s: 30.0,
             usage_interval_s: 1.0,
             admin_keys: Vec::new(),
+            blueprint_file: None,
             max_body_bytes: 16 << 20,
             max_body_memory_bytes: 1 << 30,
             max_in_flight: 2048,

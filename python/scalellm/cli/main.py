@@ -27,6 +27,7 @@ COMMANDS = {
     "config": "show each setting with its origin",
     "bench": "measure an endpoint, the Python API or the kernels",
     "simulate": "what a shape or a policy would make of a load, without running it",
+    "calibrate": "measure what a step costs on this machine, for simulate",
     "profile": "where the time goes between a request and its tokens",
     "engine": "run one engine replica",
     "keys": "make, list and revoke API keys",

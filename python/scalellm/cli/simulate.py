@@ -4,7 +4,6 @@ import argparse
 import math
 import sys
 import time
-from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,13 +18,13 @@ from scalellm.errors import ConfigError
 if TYPE_CHECKING:
     from scalellm.bench.plan import Level, Workload
     from scalellm.controller.blueprint.cost import Calibration
-    from scalellm.controller.blueprint.policy import Settings
     from scalellm.controller.blueprint.shape import Blueprint
     from scalellm.simulator.cluster import Run
     from scalellm.simulator.compare import Setup
     from scalellm.simulator.report import Summary
 
 _EXIT_DIFFERENT = 1
+_CALIBRATION = "node-8gpu"
 _HOURS = 24
 _DAY_SWING = 0.8  # of the mean rate, up at midday and down at night
 _DAY_WINDOW_S = 30.0
@@ -88,9 +87,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     output.add_argument("--json", type=Path, metavar="FILE")
     output.add_argument("--plot", type=Path, metavar="FILE", help=".svg or .png")
     output.add_argument(
-        "--journal", type=Path, metavar="FILE", help="writes each decision of `auto` as JSON lines"
-    )
-    output.add_argument(
         "--replay", type=Path, metavar="FILE", help="takes the decisions of a journal again"
     )
     parser.set_defaults(**_NO_ENDPOINT)
@@ -100,12 +96,12 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.replay is not None:
         return _replay(arguments.replay)
     config = build(BlueprintConfig, resolve_arguments(arguments))
-    _check_outputs(arguments)
+    _check_outputs(arguments, config.journal)
 
     from scalellm.controller.blueprint.cost import read_calibration
     from scalellm.simulator.report import HEAD, cells, document, write_json
 
-    calibration = read_calibration(config.calibration)
+    calibration = read_calibration(config.calibration or _CALIBRATION)
     devices = config.devices or max(calibration.widths)
     plans = _plans(config, calibration, devices)
     print(f"{calibration.name}: {calibration.note} ({calibration.source}); {devices} devices")
@@ -130,11 +126,14 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _check_outputs(arguments: argparse.Namespace) -> None:
+def _check_outputs(arguments: argparse.Namespace, journal: str | None) -> None:
     from scalellm.bench.results import check_writable
 
-    for flag in ("json", "plot", "journal"):
-        path = getattr(arguments, flag)
+    for flag, path in (
+        ("json", arguments.json),
+        ("plot", arguments.plot),
+        ("journal", None if journal is None else Path(journal)),
+    ):
         if path is not None:
             check_writable(path, flag)
     if arguments.plot is not None:
@@ -224,6 +223,7 @@ def _compare(
     plans: "tuple[Blueprint, ...]",
     config: BlueprintConfig,
 ) -> "list[tuple[Summary, Run]]":
+    from scalellm.controller.shapes import policy_settings
     from scalellm.simulator.compare import AUTO, run_auto, run_static, summary_of
     from scalellm.simulator.report import Objectives
 
@@ -234,23 +234,10 @@ def _compare(
             ran = run_static(setup, plan)
             found.append((summary_of(str(plan), ran, objectives), ran[0]))
     if arguments.only != "static":
-        path = arguments.journal
-        with nullcontext() if path is None else path.open("a", encoding="utf-8") as journal:
-            ran = run_auto(setup, plans, plans[-1], _settings(config), journal)
+        path = None if config.journal is None else Path(config.journal)
+        ran = run_auto(setup, plans, plans[-1], policy_settings(config), path)
         found.append((summary_of(AUTO, ran, objectives), ran[0]))
     return found
-
-
-def _settings(config: BlueprintConfig) -> "Settings":
-    from scalellm.controller.blueprint.policy import OBJECTIVES, Settings
-
-    objective = next(name for name in OBJECTIVES if name == config.objective)
-    return Settings(
-        objective=objective,
-        ttft_slo_ms=config.slo_ttft_ms,
-        tbt_slo_ms=config.slo_tbt_ms,
-        min_stay_s=config.min_stay_s,
-    )
 
 
 def _say_best(summaries: "list[Summary]") -> None:

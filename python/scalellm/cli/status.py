@@ -7,6 +7,7 @@ import time
 from scalellm.cli.answer import endpoint_of
 from scalellm.cli.flags import add_settings, resolve_arguments
 from scalellm.cli.table import table
+from scalellm.controller.blueprint.shape import Blueprint
 from scalellm.controller.gateway_view import Answer, Sample, get, parse_metrics, replica_states
 from scalellm.errors import EndpointError
 
@@ -30,11 +31,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     values = resolve_arguments(arguments)
     endpoint = endpoint_of(values)
-    keys = values["api_key"].value
+    keys, admin_keys = values["api_key"].value, values["admin_key"].value
     while True:
         ready = _ask(endpoint.url, "/ready", keys)
         metrics = _ask(endpoint.url, "/metrics", keys)
-        print("\n".join(report(endpoint.url, ready, parse_metrics(metrics.body))), flush=True)
+        lines = report(endpoint.url, ready, parse_metrics(metrics.body))
+        lines[1:1] = blueprint_lines(_ask(endpoint.url, "/admin/v1/blueprint", admin_keys))
+        print("\n".join(lines), flush=True)
         if not arguments.watch:
             return 0 if ready.status == _HTTP_OK else 1
         time.sleep(arguments.watch)
@@ -68,6 +71,22 @@ def report(url: str, ready: Answer, samples: list[Sample]) -> list[str]:
         cells = [form.format(found.get(metric, 0)) for _, metric, form in _COLUMNS]
         rows.append([address, states.get(address, "?"), *cells])
     return lines + table(rows)
+
+
+def blueprint_lines(answer: Answer) -> list[str]:
+    """Shape, phase and the last decision; nothing where the endpoint does not tell."""
+    if answer.status != _HTTP_OK:
+        return []
+    try:
+        state = json.loads(answer.body)
+        shape = Blueprint.of_json(state["blueprint"])
+        lines = [f"blueprint {shape} ({state['mode']}), {state['phase']}"]
+        decision = state.get("decision")
+        if decision is not None:
+            lines.append(f"last decision: {decision['reason']}")
+    except (ValueError, KeyError, TypeError):
+        return []
+    return lines
 
 
 def _readiness(ready: Answer) -> str:

@@ -5,13 +5,13 @@ import json
 import socket
 import sys
 from collections.abc import Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 
 from scalellm.config import SETTINGS, EngineConfig, LogConfig, ServeConfig
 from scalellm.controller.child import Command
-from scalellm.controller.cores import usable_cores
 from scalellm.controller.policy import Limits
+from scalellm.controller.shapes import STATE_FILE, WIDTHS, initial_state, shapes_of
 from scalellm.controller.supervisor import Plan
 from scalellm.errors import AddressInUseError, ServeError
 
@@ -20,36 +20,53 @@ PYTHON = (sys.executable, "-P", "-m")
 _ENGINE_TOML = "# Empty: `serve` has resolved every setting; no scalellm.toml may add its own.\n"
 
 
-def plan_deployment(config: ServeConfig, model_path: Path, port: int, folder: Path) -> Plan:
-    """The tree of one `serve`; writes the configuration files of its processes into `folder`."""
+def plan_deployment(
+    config: ServeConfig,
+    model_path: Path,
+    port: int,
+    folder: Path,
+    widths: Sequence[int] = WIDTHS,
+) -> Plan:
+    """The tree of one `serve`; writes the configuration files of its processes into `folder`.
+
+    `widths`: numbers of ranks that can share the model."""
     deployment = config.deployment
-    names = [f"engine-{index}" for index in range(deployment.replicas)]
+    shapes = shapes_of(config, folder, widths)
+    names = list(shapes.widths)
     addresses = [f"unix:{folder / name}.sock" for name in names]
+    state = initial_state(shapes, deployment.blueprint)
+    (folder / STATE_FILE).write_text(json.dumps(state), encoding="utf-8")
     file = folder / "gateway.toml"
     file.touch(mode=0o600)
-    file.write_text(gateway_toml(config, model_path, port, addresses), encoding="utf-8")
+    text = gateway_toml(config, model_path, port, addresses, folder / STATE_FILE)
+    file.write_text(text, encoding="utf-8")
     engine_file = folder / "engine.toml"
     engine_file.write_text(_ENGINE_TOML, encoding="utf-8")
-    threads = config.engine.cpu_threads or max(1, usable_cores() // deployment.replicas)
-    flags = engine_flags(config.engine, config.log, served_name(config.engine), threads)
-    flags += ["--config", str(engine_file)]
+
+    def engine(name: str, address: str) -> Command:
+        shaped = replace(
+            config.engine,
+            tensor_parallel_size=shapes.widths[name],
+            cpu_threads=shapes.threads[name],
+        )
+        flags = engine_flags(shaped, config.log, served_name(config.engine))
+        flags += ["--config", str(engine_file), "--listen", address]
+        return Command((*PYTHON, "scalellm", "engine", str(model_path), *flags))
+
     return Plan(
         url=f"http://{_in_url(config.gateway.host)}:{port}",
         model=served_name(config.engine),
         gateway=Command((*PYTHON, "scalellm", "gateway", "--config", str(file))),
         controller=Command((*PYTHON, "scalellm.controller")),
         engines={
-            name: (
-                address,
-                Command(
-                    (*PYTHON, "scalellm", "engine", str(model_path), *flags, "--listen", address)
-                ),
-            )
+            name: (address, engine(name, address))
             for name, address in zip(names, addresses, strict=True)
         },
         limits=Limits(
             hung_after_s=deployment.hung_after_s, start_timeout_s=deployment.start_timeout_s
         ),
+        wanted=shapes.wanted,
+        steering=shapes.steering,
         drain_timeout_s=deployment.drain_timeout_s,
     )
 
@@ -58,9 +75,9 @@ def served_name(engine: EngineConfig) -> str:
     return engine.served_model_name or engine.model
 
 
-def engine_flags(engine: EngineConfig, log: LogConfig, name: str, threads: int) -> list[str]:
+def engine_flags(engine: EngineConfig, log: LogConfig, name: str) -> list[str]:
     """Every setting spelt out, so that an engine runs with what `serve` has resolved."""
-    special = {"model": None, "listen": None, "served_model_name": name, "cpu_threads": threads}
+    special = {"model": None, "listen": None, "served_model_name": name}
     given = {entry.name: getattr(engine, entry.name) for entry in fields(engine)}
     given |= {entry.name: getattr(log, entry.name) for entry in fields(log)} | special
     flags = []
@@ -75,7 +92,9 @@ def engine_flags(engine: EngineConfig, log: LogConfig, name: str, threads: int) 
     return flags
 
 
-def gateway_toml(config: ServeConfig, model_path: Path, port: int, addresses: Sequence[str]) -> str:
+def gateway_toml(
+    config: ServeConfig, model_path: Path, port: int, addresses: Sequence[str], state_file: Path
+) -> str:
     """The gateway's configuration file."""
     gateway, log = config.gateway, config.log
     top: dict[str, object] = {
@@ -83,6 +102,7 @@ def gateway_toml(config: ServeConfig, model_path: Path, port: int, addresses: Se
         "port": port,
         "api_keys": list(gateway.api_key),
         "max_body_bytes": gateway.max_body_bytes,
+        "blueprint_file": str(state_file),
         "max_in_flight": gateway.max_in_flight,
         "max_queued": gateway.max_queued,
         "admin_keys": list(gateway.admin_key),

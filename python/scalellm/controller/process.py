@@ -12,8 +12,9 @@ import time
 from typing import Any
 
 from scalellm.controller.channel import Lines, encode
-from scalellm.controller.gateway_view import get, parse_metrics, replica_states
+from scalellm.controller.gateway_view import Sample, get, parse_metrics, replica_states
 from scalellm.controller.policy import Exit, Facts, GiveUp, Kill, Leave, Limits, Start, decide
+from scalellm.controller.steering import Steering
 
 _START_PAUSE_S = 0.1  # between looks while something is starting or waiting
 _PAUSE_S = 2.0  # between looks while all is well
@@ -36,6 +37,10 @@ class Controller:
         self._facts_s = time.monotonic()
         self._ordered: set[str] = set()  # replicas with an order since the last facts
         self._draining = False
+        self._states: dict[str, str] = {}  # of replicas by name, as the gateway sees them
+        self._samples: list[Sample] = []
+        steering = plan.get("steering")
+        self._steering = Steering(steering, self._order) if steering else None
 
     def take(self, message: dict[str, Any]) -> None:
         """One message from the root."""
@@ -51,8 +56,8 @@ class Controller:
         if self._draining:
             return
         self._look_at_gateway()
-        for name in self._facts:
-            if name in self._ordered:
+        for name, found in self._facts.items():
+            if name in self._ordered or not found["wanted"]:
                 continue
             decision = decide(self._facts_of(name), self._limits)
             match decision:
@@ -65,13 +70,20 @@ class Controller:
                 case GiveUp(reason):
                     self._order({"type": "give_up", "name": name, "reason": reason})
             self._ordered.add(name)
+        if self._steering is not None and self._serving and self._states:
+            self._steering.look(self._facts, self._states, self._samples)
 
     def pause_s(self) -> float:
         """How long to wait for news."""
         settled = self._serving and all(
-            found["ready"] or found["given_up"] for found in self._facts.values()
+            found["ready"] or found["given_up"] for found in self._wanted()
         )
-        return _PAUSE_S if settled else _START_PAUSE_S
+        if not settled:
+            return _START_PAUSE_S
+        return _PAUSE_S if self._steering is None else self._steering.pause_s()
+
+    def _wanted(self) -> list[dict[str, Any]]:
+        return [found for found in self._facts.values() if found["wanted"]]
 
     def _facts_of(self, name: str) -> Facts:
         """The root's facts, aged to now, with the gateway's view of the replica."""
@@ -97,7 +109,7 @@ class Controller:
 
     def _look_at_gateway(self) -> None:
         now = time.monotonic()
-        all_ready = all(found["ready"] for found in self._facts.values())
+        all_ready = all(found["ready"] for found in self._wanted())
         if self._gateway_heard and not self._serving and not all_ready:
             return
         answer = get(self._url, "/metrics" if self._serving else "/health")
@@ -113,7 +125,12 @@ class Controller:
             self._gateway_heard = True
             self._order({"type": "gateway_listening"})
         if self._serving:
-            self._note_states(replica_states(parse_metrics(answer.body)))
+            self._samples = parse_metrics(answer.body)
+            states = replica_states(self._samples)
+            self._states = {
+                name: states.get(address, "") for name, address in self._addresses.items()
+            }
+            self._note_states(states)
         elif all_ready:
             ready = get(self._url, "/ready")
             if ready is not None and ready.status == 200:

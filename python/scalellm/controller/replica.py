@@ -24,6 +24,8 @@ class Replica:
     ready: bool = False
     ever_ready: bool = False
     given_up: str = ""
+    wanted: bool = True  # to be kept running
+    target: bool = True  # of the blueprint that is in force or coming
     info: dict[str, Any] = field(default_factory=dict)
     exits: deque[tuple[float, Ending]] = field(default_factory=lambda: deque(maxlen=_EXITS_KEPT))
 
@@ -50,7 +52,10 @@ class Replica:
 
     def ended(self, ending: Ending) -> None:
         """The process has been reaped."""
-        self.exits.append((time.monotonic(), ending))
+        if self.wanted:
+            self.exits.append((time.monotonic(), ending))
+        else:
+            self.exits.clear()
         self.child, self.ready = None, False
 
     def facts(self) -> dict[str, Any]:
@@ -62,6 +67,8 @@ class Replica:
             "age_s": now - self.child.started_s if self.child else 0.0,
             "ever_ready": self.ever_ready,
             "given_up": bool(self.given_up),
+            "wanted": self.wanted,
+            "target": self.target,
             "exits": [
                 {
                     "ago_s": now - at,

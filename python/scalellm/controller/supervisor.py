@@ -17,6 +17,7 @@ import signal
 import socket
 import time
 from collections.abc import Mapping
+from collections.abc import Set as AbstractSet
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import FrameType
@@ -45,6 +46,8 @@ class Plan:
     controller: Command
     engines: Mapping[str, tuple[str, Command]]  # name -> (address, how to start it)
     limits: Limits
+    wanted: frozenset[str] | None = None  # the engines to begin with; None: all
+    steering: Mapping[str, Any] | None = None  # how the controller changes them; None: never
     drain_timeout_s: float = 30.0
     stop_timeout_s: float = 20.0  # for engines after SIGTERM; unloading a large model takes seconds
 
@@ -89,6 +92,8 @@ class Supervisor:
             name: Replica(name, address, command)
             for name, (address, command) in plan.engines.items()
         }
+        if plan.wanted is not None:
+            self._want(plan.wanted, plan.wanted)
         self._gateway = Restarted("gateway")
         self._controller = Restarted("controller")
         self._link: socket.socket | None = None
@@ -187,7 +192,8 @@ class Supervisor:
                 replica.ended(ending)
                 changed = True
                 if self._phase < Phase.DRAINING:
-                    self._report.event(f"{replica.name} ended: {ending}")
+                    what = "ended" if replica.wanted else "gave its place up"
+                    self._report.event(f"{replica.name} {what}: {ending}")
         if self._phase < Phase.STOPPING and self._watchdog.ended():
             self._watchdog = Watchdog(self._mark, self._folder)
         if changed:
@@ -228,6 +234,7 @@ class Supervisor:
                 "limits": asdict(self._plan.limits),
                 "serving": self._phase is Phase.SERVING,
                 "addresses": {name: found.address for name, found in self._replicas.items()},
+                "steering": self._plan.steering,
             }
         )
         self._send_facts()
@@ -268,10 +275,19 @@ class Supervisor:
                 if self._gateway.child is not None:
                     self._report.event(f"killing the gateway: {order.get('reason')}")
                     self._gateway.child.signal(signal.SIGKILL)
+            elif kind == "want":
+                self._report.event(f"blueprint: {order.get('why')}")
+                self._want(frozenset(order["wanted"]), frozenset(order["target"]))
+                self._send_facts()
             elif replica := self._replicas.get(str(order.get("name"))):
                 self._order(replica, str(kind), str(order.get("reason", "")))
         if lines.closed and self._link is not None:
             self._close_link()
+
+    def _want(self, wanted: AbstractSet[str], target: AbstractSet[str]) -> None:
+        """Replicas that are not wanted are not started again; the controller ends them."""
+        for name, replica in self._replicas.items():
+            replica.wanted, replica.target = name in wanted, name in target
 
     def _order(self, replica: Replica, kind: str, reason: str) -> None:
         if kind == "start" and replica.child is None and not replica.given_up:
@@ -283,10 +299,14 @@ class Supervisor:
             self._report.event(f"killing {replica.name}: {reason}")
             replica.child.signal(signal.SIGKILL)
             replica.ready = False
+        elif kind == "end" and replica.child is not None:
+            # the first SIGTERM drains, the second stops
+            replica.child.signal(signal.SIGKILL if reason == "kill" else signal.SIGTERM)
         elif kind == "give_up":
             replica.given_up = reason
             self._report.event(f"{replica.name} given up: {reason}")
-            left = [found for found in self._replicas.values() if not found.given_up]
+            wanted = [found for found in self._replicas.values() if found.wanted]
+            left = [found for found in wanted if not found.given_up]
             if self._phase is Phase.STARTING or not left:
                 self._fail(f"{replica.name} {reason}")
         self._send_facts()
@@ -304,10 +324,11 @@ class Supervisor:
                     f"{replica.name} {line['phase']}", seconds, str(line.get("detail", ""))
                 )
             if line.get("ready"):
+                again = " again" if replica.ever_ready else ""
                 replica.ready = replica.ever_ready = True
                 replica.info = {k: v for k, v in line.items() if k != "ready"}
                 if self._phase is Phase.SERVING:
-                    self._report.event(f"{replica.name} is ready again")
+                    self._report.event(f"{replica.name} is ready{again}")
                 self._send_facts()
         if replica.status.closed:
             self._forget_status(replica)
@@ -319,7 +340,8 @@ class Supervisor:
 
     def _ready_facts(self) -> dict[str, Any]:
         first = next((found.info for found in self._replicas.values() if found.info), {})
-        return {"model": self._plan.model, "replicas": len(self._replicas)} | first
+        wanted = sum(found.wanted for found in self._replicas.values())
+        return {"model": self._plan.model, "replicas": wanted} | first
 
     # ------------------------------------------------------------ the end
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TextIO
+from pathlib import Path
 
 from scalellm.controller.blueprint.cost import Calibration
 from scalellm.controller.blueprint.journal import Policy
@@ -37,7 +37,7 @@ def run_auto(
     candidates: Sequence[Blueprint],
     first: Blueprint,
     settings: Settings,
-    journal: TextIO | None = None,
+    journal: Path | None = None,
 ) -> tuple[Run, float]:
     load = setup.load()
     policy = Policy(setup.calibration, settings, candidates, 0.0, journal)

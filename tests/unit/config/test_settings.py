@@ -110,8 +110,8 @@ def test_a_wrong_variable_is_refused_by_name(variable: str, text: str, expected:
 
 
 def test_what_is_known_and_not_there_yet_is_said_to_be_so() -> None:
-    with pytest.raises(ConfigError, match="'auto', which this version does not have yet"):
-        DeploymentConfig(blueprint="auto")
+    with pytest.raises(ConfigError, match="'ray', which this version does not have yet"):
+        DeploymentConfig(launcher="ray")
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ use crate::error::ApiError;
 use crate::observe::observe;
 
 mod admin;
+mod blueprint;
 mod chat;
 mod completions;
 mod health;
@@ -25,7 +26,7 @@ mod profile;
 mod text;
 
 /// Every route's pattern, as metrics and the log name it.
-const ROUTES: [&str; 20] = [
+const ROUTES: [&str; 21] = [
     "/",
     "/health",
     "/ready",
@@ -39,6 +40,7 @@ const ROUTES: [&str; 20] = [
     "/tokenize",
     "/detokenize",
     "/admin/v1/profile",
+    "/admin/v1/blueprint",
     "/admin/v1/keys",
     "/admin/v1/keys/{id}",
     "/admin/v1/usage",
@@ -93,6 +95,7 @@ pub fn router(app: Arc<App>) -> Router {
         .route("/tokenize", post(text::tokenize))
         .route("/detokenize", post(text::detokenize))
         .route("/admin/v1/profile", get(profile::profile))
+        .route("/admin/v1/blueprint", get(blueprint::blueprint))
         .route(
             "/admin/v1/keys",
             get(admin::list_keys).post(admin::create_key),

@@ -9,7 +9,7 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from scalellm.controller.blueprint.cost import Calibration, calibration_toml, parse_calibration
 from scalellm.controller.blueprint.policy import Decision, Settings, State, decide
@@ -21,7 +21,7 @@ VERSION = 1
 
 
 class Policy:
-    """The policy with its state, each decision written to `journal` if there is one."""
+    """The policy with its state, each decision appended to `journal` if there is one."""
 
     def __init__(
         self,
@@ -29,7 +29,7 @@ class Policy:
         settings: Settings,
         candidates: Sequence[Blueprint],
         now_s: float,
-        journal: TextIO | None = None,
+        journal: Path | None = None,
     ) -> None:
         # As the journal's reader will see it: text keeps six digits of a coefficient.
         text = calibration_toml(calibration)
@@ -67,8 +67,8 @@ class Policy:
 
     def _write(self, record: dict[str, Any]) -> None:
         if self._journal is not None:
-            self._journal.write(json.dumps(record, separators=(",", ":")) + "\n")
-            self._journal.flush()
+            with self._journal.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(record, separators=(",", ":")) + "\n")
 
 
 def replay(path: Path) -> Iterator[tuple[Signals, dict[str, Any], Decision]]:

@@ -135,7 +135,7 @@ def demand_of(signals: Signals, settings: Settings) -> Demand:
     """The load to be carried: what arrives, and what waits to be gone within `drain_s`."""
     return Demand(
         signals.arrivals_s + signals.waiting / settings.drain_s,
-        signals.running + signals.waiting,
+        max(1.0, signals.running + signals.waiting),  # an idle deployment is kept for its next user
         signals.waiting,
         signals.prompt_tokens,
         max(1.0, signals.output_tokens),

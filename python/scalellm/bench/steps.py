@@ -1,0 +1,145 @@
+"""What a step of a real engine costs: a short sweep of loads, and the line through its steps.
+
+The engine's own loop runs in this process on dummy requests; a step's time is the time from the end
+of the step before to its own end while there is work, scheduling and handing over included. Steps
+that follow each other with the same requests are summed up by their median, so that a moment in
+which something else had the processor does not count.
+"""
+
+import queue
+import statistics
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from scalellm.controller.blueprint.cost import StepCost
+from scalellm.engine.step_time import StepShape, StepTime
+from scalellm.errors import EngineError
+
+if TYPE_CHECKING:
+    from scalellm.engine.local import LocalEngine, Outbox
+
+_RUN = 8  # equal steps that are one sample
+_ANSWER_S = 600.0
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """`streams` requests at once."""
+
+    streams: int
+    prompt_tokens: int
+    output_tokens: int
+
+
+SWEEP = (
+    Load(1, 32, 24),
+    Load(1, 512, 24),
+    Load(4, 128, 24),
+    Load(16, 64, 24),
+    Load(16, 384, 16),
+    Load(48, 96, 16),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """Some equal steps."""
+
+    tokens: float
+    attended: float
+    sequences: float
+    step_ms: float
+
+
+class Recorder(StepTime):
+    """The engine's own prediction, which also keeps what it is told."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.steps: list[tuple[float, StepShape, float]] = []  # ended at s, shape, computed in ms
+
+    def observe(self, shape: StepShape, elapsed_ms: float) -> None:
+        super().observe(shape, elapsed_ms)
+        self.steps.append((time.perf_counter(), shape, elapsed_ms))
+
+
+def run_load(engine: "LocalEngine", load: Load, vocab_size: int, seed: int) -> None:
+    """All requests of a load, to their ends. Raises EngineError if one fails."""
+    from scalellm.engine.local import LocalSubmission
+
+    random = np.random.default_rng(seed)
+    outbox: Outbox = queue.SimpleQueue()
+    submissions = [
+        LocalSubmission(
+            engine.listener.next_key(),
+            random.integers(0, vocab_size, load.prompt_tokens).tolist(),
+            load.output_tokens,
+            seed=at,
+            ignore_eos=True,
+            temperature=0.0,
+        )
+        for at in range(load.streams)
+    ]
+    engine.listener.submit(submissions, outbox)
+    left = load.streams
+    while left:
+        output = outbox.get(timeout=_ANSWER_S)
+        if output is None or output[2] == "error":
+            raise EngineError(f"a step of the sweep failed: {output and output[-1]}")
+        left -= output[2] is not None
+
+
+def samples_of(steps: Sequence[tuple[float, StepShape, float]]) -> Iterator[Sample]:
+    """Medians of runs of equal steps; a step after a pause counts by its computation alone."""
+    run: list[tuple[StepShape, float]] = []
+    last_s = 0.0
+    for ended_s, shape, elapsed_ms in steps:
+        period_ms = 1e3 * (ended_s - last_s)
+        last_s = ended_s
+        taken_ms = period_ms if period_ms < 1.5 * elapsed_ms + 5.0 else elapsed_ms
+        if run and (run[0][0].tokens, run[0][0].spans) != (shape.tokens, shape.spans):
+            yield _median(run)
+            run = []
+        run.append((shape, taken_ms))
+        if len(run) == _RUN:
+            yield _median(run)
+            run = []
+    if run:
+        yield _median(run)
+
+
+def _median(run: Sequence[tuple[StepShape, float]]) -> Sample:
+    return Sample(
+        statistics.fmean(shape.tokens for shape, _ in run),
+        statistics.fmean(shape.attended for shape, _ in run),
+        statistics.fmean(shape.spans for shape, _ in run),
+        statistics.median(taken for _, taken in run),
+    )
+
+
+def fit(samples: Sequence[Sample]) -> StepCost:
+    """Least squares of relative errors with no coefficient below 0: those that would be are left
+    out, the most negative first."""
+    rows = np.array([[1.0, s.tokens, s.attended, s.sequences] for s in samples])
+    times = np.array([s.step_ms for s in samples])
+    rows, ones = rows / times[:, None], np.ones(len(times))
+    kept = list(range(rows.shape[1]))
+    found = np.zeros(rows.shape[1])
+    while kept:
+        part = np.linalg.lstsq(rows[:, kept], ones, rcond=None)[0]
+        if part.min() >= 0:
+            found[kept] = part
+            break
+        kept.pop(int(part.argmin()))
+    base_ms, token_ms, attended_ms, sequence_ms = (float(value) for value in found)
+    return StepCost(base_ms, token_ms, attended_ms, sequence_ms)
+
+
+def misfit(cost: StepCost, samples: Sequence[Sample]) -> float:
+    """The median relative error of the line over the samples."""
+    errors = [abs(cost.step_ms(s.tokens, s.attended, s.sequences) / s.step_ms - 1) for s in samples]
+    return statistics.median(errors)

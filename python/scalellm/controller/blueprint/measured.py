@@ -1,0 +1,108 @@
+"""Signals from a gateway's metrics: counters of now against those of some seconds ago."""
+
+from collections import deque
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from scalellm.controller.blueprint.shape import Blueprint
+from scalellm.controller.blueprint.signals import QUANTILES, Signals
+from scalellm.controller.gateway_view import Sample
+
+_TTFT = "scalellm_time_to_first_token_seconds"
+_TBT = "scalellm_time_between_tokens_seconds"
+_COUNTERS = (
+    "scalellm_prompt_tokens_total",
+    "scalellm_cached_tokens_total",
+    "scalellm_output_tokens_total",
+    f"{_TTFT}_count",
+)
+_PROMPT, _CACHED, _OUTPUT, _ENDED = _COUNTERS
+_LATELY_S = 5.0
+_GAUGES = ("running_requests", "waiting_requests", "backlog_tokens", "kv_blocks_used")
+
+
+@dataclass(frozen=True, slots=True)
+class _Reading:
+    at_s: float
+    counters: Mapping[str, float]
+    buckets: Mapping[tuple[str, float], float]  # (histogram, upper bound in s) -> requests
+    running: float
+    present: float  # requests that are there, those that wait included
+
+
+class Measured:
+    """Keeps readings of the last `span_s` seconds; times are given by the caller."""
+
+    def __init__(self, span_s: float = 20.0) -> None:
+        self._span_s = span_s
+        self._readings: deque[_Reading] = deque()
+        self._prompt_tokens = 0.0  # of the last requests that ended
+        self._output_tokens = 0.0
+
+    def signals(self, now_s: float, samples: Sequence[Sample], blueprint: Blueprint) -> Signals:
+        gauges = {name: _sum(samples, f"scalellm_replica_{name}") for name in _GAUGES}
+        blocks = _sum(samples, "scalellm_replica_kv_blocks_total")
+        queued = _sum(samples, "scalellm_queued_requests")
+        running, waiting = gauges["running_requests"], gauges["waiting_requests"] + queued
+        reading = _read(now_s, samples, running, running + waiting)
+        if self._readings and reading.counters[_ENDED] < self._readings[-1].counters[_ENDED]:
+            self._readings.clear()  # another gateway: it counts from zero
+        self._readings.append(reading)
+        while len(self._readings) > 1 and self._readings[0].at_s < now_s - self._span_s:
+            self._readings.popleft()
+        first = self._readings[0]
+        grown = {name: reading.counters[name] - first.counters[name] for name in _COUNTERS}
+        if grown[_ENDED] > 0:
+            self._prompt_tokens = max(1.0, (grown[_PROMPT] - grown[_CACHED]) / grown[_ENDED])
+            self._output_tokens = grown[_OUTPUT] / grown[_ENDED]
+        span_s = max(1.0, now_s - first.at_s)
+        arrived = max(0.0, grown[_ENDED] + reading.present - first.present)
+        known = self._prompt_tokens > 0
+        return Signals(
+            now_s,
+            blueprint,
+            self._lately_running(now_s),
+            round(waiting),
+            round(gauges["backlog_tokens"]),
+            gauges["kv_blocks_used"] / blocks if blocks else 0.0,
+            arrived / span_s,
+            (self._prompt_tokens,) * len(QUANTILES) if known else (),
+            self._output_tokens,
+            _median_ms(_TTFT, first, reading),
+            _median_ms(_TBT, first, reading),
+        )
+
+    def _lately_running(self, now_s: float) -> int:
+        """The mean of some seconds: short requests come and go between two readings."""
+        found = [one.running for one in self._readings if one.at_s > now_s - _LATELY_S]
+        return round(sum(found) / len(found))
+
+
+def _sum(samples: Sequence[Sample], name: str) -> float:
+    return sum(sample.value for sample in samples if sample.name == name)
+
+
+def _read(now_s: float, samples: Sequence[Sample], running: float, present: float) -> _Reading:
+    buckets: dict[tuple[str, float], float] = {}
+    for sample in samples:
+        name = sample.name.removesuffix("_bucket")
+        if name in (_TTFT, _TBT) and name != sample.name:
+            place = (name, float(sample.labels.get("le", "inf").replace("+Inf", "inf")))
+            buckets[place] = buckets.get(place, 0.0) + sample.value
+    counters = {name: _sum(samples, name) for name in _COUNTERS}
+    return _Reading(now_s, counters, buckets, running, present)
+
+
+def _median_ms(name: str, first: _Reading, last: _Reading) -> float | None:
+    """The bucket's geometric middle, within which the median of the requests in between lies."""
+    bounds = sorted(bound for found, bound in last.buckets if found == name)
+    grown = [last.buckets[name, at] - first.buckets.get((name, at), 0.0) for at in bounds]
+    if not grown or grown[-1] <= 0:
+        return None
+    below_s = 0.0
+    for bound_s, number in zip(bounds, grown, strict=True):
+        if number >= grown[-1] / 2:
+            upper_s = bound_s if bound_s != float("inf") else 2 * below_s
+            return 1e3 * float((max(below_s, upper_s / 3) * upper_s) ** 0.5)
+        below_s = bound_s
+    return None

@@ -1,0 +1,147 @@
+"""Moves a deployment from one blueprint to another while it serves.
+
+    steady --policy switches--> starting --all new are ready--> handing over --old are gone-.
+       ^                           | one of the new is given up                            |
+       '---------------------------'-------------------------------------------------------'
+
+The new shape starts beside the old one, which serves until every new replica is ready. Then the
+old replicas are told to end: they take no new requests, what they run has `hand_over_s` to end by
+itself, and what is left is given up by its engine as in any drain that takes too long.
+
+Where it stands follows from the root's facts alone (which replicas are wanted, which are the
+target, which run), so that a restarted controller goes on.
+"""
+
+import json
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from scalellm.controller.blueprint.cost import parse_calibration
+from scalellm.controller.blueprint.journal import Policy
+from scalellm.controller.blueprint.measured import Measured
+from scalellm.controller.blueprint.policy import Settings
+from scalellm.controller.blueprint.shape import Blueprint, Group
+from scalellm.controller.gateway_view import Sample
+
+DECIDE_EVERY_S = 1.0
+_KILL_AFTER_S = 10.0  # beyond the hand-over, for an engine that does not end
+
+
+class Steering:
+    """`widths` gives each replica that may be wanted its tensor-parallel width."""
+
+    def __init__(self, plan: Mapping[str, Any], order: Callable[[dict[str, Any]], None]) -> None:
+        self._widths: dict[str, int] = plan["widths"]
+        self._hand_over_s = float(plan["hand_over_s"])
+        self._order = order
+        self._state_file = Path(plan["state_file"])
+        self._measured = Measured()
+        self._decided_s = -DECIDE_EVERY_S
+        self._ending_s: dict[str, tuple[float, int]] = {}  # since when, signals sent
+        self._last: dict[str, Any] = {}
+        candidates = [Blueprint.of_json(found) for found in plan["candidates"]]
+        journal = Path(plan["journal"]) if plan["journal"] else None
+        self._policy = Policy(
+            parse_calibration(plan["calibration"], "plan"),
+            Settings(**plan["settings"]),
+            candidates,
+            time.monotonic(),
+            journal,
+        )
+
+    def look(
+        self,
+        facts: Mapping[str, Mapping[str, Any]],
+        states: Mapping[str, str],
+        samples: Sequence[Sample],
+    ) -> None:
+        """Go one step on; `states` are those in which the gateway sees the replicas, by name."""
+        now_s = time.monotonic()
+        target = [name for name, found in facts.items() if found["target"]]
+        wanted = [name for name, found in facts.items() if found["wanted"]]
+        running = [name for name, found in facts.items() if found["running"]]
+        ready = all(facts[name]["ready"] and states.get(name) == "ready" for name in target)
+        lost = [name for name in target if facts[name]["given_up"]]
+        phase = "steady"
+        if set(wanted) != set(target):
+            phase = "starting"
+            if lost:
+                back = [name for name in wanted if name not in target]
+                self._want(back, back, f"{lost[0]} could not start: {self._name(back)} stays")
+            elif ready:
+                self._want(target, target, f"{self._name(target)} is ready and takes over")
+        ending = [name for name in running if name not in wanted]
+        if ending:
+            phase = "handing over"
+        self._end(ending, now_s)
+        if phase == "steady" and ready and now_s - self._decided_s >= DECIDE_EVERY_S:
+            self._decided_s = now_s
+            self._decide(now_s, samples, target, facts)
+        self._tell(phase, target, wanted)
+
+    def _decide(
+        self,
+        now_s: float,
+        samples: Sequence[Sample],
+        target: Sequence[str],
+        facts: Mapping[str, Mapping[str, Any]],
+    ) -> None:
+        signals = self._measured.signals(now_s, samples, self._shape(target))
+        decision = self._policy.decide(signals)
+        self._last = {"signals": signals.to_json(), "decision": decision.to_json()}
+        if not decision.switch:
+            return
+        new = self._replicas(decision.blueprint)
+        if any(facts[name]["given_up"] for name in new):
+            return
+        reason = f"{self._name(target)} -> {decision.blueprint}: {decision.reason}"
+        self._want([*target, *new], new, reason)
+
+    def _end(self, ending: Sequence[str], now_s: float) -> None:
+        """SIGTERM drains, the second one stops, SIGKILL is for what does not hear."""
+        self._ending_s = {name: self._ending_s.get(name, (now_s, 0)) for name in ending}
+        for name, (since_s, sent) in self._ending_s.items():
+            due = 1 + (now_s - since_s >= self._hand_over_s)
+            due += now_s - since_s >= self._hand_over_s + _KILL_AFTER_S
+            if sent < due:
+                self._order(
+                    {"type": "end", "name": name, "reason": ("drain", "stop", "kill")[sent]}
+                )
+                self._ending_s[name] = (since_s, sent + 1)
+
+    def pause_s(self) -> float:
+        """How long to wait for news at most."""
+        return 0.1 if self._ending_s else DECIDE_EVERY_S
+
+    def _want(self, wanted: Sequence[str], target: Sequence[str], why: str) -> None:
+        self._order({"type": "want", "wanted": [*wanted], "target": [*target], "why": why})
+
+    def _shape(self, names: Sequence[str]) -> Blueprint:
+        return Blueprint.of(Group(self._widths[name], 1) for name in names)
+
+    def _name(self, names: Sequence[str]) -> str:
+        return str(self._shape(names))
+
+    def _replicas(self, blueprint: Blueprint) -> list[str]:
+        """The replicas that make up a blueprint; there are enough of each width."""
+        found: list[str] = []
+        for group in blueprint.groups:
+            fitting = [name for name, tp in self._widths.items() if tp == group.tp]
+            found += fitting[: group.count]
+        return found
+
+    def _tell(self, phase: str, target: Sequence[str], wanted: Sequence[str]) -> None:
+        """Write where it stands for `/admin/v1/blueprint` and `scalellm status`."""
+        state = {
+            "mode": "auto",
+            "phase": phase,
+            "blueprint": self._shape(target).to_json(),
+            "replicas": sorted(wanted),
+            **self._last,
+        }
+        text = json.dumps(state)
+        part = self._state_file.with_suffix(".part")
+        part.write_text(text, encoding="utf-8")
+        part.replace(self._state_file)

@@ -1,0 +1,38 @@
+"""The line through measured steps."""
+
+import pytest
+
+from scalellm.bench.steps import Sample, fit, misfit, samples_of
+from scalellm.controller.blueprint.cost import StepCost
+from scalellm.engine.step_time import StepShape
+
+TRUE = StepCost(20.0, 0.5, 1e-3, 0.25)
+
+
+def sample(tokens: int, attended: int, sequences: int) -> Sample:
+    return Sample(tokens, attended, sequences, TRUE.step_ms(tokens, attended, sequences))
+
+
+def test_the_coefficients_of_exact_steps_are_found() -> None:
+    shapes = [(1, 100, 1), (8, 800, 8), (64, 20_000, 64), (128, 8_256, 1), (200, 9_000, 16)]
+    samples = [sample(*shape) for shape in shapes]
+    cost = fit(samples)
+    assert misfit(cost, samples) == pytest.approx(0.0, abs=1e-9)
+    assert cost.base_ms == pytest.approx(20.0)
+    assert cost.per_attended_ms == pytest.approx(1e-3)
+
+
+def test_no_coefficient_is_negative() -> None:
+    falling = [Sample(1, 1, 1, 30.0), Sample(2, 50, 2, 20.0), Sample(4, 400, 4, 10.0)]
+    cost = fit(falling)
+    assert min(cost.base_ms, cost.per_token_ms, cost.per_attended_ms, cost.per_sequence_ms) >= 0
+
+
+def test_equal_steps_are_their_median_and_a_pause_is_not_a_step() -> None:
+    shape = StepShape(4, 400.0, 4)
+    steps = [(10.0 + 0.02 * at, shape, 18.0) for at in range(7)]
+    steps.append((steps[-1][0] + 5.0, shape, 19.0))  # after a pause of five seconds
+    (found,) = samples_of(steps)
+    assert found.step_ms == pytest.approx(20.0)
+    other = StepShape(5, 400.0, 5)
+    assert [one.sequences for one in samples_of([*steps, (20.0, other, 1.0)])] == [4, 5]

@@ -1,0 +1,239 @@
+"""From one shape to another: what is started, what is ended, and when."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from scalellm.config import (
+    BlueprintConfig,
+    DeploymentConfig,
+    EngineConfig,
+    GatewayConfig,
+    LogConfig,
+    ServeConfig,
+)
+from scalellm.controller import steering
+from scalellm.controller.blueprint.cost import calibration_toml, read_calibration
+from scalellm.controller.blueprint.measured import Measured
+from scalellm.controller.blueprint.policy import Settings
+from scalellm.controller.blueprint.shape import Blueprint, uniform
+from scalellm.controller.gateway_view import Sample, parse_metrics
+from scalellm.controller.shapes import shapes_of
+from scalellm.errors import ConfigError
+
+NODE = read_calibration("node-8gpu")
+NARROW, WIDE = uniform(NODE.widths, 8)
+NARROW_NAMES = [f"engine-tp1-{at}" for at in range(8)]
+WIDE_NAMES = ["engine-tp8-0"]
+
+
+class Deployment:
+    """The root's part: it does as it is ordered, and replicas are ready when told."""
+
+    def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now_s = 1000.0
+        monkeypatch.setattr(steering.time, "monotonic", lambda: self.now_s)
+        self.orders: list[dict[str, Any]] = []
+        self.facts = {
+            name: {"running": False, "ready": False, "given_up": False}
+            | {"wanted": name in WIDE_NAMES, "target": name in WIDE_NAMES}
+            for name in [*NARROW_NAMES, *WIDE_NAMES]
+        }
+        self.load = (0, 0.0)  # running requests, of them ended a second
+        self.ended = 0.0
+        self.folder = folder
+        self.start()
+        self.restart_controller()
+
+    def restart_controller(self) -> None:
+        plan = {
+            "widths": {name: 8 if name in WIDE_NAMES else 1 for name in self.facts},
+            "candidates": [NARROW.to_json(), WIDE.to_json()],
+            "calibration": calibration_toml(NODE),
+            "settings": asdict(Settings("latency")),
+            "hand_over_s": 0.5,
+            "journal": str(self.folder / "journal.jsonl"),
+            "state_file": str(self.folder / "blueprint.json"),
+        }
+        self.steering = steering.Steering(plan, self.take)
+
+    def take(self, order: dict[str, Any]) -> None:
+        self.orders.append(order)
+        if order["type"] == "want":
+            for name, found in self.facts.items():
+                found["wanted"], found["target"] = (
+                    name in order["wanted"],
+                    name in order["target"],
+                )
+
+    def start(self) -> None:
+        """What is wanted runs and is ready."""
+        for found in self.facts.values():
+            if found["wanted"]:
+                found["running"] = found["ready"] = True
+
+    def look(self, seconds: float) -> list[dict[str, Any]]:
+        """The orders of so much time."""
+        before = len(self.orders)
+        for _ in range(round(seconds / 0.5)):
+            self.now_s += 0.5
+            self.ended += 0.5 * self.load[1]
+            states = {n: "ready" if f["ready"] else "lost" for n, f in self.facts.items()}
+            self.steering.look(self.facts, states, self.samples())
+        return self.orders[before:]
+
+    def samples(self) -> list[Sample]:
+        running, _ = self.load
+        totals = {
+            "scalellm_prompt_tokens_total": 128 * self.ended,
+            "scalellm_output_tokens_total": 64 * self.ended,
+            "scalellm_time_to_first_token_seconds_count": self.ended,
+            "scalellm_replica_running_requests": running,
+        }
+        return [Sample(name, {}, float(value)) for name, value in totals.items()]
+
+    def state(self) -> Any:
+        return json.loads((self.folder / "blueprint.json").read_text())
+
+
+@pytest.fixture
+def made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Deployment]:
+    yield Deployment(tmp_path, monkeypatch)
+
+
+def kinds(orders: list[dict[str, Any]]) -> list[tuple[str, str]]:
+    return [(order["type"], order.get("name", "")) for order in orders]
+
+
+def test_the_new_shape_starts_first_and_the_old_one_ends_when_it_is_ready(made: Deployment) -> None:
+    made.load = (2, 5.0)
+    assert made.look(40.0) == []
+    made.load = (300, 100.0)
+    (order,) = made.look(20.0)
+    assert set(order["wanted"]) == {*NARROW_NAMES, *WIDE_NAMES}
+    assert set(order["target"]) == set(NARROW_NAMES)
+    assert made.state()["phase"] == "starting"
+    made.start()
+    takes_over, drain = made.look(0.5), made.look(0.5)
+    assert takes_over[0]["wanted"] == NARROW_NAMES
+    assert kinds(drain) == [("end", "engine-tp8-0")]
+    assert drain[0]["reason"] == "drain"
+    assert [order["reason"] for order in made.look(0.5)] == ["stop"]
+    assert [order["reason"] for order in made.look(11.0)] == ["kill"]
+    made.facts["engine-tp8-0"].update(running=False, ready=False)
+    assert made.look(10.0) == []
+    assert made.state()["phase"] == "steady"
+    assert made.state()["blueprint"] == [{"tp": 1, "count": 8}]
+
+
+def test_a_new_shape_that_cannot_start_is_left_alone(made: Deployment) -> None:
+    made.load = (300, 100.0)
+    assert len(made.look(30.0)) == 1
+    made.facts["engine-tp1-3"]["given_up"] = True
+    (back,) = made.look(0.5)
+    assert (back["wanted"], back["target"]) == (WIDE_NAMES, WIDE_NAMES)
+    assert "engine-tp1-3 could not start" in back["why"]
+    assert made.look(200.0) == []
+
+
+def test_a_restarted_controller_goes_on_where_the_last_one_was(made: Deployment) -> None:
+    made.load = (300, 100.0)
+    assert len(made.look(30.0)) == 1
+    made.restart_controller()
+    assert made.look(5.0) == []
+    made.start()
+    assert kinds(made.look(1.0)) == [("want", ""), ("end", "engine-tp8-0")]
+    made.restart_controller()
+    assert kinds(made.look(1.5)) == [("end", "engine-tp8-0")] * 2
+
+
+METRICS = """
+scalellm_replica_running_requests{replica="a"} 3
+scalellm_replica_waiting_requests{replica="a"} 1
+scalellm_queued_requests{model="demo",class="standard"} 2
+scalellm_replica_kv_blocks_used{replica="a"} 5
+scalellm_replica_kv_blocks_total{replica="a"} 20
+scalellm_prompt_tokens_total{model="demo"} {prompt}
+scalellm_cached_tokens_total{model="demo"} {cached}
+scalellm_output_tokens_total{model="demo"} {output}
+scalellm_time_to_first_token_seconds_count{model="demo"} {ended}
+scalellm_time_between_tokens_seconds_bucket{model="demo",le="0.01"} 7
+scalellm_time_between_tokens_seconds_bucket{model="demo",le="0.03"} {ended}
+scalellm_time_between_tokens_seconds_bucket{model="demo",le="+Inf"} {ended}
+"""
+
+
+def metrics(**values: int) -> list[Sample]:
+    text = METRICS
+    for name, value in values.items():
+        text = text.replace("{" + name + "}", str(value))
+    return parse_metrics(text)
+
+
+def test_signals_are_differences_of_counters() -> None:
+    measured = Measured(20.0)
+    first = metrics(prompt=1000, cached=0, output=500, ended=10)
+    assert measured.signals(0.0, first, WIDE).prompt_tokens == ()
+    later = metrics(prompt=3000, cached=500, output=900, ended=20)
+    found = measured.signals(10.0, later, WIDE)
+    assert (found.running, found.waiting, found.kv_use) == (3, 3, 0.25)
+    assert found.arrivals_s == 1.0
+    assert found.prompt_tokens == (150.0,) * 5
+    assert found.output_tokens == 40.0
+    assert found.tbt_ms == pytest.approx((10 * 30) ** 0.5)
+    idle = measured.signals(60.0, later, WIDE)
+    assert (idle.arrivals_s, idle.output_tokens, idle.tbt_ms) == (0.0, 40.0, None)
+    restarted = metrics(prompt=10, cached=0, output=10, ended=1)
+    assert measured.signals(61.0, restarted, WIDE).arrivals_s == 0.0
+
+
+def config(deployment: DeploymentConfig | None = None, **shape: Any) -> ServeConfig:
+    return ServeConfig(
+        EngineConfig(cpu_threads=8),
+        GatewayConfig(),
+        deployment or DeploymentConfig(),
+        LogConfig(),
+        BlueprintConfig(**shape),
+    )
+
+
+def test_static_shapes_share_the_cores_by_width(tmp_path: Path) -> None:
+    found = shapes_of(config(replica=("tp=2,count=1", "tp=1,count=2"), devices=4), tmp_path)
+    assert found.widths == {"engine-0": 2, "engine-1": 1, "engine-2": 1}
+    assert found.threads == {"engine-0": 4, "engine-1": 2, "engine-2": 2}
+    assert found.wanted == {"engine-0", "engine-1", "engine-2"}
+    assert found.steering is None
+
+
+def test_auto_declares_every_candidate_and_begins_with_one(tmp_path: Path) -> None:
+    auto = config(DeploymentConfig(blueprint="auto"), calibration="node-8gpu")
+    found = shapes_of(auto, tmp_path)
+    assert set(found.widths) == {*NARROW_NAMES, *WIDE_NAMES}
+    assert found.wanted == set(WIDE_NAMES)
+    throughput = replace(auto, blueprint=replace(auto.blueprint, objective="throughput"))
+    assert shapes_of(throughput, tmp_path).wanted == set(NARROW_NAMES)
+    assert found.steering is not None
+    assert [Blueprint.of_json(plan) for plan in found.steering["candidates"]] == [NARROW, WIDE]
+
+
+@pytest.mark.parametrize(
+    ("deployment", "shape", "named"),
+    [
+        ({"replicas": 2}, {"replica": ("tp=1",)}, "--replica and --replicas"),
+        ({"blueprint": "auto"}, {"replica": ("tp=1",)}, "--replica and --blueprint auto"),
+        ({"blueprint": "auto", "replicas": 2}, {}, "--blueprint auto and --replicas"),
+        ({"blueprint": "auto"}, {"calibration": "node-8gpu", "devices": 4}, "two shapes"),
+        ({"blueprint": "auto"}, {"calibration": "node-8gpu", "devices": 64}, "at most 8"),
+        ({}, {"replica": ("tp=8,count=2",)}, "needs 16 devices, there are 8; what would fit"),
+        ({}, {"replica": ("tp=16",)}, "got tp=16, allowed here"),
+    ],
+)
+def test_impossible_shapes_are_refused_before_anything_starts(
+    tmp_path: Path, deployment: dict[str, Any], shape: dict[str, Any], named: str
+) -> None:
+    with pytest.raises(ConfigError, match=named):
+        shapes_of(config(DeploymentConfig(**deployment), **shape), tmp_path)
