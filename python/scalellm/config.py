@@ -291,8 +291,8 @@ class BlueprintConfig:
         30.0, "Least time between two changes of shape", _SHAPED, minimum=0, maximum=86_400
     )
     hand_over_s: float = setting(
-        20.0,
-        "How long a replica of the old shape may finish its requests; then they are given up",
+        0.5,
+        "How long a replica of the old shape may finish its requests; then they go on at the new",
         ("serve",),
         minimum=0,
         maximum=25,

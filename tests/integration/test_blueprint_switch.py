@@ -103,7 +103,7 @@ def served(tmp_path: Path) -> Iterator[Serve]:
     found = Serve(
         tmp_path,
         *("--blueprint", "auto", "--devices", "2", "--calibration", str(calibration)),
-        *("--objective", "throughput", "--min-stay-s", "1", "--hand-over-s", "25"),
+        *("--objective", "throughput", "--min-stay-s", "1", "--hand-over-s", "0"),
         *("--kv-cache-memory", "64MiB", "--journal", str(tmp_path / "journal.jsonl")),
     )
     yield found

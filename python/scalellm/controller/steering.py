@@ -6,7 +6,7 @@
 
 The new shape starts beside the old one, which serves until every new replica is ready. Then the
 old replicas are told to end: they take no new requests, what they run has `hand_over_s` to end by
-itself, and what is left is given up by its engine as in any drain that takes too long.
+itself, and what is left goes on at the new replicas from the tokens that its clients have.
 
 Where it stands follows from the root's facts alone (which replicas are wanted, which are the
 target, which run), so that a restarted controller goes on.
