@@ -360,7 +360,7 @@ impl Job<'_> {
         let mut seen = [const { 0..0 }; ROWS];
         for row in 0..states.len() / self.stride() {
             let position = self.row(unit, head, first + row).0;
-            let begin = self.scoring.first(position).max(base) - base;
+            let begin = self.scoring.first(position).clamp(base, base + TILE) - base;
             let end = (position + 1).clamp(base, base + TILE) - base;
             queries[row] = self.query(unit, head, first + row);
             seen[row] = begin..end.max(begin);

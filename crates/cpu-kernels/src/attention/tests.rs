@@ -248,6 +248,22 @@ fn long_sequences_are_close_to_the_reference() {
 }
 
 #[test]
+fn rows_of_one_group_may_begin_to_see_behind_a_tile_that_others_see() {
+    let mut random = StdRng::seed_from_u64(6);
+    for level in Level::available() {
+        let mut cpu = Cpu::at_level(level, 1, 0).unwrap();
+        for (dtype, close) in [(KvType::Bf16, 0.02), (KvType::Int8, 0.03)] {
+            let mut shape = Shape::new(1, 1, 32, dtype);
+            shape.scoring.window = Some(40);
+            let of = [shape.sequence(150, 2.0, &mut random)];
+            let found = outputs(&mut cpu, &shape, &of, &all_at_once(&of));
+            let error = largest_error(&found[0], &reference(&shape, &of[0]));
+            assert!(error < close, "{level} {dtype:?}: {error}");
+        }
+    }
+}
+
+#[test]
 fn bits_depend_neither_on_chunks_nor_on_neighbours_nor_on_threads() {
     let mut random = StdRng::seed_from_u64(3);
     for level in Level::available() {
