@@ -18,6 +18,7 @@ from scalellm.layers.weights import MatrixSpec, Use
 from scalellm.loader.checkpoint import Checkpoint, CheckpointSource
 from scalellm.loader.config import read_quantisation
 from scalellm.loader.packing import Packing, PackingSource
+from scalellm.loader.quantised import Awq, Gptq
 
 TINY = Qwen3Config(
     vocab_size=211,
@@ -269,6 +270,7 @@ def test_packing_int8_gives_the_bytes_of_packing_its_numbers(n, k, groups, gated
         ({"bits": 4}, "does not name"),
         ({"quant_method": "awq", "bits": 4, "group_size": 32, "version": "gemv"}, "version gemv"),
         ({"quant_method": "gptq", "bits": 3, "group_size": 32}, "gptq of 3 bits"),
+        ({"quant_method": "gptq", "bits": 4.0, "group_size": 32}, "gptq of 4.0 bits"),
         (compressed("int", "group", "int-quantized"), "scales by group"),
         (compressed("int", "channel", "pack-quantized"), "format pack-quantized"),
         (compressed("int", "channel", "int-quantized", symmetric=False), "asymmetric"),
@@ -298,3 +300,14 @@ def test_tensors_that_do_not_fit_their_format_are_named(plain, tmp_path):
     assert f"{name}.scales" in refused(scales=torch.ones(3, 64, dtype=torch.float16))
     assert f"{name}.bias" in refused(bias=torch.ones(64))
     assert "g_idx names groups" in refused(g_idx=torch.full((288,), 99, dtype=torch.int32))
+    name = "model.norm"  # what is no matrix is not quantised
+    assert "unexpected model.norm.qweight" in refused(qweight=torch.zeros(8, 64))
+
+
+@pytest.mark.parametrize("scheme", [Awq(32), Gptq(4, 32, True, ""), Gptq(8, None, False, "")])
+def test_sizes_that_words_do_not_divide_have_a_last_word_that_is_not_full(scheme):
+    parts = {
+        suffix: torch.zeros(of.shapes[0], dtype=torch.int32)
+        for suffix, of in scheme.tensors(13, 70).items()
+    }
+    assert scheme.numbers(parts.__getitem__, 13, 70).shape == (13, 70)

@@ -111,7 +111,7 @@ class Checkpoint:
         stored = {}
         for name, shape in expected.items():
             scheme = self.scheme_of(name)
-            if scheme is None:
+            if scheme is None or len(shape) != 2:
                 stored[name] = Stored((shape,), _NUMBERS)
                 continue
             n, k = shape

@@ -117,10 +117,10 @@ class Awq(Scheme):
     marker: str = "qweight"
 
     def tensors(self, n: int, k: int) -> Mapping[str, Stored]:
-        groups = _groups(k, self.group)
+        groups, words = _groups(k, self.group), -(-n // 8)
         return {
-            "qweight": Stored(((k, n // 8),), ("I32",)),
-            "qzeros": Stored(((groups, n // 8),), ("I32",)),
+            "qweight": Stored(((k, words),), ("I32",)),
+            "qzeros": Stored(((groups, words),), ("I32",)),
             "scales": Stored(((groups, n),), _FLOATS),
         }
 
@@ -137,7 +137,7 @@ class Awq(Scheme):
         out = torch.empty_like(nibbles)
         for nibble, output in enumerate(_AWQ_OUTPUT_OF_NIBBLE):
             out[..., output] = nibbles[..., nibble]
-        return out.reshape(-1, n)
+        return out.flatten(1)[:, :n]
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,8 +153,8 @@ class Gptq(Scheme):
     def tensors(self, n: int, k: int) -> Mapping[str, Stored]:
         groups, packed = _groups(k, self.group), 32 // self.bits
         return {
-            "qweight": Stored(((k // packed, n),), ("I32",)),
-            "qzeros": Stored(((groups, n // packed),), ("I32",)),
+            "qweight": Stored(((-(-k // packed), n),), ("I32",)),
+            "qzeros": Stored(((groups, -(-n // packed)),), ("I32",)),
             "scales": Stored(((groups, n),), _FLOATS),
             "g_idx": Stored(((k,),), ("I32",)),
         }
@@ -164,12 +164,12 @@ class Gptq(Scheme):
         words = read("qzeros")
         if self.zeros_less_one:  # taken from whole words, so that a zero of 0 borrowed
             words = words + sum(1 << place for place in range(0, 32, self.bits))
-        zeros = _parts_of_words(words, self.bits).reshape(-1, n)
+        zeros = _parts_of_words(words, self.bits).flatten(1)[:, :n]
         scales = read("scales").float()
         group = read("g_idx").long()
         if bool(((group < 0) | (group >= len(scales))).any()):
             raise ValueError(f"g_idx names groups outside 0 .. {len(scales) - 1}")
-        return (stored.reshape(n, k) - zeros[group].t()) * scales[group].t()
+        return (stored.flatten(1)[:, :k] - zeros[group].t()) * scales[group].t()
 
 
 def read_scheme(path: Path, raw: object) -> Scheme:
@@ -200,7 +200,7 @@ def read_scheme(path: Path, raw: object) -> Scheme:
         return Awq(_group(raw.get("group_size", raw.get("q_group_size")), refused))
     if method == "gptq":
         bits = raw.get("bits")
-        if bits not in (4, 8):
+        if not _is_size(bits) or bits not in (4, 8):
             raise refused(f"gptq of {bits} bits")
         version = raw.get("checkpoint_format", "gptq")
         if version not in ("gptq", "gptq_v2"):
