@@ -13,7 +13,8 @@
 //! ```
 //!
 //! A task is taken by a compare-exchange that fails if the job has changed, so whoever takes one
-//! has read that job's fields and not the next one's.
+//! has read that job's fields and not a later one's: those of the next are written elsewhere while
+//! the claim of this one, all of it taken, can still be seen.
 
 use std::io;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -32,12 +33,26 @@ const SPINS: u32 = 64;
 /// What a job's tasks call: (context, task, thread).
 type Call = unsafe fn(*const (), usize, usize);
 
-struct Shared {
-    claim: AtomicU64,
+/// What a job consists of.
+struct Job {
     tasks: AtomicUsize,
-    done: AtomicUsize,
     call: AtomicPtr<()>,
     context: AtomicPtr<()>,
+}
+
+impl Job {
+    const NONE: Self = Self {
+        tasks: AtomicUsize::new(0),
+        call: AtomicPtr::new(std::ptr::null_mut()),
+        context: AtomicPtr::new(std::ptr::null_mut()),
+    };
+}
+
+struct Shared {
+    claim: AtomicU64,
+    done: AtomicUsize,
+    /// By job number, the last two in turn.
+    jobs: [Job; 2],
     sleeping: AtomicUsize,
     panicked: AtomicBool,
     closing: AtomicBool,
@@ -59,10 +74,8 @@ impl Team {
     pub fn new(threads: usize, nice: i32) -> io::Result<Self> {
         let shared = Arc::new(Shared {
             claim: AtomicU64::new(0),
-            tasks: AtomicUsize::new(0),
             done: AtomicUsize::new(0),
-            call: AtomicPtr::new(std::ptr::null_mut()),
-            context: AtomicPtr::new(std::ptr::null_mut()),
+            jobs: [Job::NONE; 2],
             sleeping: AtomicUsize::new(0),
             panicked: AtomicBool::new(false),
             closing: AtomicBool::new(false),
@@ -110,13 +123,9 @@ impl Team {
             return;
         }
         let shared = &*self.shared;
-        let call: Call = call::<F>;
-        shared.call.store(call as *mut (), Ordering::Relaxed);
-        let context = std::ptr::from_ref(&task).cast_mut().cast();
-        shared.context.store(context, Ordering::Relaxed);
-        shared.tasks.store(tasks, Ordering::Relaxed);
-        shared.done.store(0, Ordering::Relaxed);
+        let context = std::ptr::from_ref(&task).cast();
         let job = (shared.claim.load(Ordering::Relaxed) >> 32).wrapping_add(1) << 32;
+        shared.prepare(job, tasks, call::<F>, context);
         shared.claim.store(job, Ordering::SeqCst);
         if shared.sleeping.load(Ordering::SeqCst) > 0 {
             self.others.iter().for_each(|other| other.thread().unpark());
@@ -149,15 +158,30 @@ impl Drop for Team {
 }
 
 impl Shared {
+    fn job(&self, claim: u64) -> &Job {
+        &self.jobs[(claim >> 32) as usize % 2]
+    }
+
+    /// Write down the job to come. All tasks of the one before it have been done.
+    fn prepare(&self, claim: u64, tasks: usize, call: Call, context: *const ()) {
+        let job = self.job(claim);
+        // Whoever reads these finds a later claim than that of the job they replace.
+        job.call.store(call as *mut (), Ordering::Release);
+        job.context.store(context.cast_mut(), Ordering::Release);
+        job.tasks.store(tasks, Ordering::Release);
+        self.done.store(0, Ordering::Relaxed);
+    }
+
     /// Take tasks of the job that `claim` belonged to until none is left or another job began.
     fn take_tasks(&self, mut claim: u64, thread: usize) {
-        let job = claim >> 32;
+        let number = claim >> 32;
+        let job = self.job(claim);
         loop {
-            let tasks = self.tasks.load(Ordering::Relaxed);
-            let call = self.call.load(Ordering::Relaxed);
-            let context = self.context.load(Ordering::Relaxed);
+            let tasks = job.tasks.load(Ordering::Acquire);
+            let call = job.call.load(Ordering::Acquire);
+            let context = job.context.load(Ordering::Acquire);
             let index = (claim & u64::from(u32::MAX)) as usize;
-            if claim >> 32 != job || index >= tasks {
+            if claim >> 32 != number || index >= tasks {
                 return;
             }
             let next =
@@ -268,6 +292,23 @@ mod tests {
                 }
             });
         }
+    }
+
+    #[test]
+    fn who_comes_late_takes_nothing_of_a_job_that_is_being_prepared() {
+        unsafe fn count(context: *const (), _: usize, _: usize) {
+            // SAFETY: the test's own counter.
+            unsafe { (*context.cast::<AtomicUsize>()).fetch_add(1, Ordering::Relaxed) };
+        }
+        let team = Team::new(1, 0).unwrap();
+        let (shared, ran) = (&team.shared, AtomicUsize::new(0));
+        let context = std::ptr::from_ref(&ran).cast();
+        shared.prepare(1 << 32, 2, count, context);
+        shared.claim.store(1 << 32, Ordering::SeqCst);
+        shared.take_tasks(1 << 32, 0);
+        shared.prepare(2 << 32, 10, count, context);
+        shared.take_tasks(shared.claim.load(Ordering::SeqCst), 1);
+        assert_eq!(ran.load(Ordering::Relaxed), 2);
     }
 
     #[test]
