@@ -34,18 +34,11 @@ const SPINS: u32 = 64;
 type Call = unsafe fn(*const (), usize, usize);
 
 /// What a job consists of.
+#[derive(Default)]
 struct Job {
     tasks: AtomicUsize,
     call: AtomicPtr<()>,
     context: AtomicPtr<()>,
-}
-
-impl Job {
-    const NONE: Self = Self {
-        tasks: AtomicUsize::new(0),
-        call: AtomicPtr::new(std::ptr::null_mut()),
-        context: AtomicPtr::new(std::ptr::null_mut()),
-    };
 }
 
 struct Shared {
@@ -75,7 +68,7 @@ impl Team {
         let shared = Arc::new(Shared {
             claim: AtomicU64::new(0),
             done: AtomicUsize::new(0),
-            jobs: [Job::NONE; 2],
+            jobs: <[Job; 2]>::default(),
             sleeping: AtomicUsize::new(0),
             panicked: AtomicBool::new(false),
             closing: AtomicBool::new(false),
