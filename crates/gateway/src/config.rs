@@ -75,6 +75,8 @@ pub struct Config {
     pub text_threads: usize,
     /// Prompts that wait for one of those threads; further ones get 503.
     pub text_queue: usize,
+    /// Memory of each model for the ids of texts seen before; 0 encodes every text anew.
+    pub text_cache_bytes: usize,
     /// What happens when a replica fails.
     pub faults: FaultConfig,
     pub log_level: LogLevel,
@@ -181,6 +183,7 @@ impl Default for Config {
             replica_silence_s: 2.0,
             text_threads: 0,
             text_queue: 256,
+            text_cache_bytes: 64 << 20,
             faults: FaultConfig::default(),
             log_level: LogLevel::Info,
             log_format: LogFormat::Text,
@@ -336,6 +339,11 @@ impl Config {
             ),
             keep("text_threads", &mut self.text_threads, &old.text_threads),
             keep("text_queue", &mut self.text_queue, &old.text_queue),
+            keep(
+                "text_cache_bytes",
+                &mut self.text_cache_bytes,
+                &old.text_cache_bytes,
+            ),
             keep("log_format", &mut self.log_format, &old.log_format),
         ]
         .into_iter()

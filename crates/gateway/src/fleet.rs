@@ -258,7 +258,10 @@ impl Fleet {
                     Some(own) => own,
                     None => {
                         let loaded = before.as_ref().and_then(|before| before.text(model));
-                        let text = loaded.map_or_else(|| load_text(model).map(Arc::new), Ok)?;
+                        let text = loaded.map_or_else(
+                            || load_text(model, config.text_cache_bytes).map(Arc::new),
+                            Ok,
+                        )?;
                         let faults = Faults::new(
                             &config.faults,
                             config.max_in_flight,
@@ -473,12 +476,13 @@ impl<'a> Before<'a> {
 }
 
 /// The tokenizer and templates of a model.
-fn load_text(model: &ModelConfig) -> Result<TextModel, GatewayError> {
+fn load_text(model: &ModelConfig, cache_bytes: usize) -> Result<TextModel, GatewayError> {
     let bad = |reason: String| GatewayError::Model {
         name: model.name.clone(),
         reason,
     };
     let mut text = TextModel::load(&model.path).map_err(|e| bad(e.to_string()))?;
+    text.limit_cache(cache_bytes);
     match &model.chat_template {
         None => text
             .check_templates()

@@ -14,6 +14,7 @@ use crate::app::App;
 use crate::fleet::{Fleet, state_name};
 use crate::foreign::Upstream;
 use crate::metrics::{family, label};
+use crate::text::CacheCounts;
 
 type Gauge = (
     &'static str,
@@ -139,6 +140,7 @@ pub async fn metrics(State(app): State<Arc<App>>) -> Response {
         let _ = writeln!(out, "{name} {value}");
     }
     write_queues(&mut out, fleet);
+    write_text_cache(&mut out, fleet);
     write_routing(&mut out, fleet);
     write_accounts(&mut out, &app);
     write_upstreams(&mut out, fleet);
@@ -208,6 +210,37 @@ fn write_queues(out: &mut String, fleet: &Fleet) {
                 class.name(),
                 served.admission.queued(class)
             );
+        }
+    }
+}
+
+fn write_text_cache(out: &mut String, fleet: &Fleet) {
+    type Value = fn(&CacheCounts) -> u64;
+    let families: [(&str, &str, &str, Value); 3] = [
+        (
+            "scalellm_text_cache_bytes",
+            "gauge",
+            "Memory held by the ids of texts seen before, of text_cache_bytes for each model.",
+            |c| c.held_bytes as u64,
+        ),
+        (
+            "scalellm_text_cache_query_bytes_total",
+            "counter",
+            "Bytes of prompts' text looked for among the texts seen before.",
+            |c| c.looked_up_bytes,
+        ),
+        (
+            "scalellm_text_cache_hit_bytes_total",
+            "counter",
+            "Bytes of prompts' text found among the texts seen before, and not tokenised again.",
+            |c| c.found_bytes,
+        ),
+    ];
+    for (name, kind, help, value) in families {
+        family(out, name, kind, help);
+        for model in &fleet.models {
+            let value = value(&model.text.cache_counts());
+            let _ = writeln!(out, "{name}{{model={}}} {value}", label(&model.name));
         }
     }
 }

@@ -9,11 +9,14 @@
 
 mod bytes;
 mod detokenizer;
+mod encoder;
 mod error;
 mod folder;
 mod json;
 mod model;
 mod output;
+mod piece_cache;
+mod pieces;
 mod python;
 mod rewrite;
 mod steps;
@@ -28,6 +31,7 @@ pub use detokenizer::Detokenizer;
 pub use error::TextError;
 pub use model::{MAX_TEXT_BYTES, TextModel, tokenizer_digest};
 pub use output::{OutputText, Piece};
+pub use piece_cache::CacheCounts;
 pub use stop::StopMatcher;
 pub use template::ChatOptions;
 

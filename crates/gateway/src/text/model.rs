@@ -3,10 +3,11 @@
 use std::path::Path;
 
 use serde_json::Value;
-use tokenizers::Tokenizer;
 
+use super::encoder::Encoder;
 use super::error::TextError;
 use super::folder::Folder;
+use super::piece_cache::CacheCounts;
 use super::stream::{Plan, Stream};
 use super::template::{ChatOptions, ChatTemplates};
 use super::vocabulary::Vocabulary;
@@ -21,7 +22,7 @@ pub const MAX_TEXT_BYTES: usize = 8 << 20;
 
 /// Tokenizer and chat template of one model; shared by all its requests.
 pub struct TextModel {
-    tokenizer: Tokenizer,
+    encoder: Encoder,
     plan: Plan,
     vocabulary: Vocabulary,
     templates: ChatTemplates,
@@ -47,7 +48,7 @@ impl TextModel {
         let eos_token_ids = folder.eos_token_ids(|token| tokenizer.token_to_id(token))?;
         let templates = ChatTemplates::new(folder.chat_templates()?, folder.special_tokens()?);
         Ok(Self {
-            tokenizer,
+            encoder: Encoder::new(tokenizer),
             plan,
             vocabulary,
             templates,
@@ -60,17 +61,34 @@ impl TextModel {
     ///
     /// Errors: [`TextError::TooLong`] above [`MAX_TEXT_BYTES`].
     pub fn encode(&self, text: &str, add_special: bool) -> Result<Vec<u32>, TextError> {
+        self.encode_with_pauses(text, add_special, &mut || ())
+    }
+
+    /// As [`TextModel::encode`], with `pause` called where something shorter may be done in between: after every few
+    /// KB of new text where the tokenizer allows it.
+    pub fn encode_with_pauses(
+        &self,
+        text: &str,
+        add_special: bool,
+        pause: &mut dyn FnMut(),
+    ) -> Result<Vec<u32>, TextError> {
         if text.len() > MAX_TEXT_BYTES {
             return Err(TextError::TooLong {
                 bytes: text.len(),
                 limit: MAX_TEXT_BYTES,
             });
         }
-        let encoding = self
-            .tokenizer
-            .encode_fast(text, add_special)
-            .map_err(|e| TextError::Encode(e.to_string()))?;
-        Ok(encoding.get_ids().to_vec())
+        self.encoder.encode(text, add_special, pause)
+    }
+
+    /// Hold the ids of texts seen before in at most `bytes`, from now on.
+    pub fn limit_cache(&mut self, bytes: usize) {
+        self.encoder.limit_cache(bytes);
+    }
+
+    /// How much of the encoded text was seen before.
+    pub fn cache_counts(&self) -> CacheCounts {
+        self.encoder.cache_counts()
     }
 
     /// Text of `ids`; ids outside the vocabulary add nothing.
@@ -140,7 +158,7 @@ impl TextModel {
 
     /// The id of a token's string, such as `</s>`.
     pub fn token_id(&self, token: &str) -> Option<u32> {
-        self.tokenizer.token_to_id(token)
+        self.encoder.tokenizer().token_to_id(token)
     }
 
     /// Ids that end a generation, from `generation_config.json`, `config.json` or the tokenizer's `eos_token`.

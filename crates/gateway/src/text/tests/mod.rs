@@ -1,5 +1,6 @@
 //! Text against the tokenizers library's own whole-text decoding, with tokenizers trained here.
 
+mod encoding;
 mod loading;
 mod output;
 mod stopping;
