@@ -130,7 +130,7 @@ where
         return record.timed(Stage::Parse, || take(bytes));
     }
     let bytes = bytes.clone();
-    let parsing = app.text_pool.run(move || take(&bytes));
+    let parsing = app.text_pool.run(bytes.len(), move |_| take(&bytes));
     record
         .timed_async(Stage::Parse, parsing)
         .await

@@ -13,6 +13,7 @@ use crate::request::chat::{ChatPrompt, Conversation};
 use crate::request::{Params, Prompt};
 use crate::stages::Stage;
 use crate::text::{TextError, TextModel};
+use crate::text_pool::Pause;
 
 /// Ids of a conversation.
 ///
@@ -25,16 +26,19 @@ pub async fn of_conversation(
     model: &Arc<Model>,
     conversation: Conversation,
 ) -> ApiResult<Vec<u32>> {
+    let bytes = record.body_bytes();
     let text_model = Arc::clone(&model.text);
-    let job = move || {
+    let job = move |pause: &mut Pause| {
         let start = Instant::now();
         let rendered = text_model.render_chat(&conversation.messages, &conversation.options);
         let template_took = start.elapsed();
-        let ids =
-            rendered.and_then(|text| text_model.encode(&text, conversation.add_special_tokens));
+        let ids = rendered.and_then(|text| {
+            let mut pause = || pause.take();
+            text_model.encode_with_pauses(&text, conversation.add_special_tokens, &mut pause)
+        });
         (ids, template_took)
     };
-    let (ids, _) = on_text_threads(app, record, job).await?;
+    let (ids, _) = on_text_threads(app, record, bytes, job).await?;
     ids.map_err(|error| match error {
         // Only a template's own refusal is about the messages.
         TextError::Template(_) | TextError::TemplateSyntax { .. } => {
@@ -79,18 +83,23 @@ pub async fn of_prompts(
     {
         return prompts
             .into_iter()
-            .map(|prompt| ids_of(&model.text, prompt, add_special_tokens))
+            .map(|prompt| ids_of(&model.text, prompt, add_special_tokens, &mut || ()))
             .collect();
     }
     let text_model = Arc::clone(&model.text);
-    let job = move || {
+    let bytes = record.body_bytes();
+    let job = move |pause: &mut Pause| {
         let ids: ApiResult<Vec<_>> = prompts
             .into_iter()
-            .map(|prompt| ids_of(&text_model, prompt, add_special_tokens))
+            .map(|prompt| {
+                ids_of(&text_model, prompt, add_special_tokens, &mut || {
+                    pause.take()
+                })
+            })
             .collect();
         (ids, Duration::ZERO)
     };
-    on_text_threads(app, record, job).await?.0
+    on_text_threads(app, record, bytes, job).await?.0
 }
 
 /// Texts of each of `prompts`, which come back with them.
@@ -105,14 +114,15 @@ pub async fn texts_of(
     skip_special_tokens: bool,
 ) -> ApiResult<Vec<(Vec<u32>, String)>> {
     let text_model = Arc::clone(&model.text);
-    let job = move || {
+    let bytes = record.body_bytes();
+    let job = move |_: &mut Pause| {
         let texts = prompts.into_iter().map(|ids| {
             let text = text_model.decode(&ids, skip_special_tokens);
             (ids, text)
         });
         (texts.collect(), Duration::ZERO)
     };
-    Ok(on_text_threads(app, record, job).await?.0)
+    Ok(on_text_threads(app, record, bytes, job).await?.0)
 }
 
 /// How each of `ids` reads, with the ids themselves.
@@ -126,34 +136,43 @@ pub async fn names_of(
     ids: Vec<u32>,
 ) -> ApiResult<(Vec<u32>, Vec<String>)> {
     let text_model = Arc::clone(&model.text);
-    let job = move || {
+    let bytes = record.body_bytes();
+    let job = move |_: &mut Pause| {
         let names = ids.iter().map(|id| text_model.token_text(*id).0).collect();
         ((ids, names), Duration::ZERO)
     };
-    Ok(on_text_threads(app, record, job).await?.0)
+    Ok(on_text_threads(app, record, bytes, job).await?.0)
 }
 
-fn ids_of(text_model: &TextModel, prompt: Prompt, add_special_tokens: bool) -> ApiResult<Vec<u32>> {
+fn ids_of(
+    text_model: &TextModel,
+    prompt: Prompt,
+    add_special_tokens: bool,
+    pause: &mut dyn FnMut(),
+) -> ApiResult<Vec<u32>> {
     match prompt {
         Prompt::Ids(ids) => Ok(ids),
         Prompt::Text(text) => text_model
-            .encode(&text, add_special_tokens)
+            .encode_with_pauses(&text, add_special_tokens, pause)
             .map_err(|e| refused("prompt", &e)),
     }
 }
 
-/// Runs a job that tells how long its template took; the rest of its time is tokenising.
+/// Runs a job on about `bytes` of text that tells how long its template took; the rest of its time, less its pauses,
+/// is tokenising.
 async fn on_text_threads<T: Send + 'static>(
     app: &App,
     record: &RequestRecord,
-    job: impl FnOnce() -> (T, Duration) + Send + 'static,
+    bytes: usize,
+    job: impl FnOnce(&mut Pause) -> (T, Duration) + Send + 'static,
 ) -> ApiResult<(T, Duration)> {
     let start = Instant::now();
-    let timed = move || {
+    let timed = move |pause: &mut Pause| {
         let start = Instant::now();
-        (job(), start.elapsed())
+        let done = job(pause);
+        (done, start.elapsed().saturating_sub(pause.took()))
     };
-    let (done, worked) = app.text_pool.run(timed).await.inspect_err(|error| {
+    let (done, worked) = app.text_pool.run(bytes, timed).await.inspect_err(|error| {
         if error.status == StatusCode::SERVICE_UNAVAILABLE {
             app.metrics.rejected("text_queue");
         }

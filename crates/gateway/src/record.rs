@@ -126,6 +126,11 @@ impl RequestRecord {
         change(&mut self.progress.lock())
     }
 
+    /// How long the request's body is.
+    pub fn body_bytes(&self) -> usize {
+        self.progress.lock().body_bytes
+    }
+
     pub fn add(&self, stage: Stage, took: Duration) {
         self.update(|progress| progress.times.add(stage, took));
     }

@@ -1,107 +1,204 @@
 //! Threads for templates and tokenising, which take milliseconds and must not hold up the async threads.
+//!
+//! Short work goes before long work, and long work lets it in between: where it calls its [`Pause`], the thread does
+//! what short work waits there. So a thread that tokenises a whole book answers a greeting meanwhile.
 
+use std::collections::VecDeque;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
-use std::sync::mpsc::{Receiver, SyncSender, TrySendError, sync_channel};
 use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
 
-use parking_lot::Mutex;
+use parking_lot::{Condvar, Mutex};
 use tokio::sync::oneshot;
 
 use crate::error::{ApiError, ApiResult};
 
-type Job = Box<dyn FnOnce() + Send>;
+/// Work on more text than this is long: about 1 ms of tokenising.
+const SHORT_BYTES: usize = 4096;
+
+/// After so much short work in a row, a piece of long work is done.
+const SHORT_IN_A_ROW: usize = 8;
+
+type Job = Box<dyn FnOnce(&mut Pause) + Send>;
 
 /// A few threads behind one bounded queue; they end when the pool is dropped.
 pub struct TextPool {
-    jobs: Option<SyncSender<Job>>,
+    queue: Arc<Queue>,
     threads: Vec<JoinHandle<()>>,
-    queued: Arc<AtomicUsize>,
+}
+
+struct Queue {
     limit: usize,
+    jobs: Mutex<Jobs>,
+    /// A job came, or the end.
+    came: Condvar,
+}
+
+#[derive(Default)]
+struct Jobs {
+    short: VecDeque<Job>,
+    long: VecDeque<Job>,
+    short_in_a_row: usize,
+    ended: bool,
+}
+
+/// What a running job calls now and then: short work that waits is done there.
+pub struct Pause<'a> {
+    /// `None` within short work, which is never interrupted.
+    queue: Option<&'a Queue>,
+    took: Duration,
+}
+
+impl Pause<'_> {
+    /// Does short work that waits, up to [`SHORT_IN_A_ROW`] of it.
+    pub fn take(&mut self) {
+        let Some(queue) = self.queue else { return };
+        for _ in 0..SHORT_IN_A_ROW {
+            let Some(job) = queue.jobs.lock().short.pop_front() else {
+                return;
+            };
+            let start = Instant::now();
+            job(&mut Pause::none());
+            self.took += start.elapsed();
+        }
+    }
+
+    /// How long all pauses took so far.
+    #[must_use]
+    pub fn took(&self) -> Duration {
+        self.took
+    }
+
+    fn none() -> Pause<'static> {
+        Pause {
+            queue: None,
+            took: Duration::ZERO,
+        }
+    }
 }
 
 impl TextPool {
     /// # Errors
     /// If the operating system refuses a thread.
     pub fn start(threads: usize, limit: usize) -> std::io::Result<TextPool> {
-        let (jobs, queue) = sync_channel::<Job>(limit);
-        let queue = Arc::new(Mutex::new(queue));
-        let threads = (0..threads)
-            .map(|index| {
-                let queue = Arc::clone(&queue);
-                std::thread::Builder::new()
-                    .name(format!("text-{index}"))
-                    .spawn(move || work(&queue))
-            })
-            .collect::<Result<_, _>>()?;
-        Ok(TextPool {
-            jobs: Some(jobs),
-            threads,
-            queued: Arc::default(),
-            limit,
-        })
+        let mut pool = TextPool {
+            queue: Arc::new(Queue {
+                limit,
+                jobs: Mutex::default(),
+                came: Condvar::new(),
+            }),
+            threads: Vec::with_capacity(threads),
+        };
+        for index in 0..threads {
+            let queue = Arc::clone(&pool.queue);
+            let thread = std::thread::Builder::new()
+                .name(format!("text-{index}"))
+                .spawn(move || queue.work())?;
+            pool.threads.push(thread);
+        }
+        Ok(pool)
     }
 
-    /// Runs `job` on one of the threads; a job whose caller has gone before its turn is not run.
+    /// Runs `job` on about `bytes` of text on one of the threads; a job whose caller has gone before its turn is not
+    /// run.
     ///
     /// # Errors
     /// 503 when the queue is full, 500 when the job panics.
     pub async fn run<T: Send + 'static>(
         &self,
-        job: impl FnOnce() -> T + Send + 'static,
+        bytes: usize,
+        job: impl FnOnce(&mut Pause) -> T + Send + 'static,
     ) -> ApiResult<T> {
         let (answer, answered) = oneshot::channel();
-        let queued = Arc::clone(&self.queued);
-        let job: Job = Box::new(move || {
-            queued.fetch_sub(1, Relaxed);
+        let job: Job = Box::new(move |pause| {
             if !answer.is_closed()
-                && let Ok(result) = catch_unwind(AssertUnwindSafe(job))
+                && let Ok(result) = catch_unwind(AssertUnwindSafe(|| job(pause)))
             {
                 // The caller may have gone meanwhile.
                 let _ = answer.send(result);
             }
         });
-        self.queued.fetch_add(1, Relaxed);
-        let sent = self.jobs.as_ref().map(|jobs| jobs.try_send(job));
-        match sent {
-            Some(Ok(())) => answered
-                .await
-                .map_err(|_| ApiError::internal("handling this request's text failed")),
-            Some(Err(TrySendError::Full(_))) => {
-                self.queued.fetch_sub(1, Relaxed);
-                let message = format!(
-                    "all {} places in the queue for tokenising (text_queue) are taken",
-                    self.limit
-                );
-                Err(ApiError::busy("overloaded", message, 1))
-            }
-            Some(Err(TrySendError::Disconnected(_))) | None => {
-                Err(ApiError::internal("no thread for text is left"))
-            }
+        if !self.queue.put(bytes, job) {
+            let message = format!(
+                "all {} places in the queue for tokenising (text_queue) are taken",
+                self.queue.limit
+            );
+            return Err(ApiError::busy("overloaded", message, 1));
         }
+        answered
+            .await
+            .map_err(|_| ApiError::internal("handling this request's text failed"))
     }
 
     /// Jobs that wait for a thread.
     #[must_use]
     pub fn queued(&self) -> usize {
-        self.queued.load(Relaxed)
+        self.queue.jobs.lock().waiting()
     }
 }
 
-fn work(queue: &Mutex<Receiver<Job>>) {
-    loop {
-        let next = queue.lock().recv();
-        match next {
-            Ok(job) => job(),
-            Err(_) => return,
+impl Jobs {
+    fn waiting(&self) -> usize {
+        self.short.len() + self.long.len()
+    }
+
+    /// The next job, and whether it is long.
+    fn next(&mut self) -> Option<(Job, bool)> {
+        if (self.short_in_a_row < SHORT_IN_A_ROW || self.long.is_empty())
+            && let Some(job) = self.short.pop_front()
+        {
+            self.short_in_a_row += 1;
+            return Some((job, false));
+        }
+        self.short_in_a_row = 0;
+        self.long.pop_front().map(|job| (job, true))
+    }
+}
+
+impl Queue {
+    /// Whether there was a place.
+    fn put(&self, bytes: usize, job: Job) -> bool {
+        let mut jobs = self.jobs.lock();
+        if jobs.waiting() >= self.limit {
+            return false;
+        }
+        if bytes > SHORT_BYTES {
+            jobs.long.push_back(job);
+        } else {
+            jobs.short.push_back(job);
+        }
+        self.came.notify_one();
+        true
+    }
+
+    /// A thread's life: what was put before the end is still done.
+    fn work(&self) {
+        loop {
+            let (job, is_long) = {
+                let mut jobs = self.jobs.lock();
+                loop {
+                    if let Some(next) = jobs.next() {
+                        break next;
+                    }
+                    if jobs.ended {
+                        return;
+                    }
+                    self.came.wait(&mut jobs);
+                }
+            };
+            job(&mut Pause {
+                queue: is_long.then_some(self),
+                took: Duration::ZERO,
+            });
         }
     }
 }
 
 impl Drop for TextPool {
     fn drop(&mut self) {
-        self.jobs = None;
+        self.queue.jobs.lock().ended = true;
+        self.queue.came.notify_all();
         for thread in self.threads.drain(..) {
             // A job's panic was caught; nothing else can fail there.
             let _ = thread.join();
@@ -120,7 +217,7 @@ mod tests {
         let (started, has_started) = oneshot::channel();
         let busy = Arc::clone(&pool);
         let first = tokio::spawn(async move {
-            busy.run(move || {
+            busy.run(0, move |_| {
                 let _ = started.send(());
                 let _ = gate.recv();
             })
@@ -128,16 +225,53 @@ mod tests {
         });
         has_started.await.unwrap();
         let waiting = Arc::clone(&pool);
-        let second = tokio::spawn(async move { waiting.run(|| 2).await });
+        let second = tokio::spawn(async move { waiting.run(0, |_| 2).await });
         while pool.queued() == 0 {
             tokio::task::yield_now().await;
         }
-        assert_eq!(pool.run(|| 3).await.unwrap_err().status.as_u16(), 503);
+        assert_eq!(pool.run(0, |_| 3).await.unwrap_err().status.as_u16(), 503);
         release.send(()).unwrap();
         first.await.unwrap().unwrap();
         assert_eq!(second.await.unwrap().unwrap(), 2);
-        let panicked = pool.run(|| assert_eq!(1, 2)).await.unwrap_err();
+        let panicked = pool.run(0, |_| assert_eq!(1, 2)).await.unwrap_err();
         assert_eq!(panicked.status.as_u16(), 500);
-        assert_eq!(pool.run(|| 4).await.unwrap(), 4);
+        assert_eq!(pool.run(0, |_| 4).await.unwrap(), 4);
+    }
+    #[tokio::test]
+    async fn long_work_lets_short_work_in_and_has_its_turn() {
+        let pool = Arc::new(TextPool::start(1, 100).unwrap());
+        let order = Arc::new(Mutex::new(Vec::new()));
+        let (release, gate) = std::sync::mpsc::channel::<()>();
+        let (started, has_started) = oneshot::channel();
+        let spawn = |name: &'static str, bytes: usize| {
+            let (pool, order) = (Arc::clone(&pool), Arc::clone(&order));
+            tokio::spawn(async move { pool.run(bytes, move |_| order.lock().push(name)).await })
+        };
+        let (running, told) = (Arc::clone(&pool), Arc::clone(&order));
+        let first = tokio::spawn(async move {
+            running
+                .run(SHORT_BYTES + 1, move |pause| {
+                    let _ = started.send(());
+                    let _ = gate.recv();
+                    pause.take();
+                    told.lock().push("first long");
+                })
+                .await
+        });
+        has_started.await.unwrap();
+        let mut jobs = vec![spawn("long", SHORT_BYTES + 1)];
+        jobs.extend((0..20).map(|_| spawn("short", SHORT_BYTES)));
+        while pool.queued() < jobs.len() {
+            tokio::task::yield_now().await;
+        }
+        release.send(()).unwrap();
+        for job in jobs {
+            job.await.unwrap().unwrap();
+        }
+        first.await.unwrap().unwrap();
+        let order = order.lock();
+        let place = |name| order.iter().position(|done| *done == name);
+        assert_eq!(place("first long"), Some(SHORT_IN_A_ROW));
+        assert_eq!(place("long"), Some(2 * SHORT_IN_A_ROW + 1));
     }
 }
