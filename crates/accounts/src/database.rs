@@ -120,6 +120,14 @@ impl Database {
         &self.pool
     }
 
+    /// The table whose column `value` has the elements of the JSON array that is bound at `place`.
+    pub(crate) fn elements_of_json(&self, place: &str) -> String {
+        match self.dialect {
+            Dialect::Sqlite => format!("json_each({place})"),
+            Dialect::Postgres => format!("json_array_elements({place}::json) AS element(value)"),
+        }
+    }
+
     /// A transaction that may write from its first statement on.
     pub(crate) async fn begin(&self) -> Result<Tx> {
         Ok(self

@@ -5,12 +5,12 @@
 //! is not `running` any more never changes: nothing is counted twice, however often a write is repeated.
 
 use std::collections::HashMap;
-use std::fmt::Write as _;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering::Relaxed};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use parking_lot::Mutex;
+use serde_json::{Value, json};
 use sqlx::AssertSqlSafe;
 use tokio::sync::{mpsc, watch};
 
@@ -18,7 +18,7 @@ use crate::accounts::{Settings, Shared};
 use crate::database::Database;
 use crate::error::Result;
 
-/// Rows of one statement: 14 values each, below SQLite's 32,766.
+/// Rows of one statement.
 const BATCH: usize = 500;
 const PRUNE_EVERY: Duration = Duration::from_secs(60);
 const PRUNE_AT_ONCE: i64 = 10_000;
@@ -230,58 +230,55 @@ impl Writer {
 }
 
 async fn write(database: &Database, gateway: u64, rows: &[(u64, Usage)]) -> Result<()> {
-    // Only full batches come often enough to be worth a prepared statement.
-    let mut query =
-        sqlx::query(AssertSqlSafe(insertion(rows.len()))).persistent(rows.len() == BATCH);
-    for (number, usage) in rows {
-        query = query
-            .bind(format!("{gateway:016x}-{number:x}"))
-            .bind(usage.request_id.as_str())
-            .bind(usage.key_id.as_str())
-            .bind(usage.tenant.as_str())
-            .bind(usage.model.as_str())
-            .bind(usage.route)
-            .bind(usage.started_at_ms)
-            .bind(usage.duration_us)
-            .bind(usage.first_token_us)
-            .bind(usage.prompt_tokens)
-            .bind(usage.cached_tokens)
-            .bind(usage.output_tokens)
-            .bind(usage.status)
-            .bind(usage.outcome);
-    }
+    let rows = rows
+        .iter()
+        .map(|(number, usage)| {
+            json!([
+                format!("{gateway:016x}-{number:x}"),
+                usage.request_id,
+                usage.key_id,
+                usage.tenant,
+                usage.model,
+                usage.route,
+                usage.started_at_ms,
+                usage.duration_us,
+                usage.first_token_us,
+                usage.prompt_tokens,
+                usage.cached_tokens,
+                usage.output_tokens,
+                usage.status,
+                usage.outcome,
+            ])
+        })
+        .collect();
     let work = async {
         let mut tx = database.begin().await?;
-        query.execute(&mut *tx).await?;
+        sqlx::query(AssertSqlSafe(insertion(database)))
+            .bind(Value::Array(rows).to_string())
+            .execute(&mut *tx)
+            .await?;
         Ok(tx.commit().await?)
     };
     database.limited(work).await
 }
 
-/// The statement for so many rows. sqlx numbers no places for a pool of either database, so it is done here.
-fn insertion(rows: usize) -> String {
-    const COLUMNS: usize = 14;
-    let mut sql = String::with_capacity(512 + rows * COLUMNS * 8);
-    sql.push_str(
+/// Takes all rows as one JSON array of arrays: one statement for any number of them, and one value to bind, where
+/// sqlx's SQLite looks each of 14 values a row up among the names of all others.
+fn insertion(database: &Database) -> String {
+    format!(
         "INSERT INTO requests (id, request_id, key_id, tenant, model, route, started_at, duration_us, first_token_us, \
-         prompt_tokens, cached_tokens, output_tokens, status, outcome) VALUES ",
-    );
-    for place in 0..rows * COLUMNS {
-        let before = match place {
-            0 => "(",
-            _ if place % COLUMNS == 0 => "), (",
-            _ => ", ",
-        };
-        // Writing to a String cannot fail.
-        let _ = write!(sql, "{before}${}", place + 1);
-    }
-    sql.push_str(
-        ") ON CONFLICT (id) DO UPDATE SET duration_us = excluded.duration_us, \
+         prompt_tokens, cached_tokens, output_tokens, status, outcome) \
+         SELECT value ->> 0, value ->> 1, value ->> 2, value ->> 3, value ->> 4, value ->> 5, \
+         CAST(value ->> 6 AS BIGINT), CAST(value ->> 7 AS BIGINT), CAST(value ->> 8 AS BIGINT), \
+         CAST(value ->> 9 AS BIGINT), CAST(value ->> 10 AS BIGINT), CAST(value ->> 11 AS BIGINT), \
+         CAST(value ->> 12 AS BIGINT), value ->> 13 \
+         FROM {} WHERE true \
+         ON CONFLICT (id) DO UPDATE SET duration_us = excluded.duration_us, \
          first_token_us = excluded.first_token_us, prompt_tokens = excluded.prompt_tokens, \
          cached_tokens = excluded.cached_tokens, output_tokens = excluded.output_tokens, status = excluded.status, \
          outcome = excluded.outcome WHERE requests.outcome = 'running'",
-    );
-    sql
+        database.elements_of_json("$1")
+    )
 }
 
 fn unix_ms() -> i64 {
