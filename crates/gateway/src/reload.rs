@@ -6,16 +6,16 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
-use scalellm_engine_link::Replica;
+use futures_util::future::join_all;
 use tokio::task::JoinSet;
 
 use crate::app::{App, Live};
 use crate::config::Config;
 use crate::error::GatewayError;
-use crate::fleet::Fleet;
+use crate::fleet::{Fleet, Model};
 use crate::tls;
 
-/// How often a replica that goes is looked at.
+/// How often a model that goes is looked at.
 const LOOK_AGAIN: Duration = Duration::from_millis(50);
 
 /// A change waits this long for replicas that are there already to be reached anew.
@@ -109,12 +109,12 @@ impl Changes {
         };
         let wait = Duration::from_secs_f64(new.config.drain_timeout_s);
         let level = new.config.log_level;
-        let kept: Vec<Arc<Replica>> = new.fleet.replicas().cloned().collect();
+        let kept: Vec<Arc<Model>> = new.fleet.models.clone();
         app.swap(new);
         app.log.set(level);
-        for replica in old.fleet.replicas() {
-            if !kept.iter().any(|other| Arc::ptr_eq(other, replica)) {
-                retiring.spawn(retire(Arc::clone(replica), wait));
+        for model in &old.fleet.models {
+            if !kept.iter().any(|other| Arc::ptr_eq(other, model)) {
+                retiring.spawn(retire(Arc::clone(model), wait));
             }
         }
         tracing::info!(
@@ -140,13 +140,14 @@ fn names(of: &Fleet, without: &Fleet) -> Vec<String> {
         .collect()
 }
 
-/// Lets a replica go when its requests have ended, at the latest after `limit`.
-async fn retire(replica: Arc<Replica>, limit: Duration) {
+/// Lets a model's replicas go when no request has the model any more, at the latest after `limit`. One that still
+/// waits for a place or for a replica to go on at has nothing in flight, and needs them none the less.
+async fn retire(model: Arc<Model>, limit: Duration) {
     let ended = async {
-        while replica.in_flight() > 0 {
+        while Arc::strong_count(&model) > 1 {
             tokio::time::sleep(LOOK_AGAIN).await;
         }
     };
     let _ = tokio::time::timeout(limit, ended).await;
-    replica.shutdown().await;
+    join_all(model.replicas.iter().map(|replica| replica.shutdown())).await;
 }

@@ -133,6 +133,23 @@ async fn a_replayed_answer_is_the_undisturbed_one() {
 }
 
 #[tokio::test]
+async fn a_change_of_the_configuration_waits_for_a_request_that_waits() {
+    let mut stack = Stack::start(vec![dying(13)], patient).await;
+    let asking = asks(&stack, json!({"prompt": "x", "max_tokens": 40}));
+    stack
+        .wait_metric("scalellm_replica_state{", "state=\"ready\"", 0.0)
+        .await;
+    stack.engines[0] = None;
+    let added = json!({"model": "bytes", "address": stack.socket(1)});
+    let body = Bytes::from(added.to_string());
+    let change = request("POST", "/admin/v1/replicas", &[], body);
+    send(stack.address(), change).await.ok();
+    stack.engines[0] = Some(start_engine(&stack.socket(0), fast(engine())));
+    let text = asking.await.unwrap().ok()["choices"][0]["text"].clone();
+    assert_eq!(text, "abcdefghij".repeat(4));
+}
+
+#[tokio::test]
 async fn a_stop_string_across_the_replay_is_met() {
     // The first half of the stop string is held back when the engine dies.
     let mut stack = Stack::start(vec![dying(13)], patient).await;
