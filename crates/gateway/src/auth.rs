@@ -3,7 +3,7 @@
 use std::net::IpAddr;
 use std::sync::Arc;
 
-use axum::http::{HeaderMap, header};
+use axum::http::{HeaderMap, Version, header};
 use subtle::{Choice, ConstantTimeEq};
 
 use crate::app::App;
@@ -15,6 +15,17 @@ use crate::served::Served;
 
 /// A class has this many values of the engine's `priority` to itself.
 const PRIORITIES_OF_A_CLASS: i32 = 1_000_000;
+
+/// Headers of those who do not ask for themselves.
+const FOR_OTHERS: [&str; 7] = [
+    "forwarded",
+    "x-forwarded-for",
+    "x-forwarded-host",
+    "x-forwarded-proto",
+    "x-real-ip",
+    "via",
+    "origin",
+];
 
 /// Lets a request with a good key pass; one of the database's is noted in `record`.
 ///
@@ -55,16 +66,17 @@ pub async fn check(app: &App, record: &RequestRecord, headers: &HeaderMap) -> Ap
 /// 401, 403.
 pub fn check_admin(
     headers: &HeaderMap,
+    version: Version,
     keys: &[String],
     connection: Option<&Arc<ConnectionState>>,
 ) -> ApiResult<()> {
     if !keys.is_empty() {
         return check_static(headers, keys);
     }
-    // A proxy on this machine speaks for others, and a browser for the pages it shows.
-    let for_others = ["forwarded", "x-forwarded-for", "x-real-ip", "origin"]
-        .iter()
-        .any(|name| headers.contains_key(*name));
+    // A proxy on this machine speaks for others, and a browser for the pages it shows. nginx, where nothing else is
+    // asked of it, says so only by HTTP/1.0, which no other client of today speaks.
+    let for_others =
+        version < Version::HTTP_11 || FOR_OTHERS.iter().any(|name| headers.contains_key(*name));
     if connection.is_some_and(|connection| connection.is_local())
         && !for_others
         && is_own_host(headers)
@@ -199,6 +211,9 @@ mod tests {
         let near = ConnectionState::new(true);
         let far = ConnectionState::new(false);
         let plain = HeaderMap::new();
+        let check_admin = |headers: &HeaderMap, keys: &[String], connection| {
+            super::check_admin(headers, Version::HTTP_11, keys, connection)
+        };
         assert!(check_admin(&with_key("Bearer root"), &keys, Some(&far)).is_ok());
         assert!(check_admin(&with_key("Bearer other"), &keys, Some(&near)).is_err());
         assert!(check_admin(&plain, &keys, Some(&near)).is_err());
@@ -207,6 +222,7 @@ mod tests {
         assert!(check_admin(&plain, &[], None).is_err());
         for (name, value, passes) in [
             ("x-forwarded-for", "10.0.0.1", false),
+            ("via", "1.1 proxy", false),
             ("origin", "http://elsewhere", false),
             ("host", "elsewhere:8000", false),
             ("host", "localhost:8000", true),
@@ -218,5 +234,9 @@ mod tests {
             let allowed = check_admin(&headers, &[], Some(&near)).is_ok();
             assert_eq!(allowed, passes, "{name}: {value}");
         }
+        let of_nginx = super::check_admin(&plain, Version::HTTP_10, &[], Some(&near));
+        assert!(of_nginx.is_err());
+        let with_key = with_key("Bearer root");
+        assert!(super::check_admin(&with_key, Version::HTTP_10, &keys, Some(&near)).is_ok());
     }
 }

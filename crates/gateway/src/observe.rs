@@ -56,7 +56,13 @@ pub async fn observe(State(app): State<Arc<App>>, mut request: Request, next: Ne
 
     let gate = record.timed_async(
         Stage::Auth,
-        gate(&app, &record, request.headers(), end.connection.as_ref()),
+        gate(
+            &app,
+            &record,
+            request.headers(),
+            request.version(),
+            end.connection.as_ref(),
+        ),
     );
     let mut response = match gate.await {
         Ok(()) => next.run(request).await,
@@ -114,13 +120,15 @@ async fn gate(
     app: &App,
     record: &RequestRecord,
     headers: &HeaderMap,
+    version: Version,
     connection: Option<&Arc<ConnectionState>>,
 ) -> ApiResult<()> {
     if routes::is_open(record.route) {
         return Ok(());
     }
     if routes::is_admin(record.route) {
-        return auth::check_admin(headers, &app.live().config.admin_keys, connection);
+        let keys = &app.live().config.admin_keys;
+        return auth::check_admin(headers, version, keys, connection);
     }
     auth::check(app, record, headers).await?;
     if app.phase() != Phase::Serving {
