@@ -13,6 +13,9 @@ use serde::de::IgnoredAny;
 /// An event may grow to this.
 const MAX_EVENT_BYTES: usize = 1 << 20;
 
+/// What a request can use of either kind of token, and far from what sums could not hold.
+const MAX_USED_TOKENS: u64 = u32::MAX as u64;
+
 /// OpenAI's count of what a request has used.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Deserialize)]
 #[serde(default)]
@@ -29,11 +32,17 @@ pub struct PromptTokensDetails {
 }
 
 impl Usage {
+    /// Whether it may be believed: an account is charged with it.
+    fn is_possible(&self) -> bool {
+        self.prompt_tokens.max(self.completion_tokens) <= MAX_USED_TOKENS
+    }
+
     #[must_use]
     pub fn cached_tokens(&self) -> u64 {
         self.prompt_tokens_details
             .and_then(|details| details.cached_tokens)
             .unwrap_or(0)
+            .min(self.prompt_tokens)
     }
 }
 
@@ -72,7 +81,7 @@ impl Answers {
         }
         let counted: Counted = serde_json::from_slice(json).ok()?;
         Some((
-            counted.usage?,
+            counted.usage.filter(Usage::is_possible)?,
             counted.choices.is_some_and(|choices| !choices.is_empty()),
         ))
     }
@@ -328,6 +337,19 @@ mod tests {
         let both = "data: {\"choices\":[{}],\"usage\":{\"completion_tokens\":9}}\n\n";
         assert_eq!(passed(&mut events, &[both.as_bytes()]), both);
         assert_eq!(events.usage.unwrap().completion_tokens, 9);
+    }
+
+    #[test]
+    fn usage_beyond_belief_is_not_taken() {
+        let answers = Answers::new(None);
+        let told = |prompt: u64, cached: u64| {
+            let json = format!(
+                r#"{{"usage":{{"prompt_tokens":{prompt},"completion_tokens":1,"prompt_tokens_details":{{"cached_tokens":{cached}}}}}}}"#
+            );
+            answers.usage(json.as_bytes()).map(|(usage, _)| usage)
+        };
+        assert!(told(u64::MAX, 0).is_none());
+        assert_eq!(told(3, 9).unwrap().cached_tokens(), 3);
     }
 
     #[test]
