@@ -323,6 +323,10 @@ impl Attempt {
             }
         }
         loop {
+            // Asked first: while many wait for a replica, each copy of a prompt would be for nothing.
+            if preferred.is_none() && !model.has_usable(&avoid) {
+                return false;
+            }
             let message = self.message();
             let (index, placement) = match preferred.take() {
                 Some(index) => (index, None),

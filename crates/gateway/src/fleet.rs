@@ -196,11 +196,19 @@ impl Model {
         Duration::try_from_secs_f64(predicted_ms / 1e3).ok()
     }
 
+    /// Whether there is a replica to send to, other than those in `avoid`.
+    #[must_use]
+    pub fn has_usable(&self, avoid: &[usize]) -> bool {
+        self.usable(avoid).next().is_some()
+    }
+
+    fn usable(&self, avoid: &[usize]) -> impl Iterator<Item = (usize, &Arc<Replica>)> {
+        let all = self.replicas.iter().enumerate();
+        all.filter(|(index, replica)| !avoid.contains(index) && self.is_usable(replica))
+    }
+
     fn candidates(&self, avoid: &[usize]) -> Vec<Candidate> {
-        self.replicas
-            .iter()
-            .enumerate()
-            .filter(|(index, replica)| !avoid.contains(index) && self.is_usable(replica))
+        self.usable(avoid)
             .map(|(index, replica)| self.routing.candidate(index, replica))
             .collect()
     }
