@@ -15,6 +15,7 @@ target, which run), so that a restarted controller goes on.
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -143,5 +144,6 @@ class Steering:
         }
         text = json.dumps(state)
         part = self._state_file.with_suffix(".part")
-        part.write_text(text, encoding="utf-8")
-        part.replace(self._state_file)
+        with suppress(OSError):  # it says less than it could, and the deployment goes on
+            part.write_text(text, encoding="utf-8")
+            part.replace(self._state_file)

@@ -226,6 +226,14 @@ def test_journal_replays_to_the_same_decisions(tmp_path: Path) -> None:
         list(replay(path))
 
 
+def test_a_journal_that_cannot_be_written_stops_no_decision(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    policy = Policy(NODE, Settings("latency"), (NARROW, WIDE), 0.0, tmp_path)
+    assert policy.decide(signals(WIDE, 2, 0.0, 0.0)).blueprint == WIDE
+    assert capsys.readouterr().err.count("journal ends here") == 1
+
+
 def test_window_forgets_what_is_old() -> None:
     window = Window(10.0)
     for at in range(20):

@@ -6,6 +6,7 @@
 """
 
 import json
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -66,9 +67,15 @@ class Policy:
         return decision
 
     def _write(self, record: dict[str, Any]) -> None:
-        if self._journal is not None:
+        if self._journal is None:
+            return
+        try:
             with self._journal.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(record, separators=(",", ":")) + "\n")
+        except OSError as error:
+            # Nobody serves from a journal: a full disk must not end the deployment.
+            sys.stderr.write(f"the blueprint's journal ends here: {error}\n")
+            self._journal = None
 
 
 def replay(path: Path) -> Iterator[tuple[Signals, dict[str, Any], Decision]]:
