@@ -64,10 +64,14 @@ pub async fn add(
 ) -> Response {
     let added = async {
         let asked: Added = read(&app, &record, request).await?;
+        let is_guarded = !app.live().config.admin_keys.is_empty();
         change(&app, &asked.model, |model| {
             match (&asked.address, &asked.upstream) {
                 (Some(address), None) => model.replicas.push(address.clone()),
-                (None, Some(upstream)) => model.upstreams.push(upstream.clone()),
+                (None, Some(upstream)) => {
+                    check_secrets(upstream, is_guarded)?;
+                    model.upstreams.push(upstream.clone());
+                }
                 _ => {
                     let message = "address: needed is it or upstream, one of them";
                     return Err(ApiError::field("address", message));
@@ -78,6 +82,26 @@ pub async fn add(
         .await
     };
     answer(added.await)
+}
+
+/// Without an admin key every user of this host is an operator, who must not have files and variables that the gateway
+/// alone may read sent to a URL.
+fn check_secrets(upstream: &UpstreamConfig, is_guarded: bool) -> ApiResult<()> {
+    let named = [
+        ("api_key_env", upstream.api_key_env.is_some()),
+        ("api_key_file", upstream.api_key_file.is_some()),
+        ("ca_file", upstream.ca_file.is_some()),
+    ];
+    match named.iter().find(|(_, is_named)| *is_named) {
+        Some((key, _)) if !is_guarded => Err(ApiError::forbidden(
+            "admin_key_needed",
+            format!(
+                "upstream.{key}: allowed here only where the gateway has admin_keys; without, it belongs into the \
+                 configuration file"
+            ),
+        )),
+        _ => Ok(()),
+    }
 }
 
 /// One engine: a replica's address, or an upstream's URL.

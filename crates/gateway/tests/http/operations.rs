@@ -251,6 +251,13 @@ async fn what_an_operator_gets_wrong_is_told() {
         ),
         (
             "POST",
+            "/admin/v1/replicas",
+            json!({"model": "chat", "upstream": {"url": "http://h", "api_key_file": "/etc/shadow"}}),
+            403,
+            "upstream.api_key_file: allowed here only where",
+        ),
+        (
+            "POST",
             "/admin/v1/replicas/drain",
             json!({"model": "chat", "address": "h:1"}),
             404,
