@@ -87,14 +87,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     output.add_argument("--json", type=Path, metavar="FILE")
     output.add_argument("--plot", type=Path, metavar="FILE", help=".svg or .png")
     output.add_argument(
-        "--replay", type=Path, metavar="FILE", help="takes the decisions of a journal again"
+        "--replay",
+        dest="replayed",  # `replay` is a setting, of what becomes of a lost replica's requests
+        type=Path,
+        metavar="FILE",
+        help="takes the decisions of a journal again",
     )
     parser.set_defaults(**_NO_ENDPOINT)
 
 
 def run(arguments: argparse.Namespace) -> int:
-    if arguments.replay is not None:
-        return _replay(arguments.replay)
+    if arguments.replayed is not None:
+        return _replay(arguments.replayed)
     config = build(BlueprintConfig, resolve_arguments(arguments))
     _check_outputs(arguments, config.journal)
 

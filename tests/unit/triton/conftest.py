@@ -15,9 +15,7 @@ HAS_GPU = torch.cuda.is_available()
 
 @pytest.fixture(autouse=True)
 def _interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Kernels are compiled or not as they are defined: once, when a test first imports them."""
     if not HAS_GPU:
-        monkeypatch.setenv("TRITON_INTERPRET", "1")
         monkeypatch.setattr(device, "on_gpu", lambda _x: True)
         torch.set_num_threads(1)
 
