@@ -238,7 +238,7 @@ impl SessionTask {
         })
     }
 
-    /// The mirror of the engine's prefix cache that this session feeds: the first one alone does.
+    /// The mirror of the engine's prefix cache that is fed from here: only the first slot has one.
     fn followed(&self) -> Option<&Mutex<KvView>> {
         self.shared.kv.as_ref().filter(|_| self.slot == 0)
     }

@@ -46,7 +46,7 @@ struct State {
     requests: HashMap<u64, Entry>,
     attached: bool,
     closed: bool,
-    /// Counts the streams of this session; an older stream gets nothing more.
+    /// Counts the gRPC streams of the session; an older stream gets nothing more.
     generation: u64,
     hello: Option<proto::Hello>,
     cancels: VecDeque<RequestRef>,
@@ -64,7 +64,7 @@ struct Entry {
     mailbox: Arc<Mailbox>,
     /// Kept until the engine is known to have it, for sending it again after a reattachment.
     submit: Option<Arc<proto::Submit>>,
-    /// At least a part was sent on this session.
+    /// At least a part was sent on the session.
     started: bool,
     /// Sent again: the engine may answer that it has it already.
     resent: bool,
@@ -103,7 +103,7 @@ impl Table {
         })
     }
 
-    /// Requests of this session, those waiting for the confirmation of a cancel included.
+    /// Requests of the session, those waiting for the confirmation of a cancel included.
     pub(super) fn len(&self) -> usize {
         self.state.lock().requests.len()
     }
