@@ -182,7 +182,7 @@ impl Default for Config {
             replica_hung_after_s: 5.0,
             replica_silence_s: 2.0,
             text_threads: 0,
-            text_queue: 256,
+            text_queue: 2048,
             text_cache_bytes: 64 << 20,
             faults: FaultConfig::default(),
             log_level: LogLevel::Info,
