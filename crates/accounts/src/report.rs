@@ -7,13 +7,14 @@ use crate::database::Database;
 use crate::error::{AccountsError, Result};
 
 const MAX_ROWS: i64 = 10_000;
-const SUMS: [&str; 6] = [
+const SUMS: [&str; 7] = [
     "COUNT(*)",
     "SUM(CASE WHEN outcome IN ('ok', 'running') THEN 0 ELSE 1 END)",
     "SUM(CASE WHEN outcome = 'running' THEN 1 ELSE 0 END)",
     "SUM(prompt_tokens)",
     "SUM(cached_tokens)",
     "SUM(output_tokens)",
+    "SUM(replays)",
 ];
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -87,6 +88,7 @@ pub struct Sum {
     pub prompt_tokens: i64,
     pub cached_tokens: i64,
     pub output_tokens: i64,
+    pub replays: i64,
 }
 
 /// One row for each group, the most tokens first.
@@ -163,6 +165,7 @@ pub async fn usage(database: &Database, query: &Query) -> Result<Vec<Sum>> {
                 prompt_tokens: row.try_get(groups + 3)?,
                 cached_tokens: row.try_get(groups + 4)?,
                 output_tokens: row.try_get(groups + 5)?,
+                replays: row.try_get(groups + 6)?,
             })
         })
         .collect()

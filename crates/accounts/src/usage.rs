@@ -39,6 +39,8 @@ pub struct Usage {
     pub prompt_tokens: i64,
     pub cached_tokens: i64,
     pub output_tokens: i64,
+    /// How often a choice went on after its replica's death.
+    pub replays: i64,
     pub status: i64,
     /// `ok`, `error`, `client_left`; [`RUNNING`] until it is known.
     pub outcome: &'static str,
@@ -248,6 +250,7 @@ async fn write(database: &Database, gateway: u64, rows: &[(u64, Usage)]) -> Resu
                 usage.output_tokens,
                 usage.status,
                 usage.outcome,
+                usage.replays,
             ])
         })
         .collect();
@@ -263,20 +266,20 @@ async fn write(database: &Database, gateway: u64, rows: &[(u64, Usage)]) -> Resu
 }
 
 /// Takes all rows as one JSON array of arrays: one statement for any number of them, and one value to bind, where
-/// sqlx's SQLite looks each of 14 values a row up among the names of all others.
+/// sqlx's SQLite looks each of 15 values a row up among the names of all others.
 fn insertion(database: &Database) -> String {
     format!(
         "INSERT INTO requests (id, request_id, key_id, tenant, model, route, started_at, duration_us, first_token_us, \
-         prompt_tokens, cached_tokens, output_tokens, status, outcome) \
+         prompt_tokens, cached_tokens, output_tokens, status, outcome, replays) \
          SELECT value ->> 0, value ->> 1, value ->> 2, value ->> 3, value ->> 4, value ->> 5, \
          CAST(value ->> 6 AS BIGINT), CAST(value ->> 7 AS BIGINT), CAST(value ->> 8 AS BIGINT), \
          CAST(value ->> 9 AS BIGINT), CAST(value ->> 10 AS BIGINT), CAST(value ->> 11 AS BIGINT), \
-         CAST(value ->> 12 AS BIGINT), value ->> 13 \
+         CAST(value ->> 12 AS BIGINT), value ->> 13, CAST(value ->> 14 AS BIGINT) \
          FROM {} WHERE true \
          ON CONFLICT (id) DO UPDATE SET duration_us = excluded.duration_us, \
          first_token_us = excluded.first_token_us, prompt_tokens = excluded.prompt_tokens, \
          cached_tokens = excluded.cached_tokens, output_tokens = excluded.output_tokens, status = excluded.status, \
-         outcome = excluded.outcome WHERE requests.outcome = 'running'",
+         outcome = excluded.outcome, replays = excluded.replays WHERE requests.outcome = 'running'",
         database.elements_of_json("$1")
     )
 }

@@ -95,6 +95,7 @@ fn usage(
         prompt_tokens: count(progress.prompt_tokens),
         cached_tokens: count(progress.cached_tokens),
         output_tokens: count(progress.output_tokens),
+        replays: progress.replays.into(),
         status,
         outcome,
     }

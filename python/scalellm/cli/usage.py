@@ -12,7 +12,9 @@ from scalellm.cli.table import table
 from scalellm.errors import ConfigError
 
 _GROUPS = ("key", "tenant", "model", "day", "outcome")
-_SUMS = ("requests", "failed", "running", "prompt_tokens", "cached_tokens", "output_tokens")
+_SUMS = (
+    "requests", "failed", "running", "prompt_tokens", "cached_tokens", "output_tokens", "replays",
+)  # fmt: skip
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -30,6 +30,7 @@ fn usage(model: &str, output_tokens: i64, outcome: &'static str) -> Usage {
         prompt_tokens: 5,
         cached_tokens: 2,
         output_tokens,
+        replays: i64::from(outcome == "ok"),
         status: 200,
         outcome,
     }
@@ -80,10 +81,14 @@ async fn every_request_counts_once_while_it_runs_and_when_it_ended() {
                 s.failed,
                 s.prompt_tokens,
                 s.output_tokens,
+                s.replays,
             )
         })
         .collect();
-    assert_eq!(shown, [("b", 1200, 400, 6000, 1200), ("a", 1, 0, 5, 7)]);
+    assert_eq!(
+        shown,
+        [("b", 1200, 400, 6000, 1200, 800), ("a", 1, 0, 5, 7, 1)]
+    );
     let nobody = Query {
         tenant: Some("nobody".to_owned()),
         ..Query::default()
