@@ -1,6 +1,7 @@
 //! What a key allows.
 
-use serde::{Deserialize, Serialize};
+use serde::de::{DeserializeOwned, Error as _};
+use serde::{Deserialize, Deserializer, Serialize};
 
 use crate::error::{AccountsError, Result};
 
@@ -114,6 +115,14 @@ pub struct Key {
     pub revoked_at_ms: Option<i64>,
 }
 
+/// Not from a list, which would be taken for the fields in their order.
+fn object<'de, T: DeserializeOwned, D: Deserializer<'de>>(
+    deserializer: D,
+) -> std::result::Result<T, D::Error> {
+    let map = serde_json::Map::deserialize(deserializer)?;
+    serde_json::from_value(map.into()).map_err(D::Error::custom)
+}
+
 /// What a new key is to be.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
@@ -123,6 +132,7 @@ pub struct NewKey {
     pub class: Class,
     pub weight: i64,
     pub models: Option<Vec<String>>,
+    #[serde(deserialize_with = "object")]
     pub limits: Limits,
     pub expires_in_s: Option<i64>,
 }

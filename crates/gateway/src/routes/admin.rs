@@ -3,8 +3,7 @@
 use std::sync::Arc;
 
 use axum::Extension;
-use axum::extract::rejection::QueryRejection;
-use axum::extract::{Path, Query, Request, State};
+use axum::extract::{Request, State};
 use axum::response::{IntoResponse, Response};
 use scalellm_accounts::report::{self, GroupBy};
 use scalellm_accounts::{Accounts, AccountsError, NewKey, admin, store};
@@ -12,10 +11,10 @@ use serde::Deserialize;
 use serde_json::Value;
 
 use crate::app::App;
-use crate::body;
 use crate::error::{ApiError, ApiResult};
 use crate::record::RequestRecord;
 use crate::respond;
+use crate::routes::typed::{self, Asked, Named};
 
 pub async fn create_key(
     State(app): State<Arc<App>>,
@@ -24,10 +23,7 @@ pub async fn create_key(
 ) -> Response {
     let made = async {
         let accounts = accounts(&app).await?;
-        let new: NewKey = body::parsed(&app, &record, request, |bytes| {
-            serde_json::from_slice(bytes).map_err(|error| ApiError::body(error.to_string()))
-        })
-        .await?;
+        let new: NewKey = typed::object(&app, &record, request).await?;
         let (key, secret) = accounts.create_key(&new).await.map_err(|e| refused(&e))?;
         Ok(admin::created(&key, &secret))
     };
@@ -42,8 +38,9 @@ pub async fn list_keys(State(app): State<Arc<App>>) -> Response {
     answer(listed.await)
 }
 
-pub async fn revoke_key(State(app): State<Arc<App>>, Path(id): Path<String>) -> Response {
+pub async fn revoke_key(State(app): State<Arc<App>>, id: Named) -> Response {
     let revoked = async {
+        let id = typed::name(id)?;
         let key = accounts(&app).await?.revoke_key(&id).await;
         Ok(serde_json::json!(key.map_err(|e| refused(&e))?))
     };
@@ -64,12 +61,9 @@ pub struct UsageQuery {
     until_ms: Option<i64>,
 }
 
-pub async fn usage(
-    State(app): State<Arc<App>>,
-    asked: Result<Query<UsageQuery>, QueryRejection>,
-) -> Response {
+pub async fn usage(State(app): State<Arc<App>>, asked: Asked<UsageQuery>) -> Response {
     let summed = async {
-        let Query(asked) = asked.map_err(|error| ApiError::body(error.body_text()))?;
+        let asked = typed::query(asked)?;
         let query = report::Query {
             group_by: groups(&asked.group_by)?,
             key: asked.key,

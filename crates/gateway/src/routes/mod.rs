@@ -24,6 +24,7 @@ mod openapi;
 mod operations;
 mod profile;
 mod text;
+mod typed;
 
 /// Every route's pattern, as metrics and the log name it.
 const ROUTES: [&str; 21] = [

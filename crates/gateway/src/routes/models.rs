@@ -2,13 +2,14 @@
 
 use std::sync::Arc;
 
-use axum::extract::{Path, State};
+use axum::extract::State;
 use axum::response::{IntoResponse, Response};
 use serde_json::{Value, json};
 
 use crate::app::App;
 use crate::fleet::Fleet;
 use crate::respond;
+use crate::routes::typed::{self, Named};
 use crate::served::Served;
 
 pub async fn list(State(app): State<Arc<App>>) -> Response {
@@ -22,10 +23,11 @@ pub async fn list(State(app): State<Arc<App>>) -> Response {
     respond::json(&json!({"object": "list", "data": names.collect::<Vec<_>>()}))
 }
 
-pub async fn one(State(app): State<Arc<App>>, Path(id): Path<String>) -> Response {
+pub async fn one(State(app): State<Arc<App>>, id: Named) -> Response {
     let live = app.live();
-    match live.fleet.find(&id) {
-        Ok(served) => respond::json(&card(&id, &live.fleet, served)),
+    let card = typed::name(id).and_then(|id| Ok(card(&id, &live.fleet, live.fleet.find(&id)?)));
+    match card {
+        Ok(card) => respond::json(&card),
         Err(error) => error.into_response(),
     }
 }

@@ -3,21 +3,19 @@
 use std::sync::Arc;
 
 use axum::Extension;
-use axum::extract::rejection::QueryRejection;
-use axum::extract::{Query, Request, State};
+use axum::extract::{Request, State};
 use axum::response::{IntoResponse, Response};
 use serde::Deserialize;
-use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
 
 use crate::app::App;
-use crate::body;
 use crate::config::{Config, LogLevel, ModelConfig, UpstreamConfig};
 use crate::error::{ApiError, ApiResult};
 use crate::fleet::{Fleet, state_name};
 use crate::record::RequestRecord;
 use crate::reload::Applied;
 use crate::respond;
+use crate::routes::typed::{self, Asked};
 
 pub async fn list(State(app): State<Arc<App>>) -> Response {
     respond::json(&listed(&app.live().fleet))
@@ -63,7 +61,7 @@ pub async fn add(
     request: Request,
 ) -> Response {
     let added = async {
-        let asked: Added = read(&app, &record, request).await?;
+        let asked: Added = typed::object(&app, &record, request).await?;
         let is_guarded = !app.live().config.admin_keys.is_empty();
         change(&app, &asked.model, |model| {
             match (&asked.address, &asked.upstream) {
@@ -135,7 +133,7 @@ pub async fn drain(
     request: Request,
 ) -> Response {
     let drained = async {
-        let named: Named = read(&app, &record, request).await?;
+        let named: Named = typed::object(&app, &record, request).await?;
         change(&app, &named.model, |model| {
             named.check(model)?;
             if !model.drained.contains(&named.address) {
@@ -148,12 +146,9 @@ pub async fn drain(
     answer(drained.await)
 }
 
-pub async fn remove(
-    State(app): State<Arc<App>>,
-    named: Result<Query<Named>, QueryRejection>,
-) -> Response {
+pub async fn remove(State(app): State<Arc<App>>, named: Asked<Named>) -> Response {
     let removed = async {
-        let Query(named) = named.map_err(|error| ApiError::body(error.body_text()))?;
+        let named = typed::query(named)?;
         change(&app, &named.model, |model| {
             named.check(model)?;
             model.replicas.retain(|address| *address != named.address);
@@ -189,7 +184,7 @@ pub async fn set_log_level(
     request: Request,
 ) -> Response {
     let set = async {
-        let Level { level } = read(&app, &record, request).await?;
+        let Level { level } = typed::object(&app, &record, request).await?;
         let edit = |config: &Config| {
             Ok::<_, Box<ApiError>>(Config {
                 log_level: level,
@@ -200,17 +195,6 @@ pub async fn set_log_level(
         Ok(json!({"level": level}))
     };
     answer(set.await)
-}
-
-async fn read<T: DeserializeOwned + Send + 'static>(
-    app: &App,
-    record: &RequestRecord,
-    request: Request,
-) -> ApiResult<T> {
-    body::parsed(app, record, request, |bytes| {
-        serde_json::from_slice(bytes).map_err(|error| ApiError::body(error.to_string()))
-    })
-    .await
 }
 
 /// Changes one model, and tells what there is now.

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use axum::extract::{Query, State};
+use axum::extract::State;
 use axum::response::{IntoResponse, Response};
 use futures_util::future::join_all;
 use scalellm_engine_link::proto;
@@ -12,6 +12,7 @@ use serde_json::{Value, json};
 use crate::app::App;
 use crate::recent::phases_json;
 use crate::respond::json as json_response;
+use crate::routes::typed::{self, Asked};
 
 #[derive(Deserialize)]
 pub struct Wanted {
@@ -21,7 +22,11 @@ pub struct Wanted {
     steps_after_us: Option<u64>,
 }
 
-pub async fn profile(State(app): State<Arc<App>>, Query(wanted): Query<Wanted>) -> Response {
+pub async fn profile(State(app): State<Arc<App>>, asked: Asked<Wanted>) -> Response {
+    let wanted = match typed::query(asked) {
+        Ok(wanted) => wanted,
+        Err(error) => return error.into_response(),
+    };
     let (next, requests) = app.recent.since(wanted.from.unwrap_or(u64::MAX));
     let steps = match wanted.steps_after_us {
         Some(after_us) => steps(&app, after_us).await,
