@@ -168,6 +168,16 @@ class GatewayConfig:
         ("serve", "status", "profile", *_ACCOUNTS),
         secret=True,
     )
+    otlp_endpoint: str | None = setting(
+        None, "Collector of OpenTelemetry traces, OTLP over HTTP: http://HOST:4318", ("serve",)
+    )
+    otlp_sample_ratio: float = setting(
+        1.0,
+        "Of the requests whose client says nothing of tracing, the share that is traced",
+        ("serve",),
+        minimum=0,
+        maximum=1,
+    )
     chat_template: str | None = setting(
         None, "File with a chat template to use instead of the model's", ("serve",)
     )

@@ -18,6 +18,7 @@ use crate::reload::Changes;
 use crate::stages::Clock;
 use crate::text_pool::TextPool;
 use crate::tls;
+use crate::traces::Traces;
 
 /// The gateway's own life: only forward.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -48,6 +49,8 @@ pub struct App {
     pub accounts: Option<Arc<Accounts>>,
     pub body_memory: BodyMemory,
     pub recent: RecentRequests,
+    /// Where there is a collector.
+    pub traces: Option<Traces>,
     phase: watch::Sender<Phase>,
     /// HTTP requests whose response has not ended.
     in_flight: watch::Sender<usize>,
@@ -68,7 +71,13 @@ impl App {
             .transpose()
             .map_err(|error| GatewayError::Config(error.to_string()))?
             .map(Arc::new);
+        let traces = config
+            .otlp_endpoint
+            .as_deref()
+            .map(|endpoint| Traces::start(endpoint, config.otlp_sample_ratio))
+            .transpose()?;
         Ok(Arc::new(App {
+            traces,
             clock: Clock::start(),
             text_pool: TextPool::start(config.text_threads(), config.text_queue)?,
             accounts,

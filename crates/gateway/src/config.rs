@@ -10,6 +10,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::error::GatewayError;
 use crate::fault_config::FaultConfig;
+use crate::traces;
 
 pub mod upstream;
 
@@ -79,6 +80,10 @@ pub struct Config {
     pub text_cache_bytes: usize,
     /// What happens when a replica fails.
     pub faults: FaultConfig,
+    /// Collector of OpenTelemetry traces, by OTLP over HTTP: `http://HOST:4318`.
+    pub otlp_endpoint: Option<String>,
+    /// Of the requests whose client says nothing of tracing, the share that is traced.
+    pub otlp_sample_ratio: f64,
     pub log_level: LogLevel,
     pub log_format: LogFormat,
     pub models: Vec<ModelConfig>,
@@ -185,6 +190,8 @@ impl Default for Config {
             text_queue: 2048,
             text_cache_bytes: 64 << 20,
             faults: FaultConfig::default(),
+            otlp_endpoint: None,
+            otlp_sample_ratio: 1.0,
             log_level: LogLevel::Info,
             log_format: LogFormat::Text,
             models: Vec::new(),
@@ -270,6 +277,15 @@ impl Config {
                 self.places_per_slot
             ));
         }
+        if !(0.0..=1.0).contains(&self.otlp_sample_ratio) {
+            return bad(format!(
+                "otlp_sample_ratio: got {}, allowed is 0 to 1",
+                self.otlp_sample_ratio
+            ));
+        }
+        if let Some(endpoint) = &self.otlp_endpoint {
+            traces::check_endpoint(endpoint)?;
+        }
         for (there, absent, given, missing) in [
             (&self.tls_cert, &self.tls_key, "tls_cert", "tls_key"),
             (&self.tls_key, &self.tls_cert, "tls_key", "tls_cert"),
@@ -343,6 +359,12 @@ impl Config {
                 "text_cache_bytes",
                 &mut self.text_cache_bytes,
                 &old.text_cache_bytes,
+            ),
+            keep("otlp_endpoint", &mut self.otlp_endpoint, &old.otlp_endpoint),
+            keep(
+                "otlp_sample_ratio",
+                &mut self.otlp_sample_ratio,
+                &old.otlp_sample_ratio,
             ),
             keep("log_format", &mut self.log_format, &old.log_format),
         ]
@@ -476,6 +498,14 @@ mod tests {
             ),
             (format!("write_timeout_s = nan\n{MODEL}"), "write_timeout_s"),
             (format!("api_keys = ['']\n{MODEL}"), "api_keys"),
+            (
+                format!("otlp_endpoint = 'collector:4318'\n{MODEL}"),
+                "otlp_endpoint: got \"collector:4318\"",
+            ),
+            (
+                format!("otlp_sample_ratio = 2.0\n{MODEL}"),
+                "otlp_sample_ratio",
+            ),
             (format!("{MODEL}{MODEL}"), "models[1].name"),
             (
                 MODEL.replace("'unix:/run/m.sock'", ""),

@@ -4,6 +4,7 @@
 //! server, connection   a socket's requests; socket, tls      accept
 //! observe, recent,     id, stage times, metrics, log        (around all that follows)   write
 //! written
+//! traces/              OpenTelemetry spans to a collector    (after the end)
 //! auth                 API key                              auth
 //! body                 whole body, within its limit         body
 //! request/             JSON to checked fields               parse
@@ -34,6 +35,7 @@ mod fault_metrics;
 mod faults;
 mod fleet;
 mod foreign;
+mod gen_ai;
 mod generation;
 mod log;
 mod metering;
@@ -59,6 +61,7 @@ mod submit;
 pub mod text;
 mod text_pool;
 mod tls;
+mod traces;
 mod written;
 
 pub use config::{Config, DatabaseDown, LogFormat, LogLevel, ModelConfig, UpstreamConfig};

@@ -18,7 +18,10 @@ impl Log {
     pub fn start(config: &Config) -> Log {
         let (level, handle) = reload::Layer::new(filter(config.log_level));
         let registry = tracing_subscriber::registry().with(level);
-        let lines = fmt::layer().with_writer(std::io::stderr);
+        // What cannot be written, as on a full disk, is lost: told on standard error too, it would be a panic.
+        let lines = fmt::layer()
+            .with_writer(std::io::stderr)
+            .log_internal_errors(false);
         // Where the process has a log already, that one is kept.
         let started = match config.log_format {
             LogFormat::Text => registry.with(lines).try_init(),

@@ -8,6 +8,7 @@ use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use parking_lot::Mutex;
 
 use crate::fault_metrics::FaultMetrics;
+use crate::gen_ai::{self, ModelTimes};
 use crate::stages::{Stage, StageTimes};
 
 /// Upper bounds of the buckets of every histogram, in seconds.
@@ -28,6 +29,12 @@ impl Histogram {
         let bucket = BOUNDS_S.partition_point(|bound| *bound < seconds);
         self.buckets[bucket].fetch_add(1, Relaxed);
         self.sum_us.fetch_add(us, Relaxed);
+    }
+
+    /// Whether nothing was observed yet.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.buckets.iter().all(|bucket| bucket.load(Relaxed) == 0)
     }
 
     pub fn write(&self, out: &mut String, name: &str, labels: &str) {
@@ -60,8 +67,7 @@ pub struct ModelMetrics {
     pub prompt_tokens: AtomicU64,
     pub cached_tokens: AtomicU64,
     pub output_tokens: AtomicU64,
-    pub time_to_first_token: Histogram,
-    pub time_between_tokens: Histogram,
+    pub times: ModelTimes,
 }
 
 #[derive(Debug)]
@@ -197,25 +203,12 @@ impl Metrics {
                 );
             }
         }
-        type Times = fn(&ModelMetrics) -> &Histogram;
-        let times: [(&str, &str, Times); 2] = [
-            (
-                "scalellm_time_to_first_token_seconds",
-                "From a request's first byte to its first token, in the gateway.",
-                |m| &m.time_to_first_token,
-            ),
-            (
-                "scalellm_time_between_tokens_seconds",
-                "(last token - first token) / (tokens - 1) of each request.",
-                |m| &m.time_between_tokens,
-            ),
-        ];
-        for (name, help, histogram) in times {
-            family(out, name, "histogram", help);
-            for (model, metrics) in &models {
-                histogram(metrics).write(out, name, &format!("model={}", label(model)));
-            }
-        }
+        gen_ai::write(
+            out,
+            models
+                .iter()
+                .map(|(name, model)| (name.as_str(), &model.times)),
+        );
         family(
             out,
             "scalellm_stage_seconds",

@@ -16,10 +16,12 @@ use hyper::body::{Body as HttpBody, Frame, SizeHint};
 use crate::app::{App, Phase};
 use crate::connection::ConnectionState;
 use crate::error::{ApiError, ApiResult, ErrorNote};
+use crate::gen_ai::Operation;
 use crate::recent::{EndedRequest, serialised_us};
 use crate::record::{REQUEST_ID_HEADER, RequestRecord, request_id};
 use crate::routing::{ROUTE_HEADER, RouteWish};
 use crate::stages::{Stage, micros};
+use crate::traces::Parent;
 use crate::written::Written;
 use crate::{auth, metering, quota, routes};
 
@@ -42,12 +44,19 @@ pub async fn observe(State(app): State<Arc<App>>, mut request: Request, next: Ne
         .extensions()
         .get::<MatchedPath>()
         .map_or("other", |path| routes::label(path.as_str()));
+    let parent = Parent::of_headers(request.headers());
+    let id = request_id(request.headers(), parent);
+    let trace = app
+        .traces
+        .as_ref()
+        .and_then(|traces| traces.begin(parent, &id));
     let record = RequestRecord::new(
-        request_id(request.headers()),
+        id,
         request.method().to_string(),
         request.uri().path().to_owned(),
         route,
         first_byte.unwrap_or(now),
+        trace,
     );
     record.add(Stage::Accept, now.saturating_duration_since(record.started));
     record.update(|progress| progress.wish = RouteWish::of_headers(request.headers()));
@@ -210,16 +219,20 @@ impl Drop for RequestEnd {
                 let tokens = usize::try_from(progress.longest_choice_tokens).unwrap_or(usize::MAX);
                 own.routing.observe_output(tokens, self.app.clock.now_ms());
             }
+            let Some(operation) = Operation::of_route(record.route) else {
+                return;
+            };
+            let times = model.metrics.times.of(operation);
+            times.ended(status, micros(total));
             if let Some(us) = progress.times.get_us(Stage::First) {
-                model.metrics.time_to_first_token.observe_us(us);
+                times.first_token.observe_us(us);
             }
             if let (Some(first), Some(last)) = (progress.first_tokens, progress.last_tokens)
                 && progress.longest_choice_tokens > 1
             {
                 let decode_us = micros(last.at.saturating_duration_since(first.at));
-                model
-                    .metrics
-                    .time_between_tokens
+                times
+                    .output_token
                     .observe_us(decode_us / (progress.longest_choice_tokens - 1));
             }
         });
@@ -228,7 +241,10 @@ impl Drop for RequestEnd {
             let clock = &self.app.clock;
             EndedRequest::new(record, progress, status, &self.written, serialise_us, clock)
         });
-        if let Some(ended) = ended {
+        if let Some(ended) = ended.map(Arc::new) {
+            if let (Some(traces), Some(_)) = (&self.app.traces, record.trace) {
+                traces.offer(Arc::clone(&ended));
+            }
             self.app.recent.push(ended);
         }
         let is_probe = PROBES.contains(&record.path.as_ref());

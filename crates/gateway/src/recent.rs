@@ -2,6 +2,7 @@
 //! `GET /admin/v1/profile` asks.
 
 use std::collections::VecDeque;
+use std::sync::Arc;
 use std::time::Instant;
 
 use parking_lot::Mutex;
@@ -10,6 +11,7 @@ use serde_json::{Map, Value, json};
 
 use crate::record::{Progress, RequestRecord};
 use crate::stages::{Clock, Stage, StageTimes, micros};
+use crate::traces::TraceContext;
 use crate::written::Written;
 
 /// Requests kept; an older one makes place.
@@ -18,23 +20,26 @@ pub const KEPT_REQUESTS: usize = 4096;
 /// A request for a model that has ended.
 #[derive(Debug, Clone)]
 pub struct EndedRequest {
-    id: String,
-    route: &'static str,
-    model: String,
-    replica: Option<String>,
-    status: u16,
-    started_us: u64,
-    prompt_tokens: u64,
-    cached_tokens: u64,
-    output_tokens: u64,
-    longest_choice_tokens: u64,
-    replays: u32,
-    times: StageTimes,
+    pub id: String,
+    pub route: &'static str,
+    pub model: String,
+    pub replica: Option<String>,
+    pub status: u16,
+    pub started_us: u64,
+    pub prompt_tokens: u64,
+    pub cached_tokens: u64,
+    pub output_tokens: u64,
+    pub longest_choice_tokens: u64,
+    pub replays: u32,
+    pub finish: Option<&'static str>,
+    /// If it is traced.
+    pub trace: Option<TraceContext>,
+    pub times: StageTimes,
     first: Option<First>,
     /// Since the start.
-    last_tokens_us: Option<u64>,
-    engine_first: Option<proto::StageTimes>,
-    engine_last: Option<proto::StageTimes>,
+    pub last_tokens_us: Option<u64>,
+    pub engine_first: Option<proto::StageTimes>,
+    pub engine_last: Option<proto::StageTimes>,
 }
 
 /// The first frame's way: what the gateway had done for it, and when, since the start.
@@ -73,6 +78,8 @@ impl EndedRequest {
             output_tokens: progress.output_tokens,
             longest_choice_tokens: progress.longest_choice_tokens,
             replays: progress.replays,
+            finish: progress.finish,
+            trace: record.trace,
             times: progress.times,
             first: first.map(|(frame, detokenise_us)| First {
                 detokenise_us,
@@ -149,7 +156,7 @@ pub struct RecentRequests {
 
 struct Kept {
     next: u64,
-    requests: VecDeque<EndedRequest>,
+    requests: VecDeque<Arc<EndedRequest>>,
 }
 
 impl RecentRequests {
@@ -163,7 +170,7 @@ impl RecentRequests {
         }
     }
 
-    pub fn push(&self, request: EndedRequest) {
+    pub fn push(&self, request: Arc<EndedRequest>) {
         let mut kept = self.kept.lock();
         if kept.requests.len() >= KEPT_REQUESTS {
             kept.requests.pop_front();
@@ -210,6 +217,8 @@ mod tests {
             output_tokens: 1,
             longest_choice_tokens: 1,
             replays: 0,
+            finish: None,
+            trace: None,
             times: StageTimes::default(),
             first: None,
             last_tokens_us: None,
@@ -222,7 +231,7 @@ mod tests {
     fn the_oldest_make_place_and_numbers_go_on() {
         let recent = RecentRequests::new();
         for _ in 0..KEPT_REQUESTS + 2 {
-            recent.push(ended());
+            recent.push(Arc::new(ended()));
         }
         let numbers = |from: u64| -> Vec<u64> {
             let (_, told) = recent.since(from);

@@ -170,6 +170,9 @@ pub async fn run(app: Arc<App>, listeners: Listeners, router: Router) {
     if let Some(accounts) = &app.accounts {
         accounts.shutdown().await;
     }
+    if let Some(traces) = &app.traces {
+        traces.shutdown().await;
+    }
 }
 
 /// Waits until a drain was asked for and is over.

@@ -107,6 +107,7 @@ def gateway_toml(
         "max_queued": gateway.max_queued,
         "admin_keys": list(gateway.admin_key),
         "database_down": gateway.database_down,
+        "otlp_sample_ratio": gateway.otlp_sample_ratio,
         "request_timeout_s": gateway.request_timeout_s,
         "drain_timeout_s": config.deployment.drain_timeout_s,
         "log_level": log.log_level,
@@ -114,6 +115,8 @@ def gateway_toml(
     }
     if gateway.database_url is not None:
         top["database_url"] = gateway.database_url
+    if gateway.otlp_endpoint is not None:
+        top["otlp_endpoint"] = gateway.otlp_endpoint
     model: dict[str, object] = {
         "name": served_name(config.engine),
         "path": str(model_path),

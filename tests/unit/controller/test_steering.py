@@ -91,7 +91,7 @@ class Deployment:
         totals = {
             "scalellm_prompt_tokens_total": 128 * self.ended,
             "scalellm_output_tokens_total": 64 * self.ended,
-            "scalellm_time_to_first_token_seconds_count": self.ended,
+            "gen_ai_server_time_to_first_token_seconds_count": self.ended,
             "scalellm_replica_running_requests": running,
         }
         return [Sample(name, {}, float(value)) for name, value in totals.items()]
@@ -160,10 +160,10 @@ scalellm_replica_kv_blocks_total{replica="a"} 20
 scalellm_prompt_tokens_total{model="demo"} {prompt}
 scalellm_cached_tokens_total{model="demo"} {cached}
 scalellm_output_tokens_total{model="demo"} {output}
-scalellm_time_to_first_token_seconds_count{model="demo"} {ended}
-scalellm_time_between_tokens_seconds_bucket{model="demo",le="0.01"} 7
-scalellm_time_between_tokens_seconds_bucket{model="demo",le="0.03"} {ended}
-scalellm_time_between_tokens_seconds_bucket{model="demo",le="+Inf"} {ended}
+gen_ai_server_time_to_first_token_seconds_count{model="demo"} {ended}
+gen_ai_server_time_per_output_token_seconds_bucket{model="demo",le="0.01"} 7
+gen_ai_server_time_per_output_token_seconds_bucket{model="demo",le="0.03"} {ended}
+gen_ai_server_time_per_output_token_seconds_bucket{model="demo",le="+Inf"} {ended}
 """
 
 

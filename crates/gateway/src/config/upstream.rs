@@ -82,6 +82,26 @@ fn max_idle_connections() -> usize {
 const MAX_WEIGHT: u32 = 1_000_000;
 
 impl UpstreamConfig {
+    /// One at `url` with the defaults.
+    #[must_use]
+    pub fn at(url: String) -> UpstreamConfig {
+        UpstreamConfig {
+            url,
+            model: None,
+            api_key_env: None,
+            api_key_file: None,
+            ca_file: None,
+            weight: one(),
+            fallback: false,
+            connect_timeout_s: connect_timeout_s(),
+            first_byte_timeout_s: first_byte_timeout_s(),
+            idle_timeout_s: idle_timeout_s(),
+            health_path: health_path(),
+            health_interval_s: health_interval_s(),
+            max_idle_connections: max_idle_connections(),
+        }
+    }
+
     /// Checks what the types do not; `path` is the key's, e.g. `models[0].upstreams[1]`.
     ///
     /// # Errors

@@ -28,6 +28,7 @@ mod relay;
 mod stream;
 mod upstream;
 
+pub use exchange::{Exchange, Failure};
 pub use relay::{Endpoint, relayed};
 pub use upstream::Upstream;
 

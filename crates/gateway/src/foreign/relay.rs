@@ -23,6 +23,7 @@ use crate::error::{ApiError, ApiResult, ErrorNote};
 use crate::quota;
 use crate::record::{REQUEST_ID_HEADER, RequestRecord};
 use crate::stages::Stage;
+use crate::traces::TRACEPARENT;
 
 /// A request goes to its upstream and, before the first byte of an answer, to one more.
 const MAX_ATTEMPTS: usize = 2;
@@ -36,7 +37,7 @@ const BYTES_PER_TOKEN: u64 = 4;
 
 /// What of a client's headers goes on, beside those that the gateway makes.
 const SENT_ON: [HeaderName; 2] = [
-    HeaderName::from_static("traceparent"),
+    HeaderName::from_static(TRACEPARENT),
     HeaderName::from_static("tracestate"),
 ];
 const SENT_BACK: [HeaderName; 3] = [
@@ -390,6 +391,9 @@ impl Relay<'_> {
             headers.insert(HeaderName::from_static(REQUEST_ID_HEADER), id);
         }
         copy(&SENT_ON, self.headers, &mut headers);
+        if let Some(value) = self.record.trace.and_then(|trace| trace.header()) {
+            headers.insert(HeaderName::from_static(TRACEPARENT), value);
+        }
         headers
     }
 }

@@ -126,6 +126,13 @@ pub async fn metrics(State(app): State<Arc<App>>) -> Response {
                 .sum(),
         ),
         (
+            "scalellm_tasks",
+            "Tasks of the gateway: a few, and one for each connection.",
+            tokio::runtime::Handle::current()
+                .metrics()
+                .num_alive_tasks(),
+        ),
+        (
             "scalellm_body_memory_bytes",
             "Memory held by request bodies, of max_body_memory_bytes.",
             app.body_memory.taken_bytes(),
@@ -143,6 +150,7 @@ pub async fn metrics(State(app): State<Arc<App>>) -> Response {
     write_text_cache(&mut out, fleet);
     write_routing(&mut out, fleet);
     write_accounts(&mut out, &app);
+    write_traces(&mut out, &app);
     write_upstreams(&mut out, fleet);
     app.metrics.write(&mut out);
     let replicas: Vec<(String, &Arc<Replica>)> = fleet
@@ -356,6 +364,28 @@ fn write_faults(out: &mut String, fleet: &Fleet) {
             "{name}{{model={}}} {refused}",
             label(&model.served.name)
         );
+    }
+}
+
+fn write_traces(out: &mut String, app: &App) {
+    let Some(traces) = &app.traces else {
+        return;
+    };
+    let counts = traces.counts();
+    for (name, help, count) in [
+        (
+            "scalellm_traces_exported_total",
+            "Requests whose trace the collector has taken.",
+            &counts.exported,
+        ),
+        (
+            "scalellm_traces_dropped_total",
+            "Requests whose trace is lost: too many waited, or the collector did not take it.",
+            &counts.dropped,
+        ),
+    ] {
+        family(out, name, "counter", help);
+        let _ = writeln!(out, "{name} {}", count.load(Relaxed));
     }
 }
 

@@ -159,13 +159,16 @@ async fn metrics_count_what_was_done() {
     );
     assert_eq!(
         stack
-            .metric("scalellm_time_to_first_token_seconds_count{", "bytes")
+            .metric("gen_ai_server_time_to_first_token_seconds_count{", "bytes")
             .await,
         1.0
     );
     assert_eq!(
         stack
-            .metric("scalellm_time_between_tokens_seconds_count{", "bytes")
+            .metric(
+                "gen_ai_server_time_per_output_token_seconds_count{",
+                "bytes"
+            )
             .await,
         1.0
     );

@@ -136,7 +136,7 @@ async fn a_stream_passes_as_it_is_and_is_metered() {
     );
     assert_eq!(
         stack
-            .metric("scalellm_time_to_first_token_seconds_count", "chat")
+            .metric("gen_ai_server_time_to_first_token_seconds_count", "chat")
             .await,
         2.0
     );

@@ -27,6 +27,8 @@ mod streams;
 // Marked so that the lints for tests hold for its helper functions too.
 #[cfg(test)]
 mod support;
+#[cfg(test)]
+mod traces;
 mod transport;
 // Marked so that the lints for tests hold for its helper functions too.
 #[cfg(test)]

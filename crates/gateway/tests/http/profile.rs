@@ -102,7 +102,7 @@ async fn the_engines_phases_add_up_to_its_times() {
     let decode = at("finished_us") - at("first_token_us");
     assert_eq!(sum(&engine["decode_us"]), decode, "{engine}");
     assert!(
-        prefill >= TTFT_MS * 1e3 && decode >= 7.0 * TBT_MS * 1e3 * 0.8,
+        prefill >= TTFT_MS * 1e3 && decode >= 7.0 * TBT_MS * 1e3 * 0.5,
         "{engine}"
     );
     assert_eq!(engine["steps"], 8);

@@ -8,8 +8,8 @@ from scalellm.controller.blueprint.shape import Blueprint
 from scalellm.controller.blueprint.signals import QUANTILES, Signals
 from scalellm.controller.gateway_view import Sample
 
-_TTFT = "scalellm_time_to_first_token_seconds"
-_TBT = "scalellm_time_between_tokens_seconds"
+_TTFT = "gen_ai_server_time_to_first_token_seconds"
+_TBT = "gen_ai_server_time_per_output_token_seconds"
 _COUNTERS = (
     "scalellm_prompt_tokens_total",
     "scalellm_cached_tokens_total",
