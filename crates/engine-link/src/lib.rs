@@ -12,6 +12,8 @@
 
 pub mod address;
 pub mod client;
+#[cfg(any(test, feature = "fuzzing"))]
+pub mod fuzzing;
 pub mod listener;
 
 /// Generated from `proto/scalellm/engine/v1/engine.proto`.

@@ -4,6 +4,8 @@ use std::net::IpAddr;
 use std::sync::Arc;
 
 use axum::http::{HeaderMap, Version, header};
+use scalellm_accounts::Class;
+use scalellm_engine_link::listener::PRIORITIES;
 use subtle::{Choice, ConstantTimeEq};
 
 use crate::app::App;
@@ -14,7 +16,7 @@ use crate::record::RequestRecord;
 use crate::served::Served;
 
 /// A class has this many values of the engine's `priority` to itself.
-const PRIORITIES_OF_A_CLASS: i32 = 1_000_000;
+const PRIORITIES_OF_A_CLASS: i32 = *PRIORITIES.end() * 2 / 3;
 
 /// Headers of those who do not ask for themselves.
 const FOR_OTHERS: [&str; 7] = [
@@ -168,17 +170,33 @@ pub fn may_use(record: &RequestRecord, model: &Served) -> ApiResult<()> {
 pub fn engine_priority(record: &RequestRecord, priority: i32) -> i32 {
     match record.key() {
         None => priority,
-        Some(state) => {
-            let most = PRIORITIES_OF_A_CLASS / 2 - 1;
-            let class = state.key().class as i32 - scalellm_accounts::Class::Standard as i32;
-            class * PRIORITIES_OF_A_CLASS + priority.clamp(-most, most)
-        }
+        Some(state) => within_class(state.key().class, priority),
     }
+}
+
+fn within_class(class: Class, priority: i32) -> i32 {
+    let most = PRIORITIES_OF_A_CLASS / 2 - 1;
+    let class = class as i32 - Class::Standard as i32;
+    class * PRIORITIES_OF_A_CLASS + priority.clamp(-most, most)
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn every_priority_of_every_class_is_one_that_engines_take() {
+        let asked = [i32::MIN, -1_000_000, -1, 0, 1, 1_000_000, i32::MAX];
+        let mut last = i32::MIN;
+        for class in Class::ALL {
+            for priority in asked {
+                let told = within_class(class, priority);
+                assert!(PRIORITIES.contains(&told), "{class:?} {priority}: {told}");
+                assert!(told >= last, "{class:?} {priority}");
+                last = told;
+            }
+        }
+    }
 
     fn with_key(value: &str) -> HeaderMap {
         let mut headers = HeaderMap::new();

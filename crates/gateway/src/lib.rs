@@ -35,6 +35,8 @@ mod fault_metrics;
 mod faults;
 mod fleet;
 mod foreign;
+#[cfg(any(test, feature = "fuzzing"))]
+pub mod fuzzing;
 mod gen_ai;
 mod generation;
 mod log;

@@ -19,16 +19,26 @@ pub fn submit(
     seed: u64,
     choice: u32,
 ) -> proto::Submit {
+    proto::Submit {
+        trace_id: record.id.clone(),
+        prompt_tokens: u32::try_from(prompt.ids.len()).unwrap_or(u32::MAX),
+        // A step is needed to see the prompt's logprobs, even if no token is wanted.
+        max_tokens: prompt.max_tokens.max(1),
+        priority: auth::engine_priority(record, params.priority),
+        arrival_us: app.clock.unix_us(record.started),
+        choice,
+        ..of_params(params, seed)
+    }
+}
+
+/// What of a Submit the request's own fields say.
+#[must_use]
+pub fn of_params(params: &Params, seed: u64) -> proto::Submit {
     let bias = |(token_id, bias): &(u32, f32)| proto::LogitBias {
         token_id: *token_id,
         bias: *bias,
     };
     proto::Submit {
-        request: None,
-        trace_id: record.id.clone(),
-        prompt_tokens: u32::try_from(prompt.ids.len()).unwrap_or(u32::MAX),
-        prompt_ids: Vec::new(),
-        resume_ids: Vec::new(),
         sampling: Some(proto::Sampling {
             temperature: params.temperature,
             top_p: params.top_p,
@@ -41,16 +51,12 @@ pub fn submit(
             seed,
             logprobs: params.logprobs,
         }),
-        // A step is needed to see the prompt's logprobs, even if no token is wanted.
-        max_tokens: prompt.max_tokens.max(1),
         min_tokens: params.min_tokens,
         stop_token_ids: params.stop_token_ids.clone(),
         ignore_eos: params.ignore_eos,
-        priority: auth::engine_priority(record, params.priority),
-        deadline_ms: None,
-        arrival_us: app.clock.unix_us(record.started),
-        choice,
+        priority: params.priority,
         cache_salt: params.cache_salt.clone(),
         prompt_logprobs: params.prompt_logprobs,
+        ..proto::Submit::default()
     }
 }

@@ -2,6 +2,8 @@
 
 mod config;
 mod connect;
+#[cfg(any(test, feature = "fuzzing"))]
+pub(crate) mod fuzzing;
 mod kv_view;
 mod replica;
 mod session;

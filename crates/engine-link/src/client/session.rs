@@ -295,7 +295,7 @@ impl SessionTask {
         }
     }
 
-    fn take_frame(&mut self, frame: FromEngine) -> Result<(), String> {
+    pub(super) fn take_frame(&mut self, frame: FromEngine) -> Result<(), String> {
         if let Some(load) = frame.load {
             if load.epoch != self.epoch {
                 return Err(format!(

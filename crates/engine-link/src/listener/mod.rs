@@ -8,6 +8,8 @@
 mod bind;
 mod config;
 mod core;
+#[cfg(any(test, feature = "fuzzing"))]
+pub(crate) mod fuzzing;
 mod handle;
 mod server;
 mod service;
@@ -19,7 +21,7 @@ use crate::proto;
 pub use config::ListenerConfig;
 pub use handle::EngineHandle;
 pub use server::Listener;
-pub use validate::{MAX_DEADLINE_MS, validate};
+pub use validate::{MAX_DEADLINE_MS, PRIORITIES, validate};
 
 /// What Describe answers.
 pub type EngineInfo = proto::DescribeResponse;

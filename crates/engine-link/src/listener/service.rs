@@ -49,11 +49,7 @@ impl Engine for Service {
             tokio::time::sleep(self.core.config.welcome_delay).await;
         }
         let attachment = self.core.attach(&hello)?;
-        let reader = Reader {
-            core: self.core.clone(),
-            attachment: attachment.clone(),
-            assemblies: HashMap::new(),
-        };
+        let reader = Reader::new(self.core.clone(), attachment.clone());
         let reader = tokio::spawn(reader.run(inbound));
         Ok(Response::new(SessionStream {
             core: self.core.clone(),
@@ -125,13 +121,21 @@ impl Engine for Service {
 
 /// Takes a stream's messages. Prompts that come in chunks are put together here, so that they vanish with the
 /// stream; the gateway sends them again.
-struct Reader {
+pub(super) struct Reader {
     core: Arc<Core>,
     attachment: Attachment,
     assemblies: HashMap<u64, Submission>,
 }
 
 impl Reader {
+    pub(super) fn new(core: Arc<Core>, attachment: Attachment) -> Self {
+        Self {
+            core,
+            attachment,
+            assemblies: HashMap::new(),
+        }
+    }
+
     async fn run(mut self, mut inbound: Streaming<ToEngine>) {
         loop {
             match inbound.message().await {
@@ -152,7 +156,7 @@ impl Reader {
         }
     }
 
-    fn take(&mut self, message: to_engine::Message) {
+    pub(super) fn take(&mut self, message: to_engine::Message) {
         match message {
             // Only the first message of a stream counts.
             to_engine::Message::Hello(_) => {}

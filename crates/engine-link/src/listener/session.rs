@@ -100,7 +100,7 @@ impl Session {
 
     /// Goes back to the frame after `last_sequence`; false if that is not kept (any more).
     pub(super) fn rewind(&mut self, last_sequence: u64) -> bool {
-        if last_sequence + 1 < self.first() || last_sequence >= self.next_sequence {
+        if last_sequence >= self.next_sequence || last_sequence + 1 < self.first() {
             return false;
         }
         self.cursor = self.cursor.max(last_sequence + 1);

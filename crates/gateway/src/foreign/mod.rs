@@ -28,6 +28,10 @@ mod relay;
 mod stream;
 mod upstream;
 
+#[cfg(any(test, feature = "fuzzing"))]
+pub use asked::Asked;
+#[cfg(any(test, feature = "fuzzing"))]
+pub use events::{Answers, Events};
 pub use exchange::{Exchange, Failure};
 pub use relay::{Endpoint, relayed};
 pub use upstream::Upstream;

@@ -123,7 +123,9 @@ impl Fields {
                 value
                     .as_f64()
                     .filter(|v| range.contains(*v))
-                    .map(|v| v as f32)
+                    // What is too small to be told from an open end is that end.
+                    .filter(|v| !range.low_is_open || f64::from(normal(*v)) > range.low)
+                    .map(normal)
                     .ok_or_else(|| wrong(name, &value, &range.words()))
             })
             .transpose()
@@ -214,6 +216,12 @@ fn harmless(name: &str) -> String {
     } else {
         cut
     }
+}
+
+/// As 32 bits; what is smaller than they can say exactly is 0.
+fn normal(value: f64) -> f32 {
+    let value = value as f32;
+    if value.is_normal() { value } else { 0.0 }
 }
 
 pub fn as_integer(value: &Value) -> Option<i64> {
@@ -324,7 +332,10 @@ mod tests {
         }
         let open = FloatRange::above(0.0, 1.0);
         assert_eq!(fields(r#"{"p": 1}"#).float("p", open).unwrap(), Some(1.0));
-        assert!(fields(r#"{"p": 0}"#).float("p", open).is_err());
+        for bad in ["0", "1e-42", "1e-60"] {
+            let given = fields(&format!("{{\"p\": {bad}}}")).float("p", open);
+            assert!(given.is_err(), "{bad}");
+        }
     }
 
     #[test]

@@ -1,5 +1,6 @@
 //! How to generate: the fields that chat and text completions share.
 
+use scalellm_engine_link::listener::PRIORITIES;
 use serde_json::{Map, Value};
 
 use super::fields::{Fields, FloatRange, as_integer, got, wrong};
@@ -74,7 +75,8 @@ impl Params {
                 .int("top_k", -1, i64::from(u32::MAX))?
                 .map(|k| u32::try_from(k).unwrap_or(0)),
             min_p: fields.float("min_p", FloatRange::closed(0.0, 1.0))?,
-            repetition_penalty: fields.float("repetition_penalty", FloatRange::above(0.0, 10.0))?,
+            repetition_penalty: fields
+                .float("repetition_penalty", FloatRange::closed(0.01, 10.0))?,
             presence_penalty: fields.float("presence_penalty", FloatRange::closed(-2.0, 2.0))?,
             frequency_penalty: fields.float("frequency_penalty", FloatRange::closed(-2.0, 2.0))?,
             logit_bias: logit_bias(fields)?,
@@ -94,7 +96,11 @@ impl Params {
             return_token_ids: fields.bool("return_token_ids")?.unwrap_or(false),
             tokens_as_ids: fields.bool("return_tokens_as_token_ids")?.unwrap_or(false),
             priority: fields
-                .int("priority", i32::MIN.into(), i32::MAX.into())?
+                .int(
+                    "priority",
+                    (*PRIORITIES.start()).into(),
+                    (*PRIORITIES.end()).into(),
+                )?
                 .and_then(|p| i32::try_from(p).ok())
                 .unwrap_or(0),
             deadline_ms: fields.u32("deadline_ms", 1, MAX_DEADLINE_MS)?,

@@ -171,6 +171,12 @@ impl TextModel {
         &self.digest
     }
 
+    /// The library's own tokenizer, to compare with.
+    #[cfg(any(test, feature = "fuzzing"))]
+    pub fn library(&self) -> &tokenizers::Tokenizer {
+        self.encoder.tokenizer()
+    }
+
     pub(super) fn plan(&self) -> &Plan {
         &self.plan
     }
