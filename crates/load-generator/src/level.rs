@@ -125,8 +125,16 @@ impl LevelContext {
         let pacer = Pacer::start(start, arrivals.take(limit))?;
         let mut tasks = JoinSet::new();
         if let Mode::Closed { concurrency } = mode {
-            for _ in 0..concurrency.min(limit) {
-                tasks.spawn(closed_loop_client(Arc::clone(&shared)));
+            let clients = concurrency.min(limit);
+            let ramp_s = if phase == Phase::Measure {
+                level.ramp_s
+            } else {
+                0.0
+            };
+            for client in 0..clients {
+                let offset_s = ramp_s * client as f64 / clients as f64;
+                let begins = start + Duration::from_secs_f64(offset_s);
+                tasks.spawn(closed_loop_client(Arc::clone(&shared), begins));
             }
         }
         let chunks_before = self.client.token_chunks();
@@ -286,7 +294,11 @@ impl Results {
 }
 
 /// One conversation after the other; each request waits for the answer before it.
-async fn closed_loop_client(shared: Arc<Shared>) {
+async fn closed_loop_client(shared: Arc<Shared>, begins: Instant) {
+    // Even a wait that is over would last until the next of the timer's milliseconds.
+    if begins > Instant::now() {
+        tokio::time::sleep_until(begins.into()).await;
+    }
     let mut conversation = None;
     while shared.begin() {
         let mut current = conversation

@@ -133,6 +133,9 @@ pub struct Level {
     /// Requests sent and forgotten before measuring begins.
     #[serde(default)]
     pub warmup: usize,
+    /// A closed level's clients begin evenly over this time, not all at once.
+    #[serde(default)]
+    pub ramp_s: f64,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -174,6 +177,9 @@ impl Level {
         }
         if self.warmup > MAX_REQUESTS_PER_LEVEL {
             return bad(format!("warmup: must be at most {MAX_REQUESTS_PER_LEVEL}"));
+        }
+        if !(self.ramp_s.is_finite() && (0.0..=MAX_WAIT_S).contains(&self.ramp_s)) {
+            return bad(format!("ramp_s {}: must be 0 to {MAX_WAIT_S}", self.ramp_s));
         }
         match self.duration_s {
             Some(s) if !(s.is_finite() && s > 0.0 && s <= MAX_WAIT_S) => bad(format!(

@@ -27,7 +27,8 @@ _MIN_REQUESTS = 8
 class Level:
     """One row: a closed loop of `concurrency` clients, or an open loop of `rate` requests a second.
 
-    No request is sent after `requests` of them or after `duration_s`, whichever comes first.
+    No request is sent after `requests` of them or after `duration_s`, whichever comes first. The
+    clients of a closed loop begin evenly over `ramp_s`.
     """
 
     concurrency: int | None = None
@@ -36,6 +37,7 @@ class Level:
     requests: int | None = None
     duration_s: float | None = None
     warmup: int = 0
+    ramp_s: float = 0.0
 
     def __post_init__(self) -> None:
         if (self.concurrency is None) == (self.rate is None):
@@ -59,13 +61,16 @@ def closed_level(
     requests: int | None,
     duration_s: float | None,
     warmup: int | None,
+    ramp_s: float = 0.0,
 ) -> Level:
     """A closed-loop level; by default `rounds` requests for each client, and at least eight."""
     if requests is None and duration_s is None:
         requests = max(concurrency * rounds, _MIN_REQUESTS)
     if warmup is None:
         warmup = min(concurrency, _MAX_DEFAULT_WARMUP)
-    return Level(concurrency, requests=requests, duration_s=duration_s, warmup=warmup)
+    return Level(
+        concurrency, requests=requests, duration_s=duration_s, warmup=warmup, ramp_s=ramp_s
+    )
 
 
 def open_level(
@@ -152,6 +157,7 @@ class Workload:
                         "requests": level.requests,
                         "duration_s": level.duration_s,
                         "warmup": level.warmup,
+                        "ramp_s": level.ramp_s,
                     }
                 ],
             }

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 _FILE_WIDTH = 120
 _DEFAULT_CONCURRENCIES = "1,8,64"
+_MAX_RAMP_S = 3600.0
 _EXIT_OK, _EXIT_FAILED_REQUESTS, _EXIT_INTERRUPTED = 0, 1, 130
 
 _EPILOG = """\
@@ -94,6 +95,14 @@ def _add_load(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         dest="bench_warmup",
         help="requests sent and forgotten before each level; default: one a client, at most 16",
+    )
+    load.add_argument(
+        "--ramp",
+        type=float,
+        default=0.0,
+        metavar="S",
+        dest="bench_ramp",
+        help="with --concurrency: clients begin evenly over this time; default: all at once",
     )
     load.add_argument(
         "--timeout", type=float, default=60.0, metavar="S", dest="bench_timeout", help="default: 60"
@@ -223,6 +232,8 @@ def levels_of(
         check_positive(arguments, flag)
     if (arguments.bench_warmup or 0) < 0:
         raise ConfigError(f"--warmup: got {arguments.bench_warmup}, allowed: 0 or more")
+    if not 0.0 <= arguments.bench_ramp <= _MAX_RAMP_S:
+        raise ConfigError(f"--ramp: got {arguments.bench_ramp:g}, allowed: 0 to {_MAX_RAMP_S:g}")
     source, arrivals = workload.requests, arguments.bench_arrivals
     parse_arrivals(arrivals)
     rates = numbers("rate", arguments.bench_rate, whole=False)
@@ -242,7 +253,7 @@ def levels_of(
     if closed_text is None and not rates and not arguments.bench_find_max:
         closed_text = _DEFAULT_CONCURRENCIES
     closed = tuple(
-        closed_level(int(number), arguments.bench_rounds, *amount)
+        closed_level(int(number), arguments.bench_rounds, *amount, arguments.bench_ramp)
         for number in numbers("concurrency", closed_text, whole=True)
     )
     if arguments.bench_find_max:

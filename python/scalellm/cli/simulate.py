@@ -40,6 +40,7 @@ _NO_ENDPOINT: dict[str, Any] = {
     "bench_prompt_file": None,
     "bench_timeout": 60.0,
     "bench_warmup": 0,
+    "bench_ramp": 0.0,
     "bench_repeat": 1,
     "bench_precision": 0.05,
     "bench_find_max": False,

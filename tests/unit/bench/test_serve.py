@@ -263,6 +263,12 @@ def test_every_workload_runs_from_the_command_line(endpoint, flags, capsys) -> N
     assert "TTFT" in capsys.readouterr().out
 
 
+def test_a_ramp_is_refused_that_no_level_could_have(capsys) -> None:
+    for ramp in ("-1", "nan", "1e9"):
+        assert main(["bench", "serve", "--concurrency", "2", f"--ramp={ramp}"]) == 2
+        assert "--ramp: got" in capsys.readouterr().err
+
+
 def test_a_trace_and_a_file_of_prompts_run_from_the_command_line(endpoint, tmp_path) -> None:
     trace, prompts, out = (tmp_path / name for name in ("t.jsonl", "p.txt", "out.json"))
     times = [{"timestamp": at, "input_length": 9, "output_length": 2} for at in (0, 20, 40)]

@@ -65,6 +65,18 @@ fn a_stall_inside_a_stream_shows_as_its_longest_gap() {
 }
 
 #[test]
+fn clients_begin_over_the_ramp_and_none_before_its_turn() {
+    // Longer than the ramp, so that no client sends twice.
+    let server = Server::start(|_| good_stream(600, 1, 3));
+    let row = server.measure(json!({"concurrency": 3, "requests": 3, "ramp_s": 0.3}));
+    let records = row["records"]["rows"].as_array().expect("rows");
+    let mut starts: Vec<f64> = records.iter().map(|record| number(record, "/2")).collect();
+    starts.sort_by(f64::total_cmp);
+    assert_eq!(row["records"]["columns"][2], "start_ms");
+    assert!(starts[1] >= 100.0 && starts[2] >= 200.0, "{starts:?}");
+}
+
+#[test]
 fn a_duration_ends_the_sends_and_lets_open_requests_finish() {
     let server = Server::start(|_| good_stream(20, 1, 3));
     let row = server.measure(json!({"concurrency": 2, "duration_s": 0.3}));
