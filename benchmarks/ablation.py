@@ -174,8 +174,8 @@ def _added(sample: Sample) -> str:
     return f"{sample.ttft_ms - first_ms:+.2f}, {sample.tbt_ms - TBT_MS:+.2f}"
 
 
-def main(arguments: list[str] | None = None) -> int:
-    given = sys.argv[1:] if arguments is None else arguments
+def main(given: Sequence[str], command: str | None = None) -> int:
+    """`command`: what the table is to say it was measured with; by default this call."""
     parser = argparse.ArgumentParser(description="What each part of an endpoint costs.")
     parser.add_argument("--levels", default="1,8,64", help="concurrencies; default: 1,8,64")
     parser.add_argument("--systems", default=",".join(SYSTEMS), help="default: all")
@@ -219,11 +219,11 @@ def main(arguments: list[str] | None = None) -> int:
     text = table(samples, set_times=options.engine == "fake")
     print(text)
     if options.docs is not None:
-        command = shlex.join(["python", "benchmarks/ablation.py", *given])
-        section = f"{_ABOUT[options.engine]}\n\n    {command}\n\n{text}"
+        own = shlex.join(["python", "benchmarks/ablation.py", *given])
+        section = f"{_ABOUT[options.engine]}\n\n    {command or own}\n\n{text}"
         write_section(options.docs, f"{_NAME}-{options.engine}", section)
     return 0 if len(samples) == len(systems) * len(levels) else 1
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

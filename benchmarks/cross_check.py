@@ -1,6 +1,7 @@
 """Does `scalellm bench serve` say what vLLM's own `vllm bench serve` says of the same server?
 
-    python benchmarks/cross_check.py                          ScaleLLM before an engine of set speed
+    python benchmarks/cross_check.py                          ScaleLLM, Qwen3-0.6B's shape, int8
+    python benchmarks/cross_check.py --engine fake            its front, an engine of set speed
     python benchmarks/cross_check.py --url http://127.0.0.1:8000 --model demo --tokenizer FOLDER
     python benchmarks/cross_check.py --levels 1,8 --repeats 5 --docs docs/benchmarking.md
 
@@ -15,14 +16,15 @@ import shlex
 import statistics
 import sys
 from collections.abc import Generator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from document import write_section
-from peers import vllm
+from peers import scalellm_serve, vllm, weights
 from peers.environment import call
+from peers.system import free_port, running
 from rich.console import Console
 
 import scalellm.demo
@@ -31,6 +33,7 @@ from scalellm.bench.plan import Level, Workload
 from scalellm.bench.serve import Options, run_bench
 
 MODEL = Path(scalellm.demo.__file__).parent / "model"
+SHAPE = "qwen3-0.6b"
 TTFT_MS, TBT_MS = 50.0, 10.0
 INPUT_TOKENS, OUTPUT_TOKENS = 128, 64
 AGREE_WITHIN = 0.05
@@ -107,18 +110,32 @@ def table(found: dict[int, tuple[list[Run], list[Run]]]) -> tuple[str, bool]:
 
 
 @contextmanager
-def served(options: argparse.Namespace) -> Generator[Server, None, None]:
+def served(options: argparse.Namespace, folder: Path) -> Generator[Server, None, None]:
     if options.url is not None:
         yield Server(options.url, options.model, options.tokenizer)
         return
-    with front_alone({"ttft_ms": TTFT_MS, "tbt_ms": TBT_MS}) as url:
-        yield Server(url, "demo", MODEL)
+    if options.engine == "fake":
+        with front_alone({"ttft_ms": TTFT_MS, "tbt_ms": TBT_MS}) as url:
+            yield Server(url, "demo", MODEL)
+        return
+    cache, log, port = options.cache.expanduser().resolve(), folder / "scalellm.log", free_port()
+    system = scalellm_serve.systems(SHAPE)[0]
+    system.build(cache, log)
+    with running(system.launch(cache, port), port, log) as started:
+        yield Server(started.url, "peer", weights.bf16_folder(cache, SHAPE))
 
 
-def main(arguments: Sequence[str]) -> int:
+def main(arguments: Sequence[str], command: str | None = None) -> int:
+    """`command`: what the table is to say it was measured with; by default this call."""
     cache = Path.home() / ".cache" / "scalellm" / "peers"
     parser = argparse.ArgumentParser(description="Compare with vLLM's own bench.")
-    parser.add_argument("--url", help="default: ScaleLLM's front before an engine of set speed")
+    parser.add_argument("--url", help="of a server that runs; default: ScaleLLM, started here")
+    parser.add_argument(
+        "--engine",
+        choices=("int8", "fake"),
+        default="int8",
+        help=f"without --url: {SHAPE} in int8, or one of set speed; default: %(default)s",
+    )
     parser.add_argument("--model", default="demo", help="with --url; default: %(default)s")
     parser.add_argument("--tokenizer", type=Path, default=MODEL, help="with --url: its folder")
     parser.add_argument("--levels", default="1,8,32", help="concurrencies; default: %(default)s")
@@ -133,8 +150,9 @@ def main(arguments: Sequence[str]) -> int:
         for concurrency in map(int, options.levels.split(","))
     ]
     found: dict[int, tuple[list[Run], list[Run]]] = {}
-    with TemporaryDirectory() as temporary, served(options) as server:
-        folder = Path(temporary)
+    with ExitStack() as stack:
+        folder = Path(stack.enter_context(TemporaryDirectory()))
+        server = stack.enter_context(served(options, folder))
         program = vllm.bench_program(options.cache.expanduser().resolve(), folder / "vllm.log")
         for repeat in range(options.repeats):
             for level in levels:
@@ -145,8 +163,8 @@ def main(arguments: Sequence[str]) -> int:
     text, agree = table(found)
     print(text)
     if options.docs is not None:
-        command = shlex.join(["python", "benchmarks/cross_check.py", *arguments])
-        about = f"Medians of {options.repeats} repeats in turns:\n\n    {command}\n\n"
+        own = shlex.join(["python", "benchmarks/cross_check.py", *arguments])
+        about = f"Medians of {options.repeats} repeats in turns:\n\n    {command or own}\n\n"
         write_section(options.docs, "cross-check", about + text)
     return 0 if agree else 1
 

@@ -9,7 +9,7 @@ fast       bench_peers.py: the fast systems, in turns, twice                    
 slow       bench_peers.py: the others, once; `timeout` at 60 s                          12
 mixtral    bench_peers.py on the Mixtral shape at 1, 8, 64, once                         4
 ablation   ablation.py before a fake engine and the real one                             3
-checks     bench_accuracy.py and cross_check.py, into docs/benchmarking.md               3
+checks     bench_accuracy.py and cross_check.py, into docs/benchmarking.md               5
 
 A step is not begun when the minutes are over, and ends what it measures within them and a minute or
 two; what it left out is measured by the next call. Peers have to be built before, once:
@@ -67,15 +67,16 @@ def mixtral(left_s: float, fresh: Sequence[str], command: str) -> int:
     return _peers(left_s, command, 240.0, *flags, "--repeats", "1", *fresh)
 
 
-def parts(_left_s: float, _fresh: Sequence[str], _command: str) -> int:
+def parts(_left_s: float, _fresh: Sequence[str], command: str) -> int:
     docs = ["--docs", str(PERFORMANCE)]
-    return max(ablation.main([*docs, "--engine", engine]) for engine in ("fake", "demo"))
+    return max(ablation.main([*docs, "--engine", engine], command) for engine in ("fake", "demo"))
 
 
-def checks(_left_s: float, _fresh: Sequence[str], _command: str) -> int:
+def checks(_left_s: float, _fresh: Sequence[str], command: str) -> int:
     docs = ["--docs", str(BENCHMARKING)]
     accuracy = bench_accuracy.main([*_ACCURACY, *docs])
-    return max(accuracy, cross_check.main(["--levels", "1,8", "--repeats", "2", *docs]))
+    levels = ["--levels", "1,8", "--repeats", "2"]
+    return max(accuracy, cross_check.main([*levels, *docs], command))
 
 
 STEPS: Mapping[str, Step] = {

@@ -5,8 +5,9 @@ use std::convert::Infallible;
 use std::io;
 use std::net::{Ipv4Addr, SocketAddr};
 use std::pin::Pin;
+use std::sync::Arc;
 use std::task::{Context, Poll};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use http_body_util::combinators::UnsyncBoxBody;
@@ -21,7 +22,9 @@ use serde::Deserialize;
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::watch;
 use tokio::task::JoinSet;
-use tokio::time::{Instant, Sleep};
+use tokio::time::Sleep;
+
+use crate::alarm::{Alarm, Alarms};
 
 /// Answered of a request that names no number.
 const DEFAULT_TOKENS: u32 = 16;
@@ -63,6 +66,7 @@ pub fn run_endpoint(port: u16, speed: Speed, stop: watch::Receiver<bool>) -> io:
 }
 
 async fn accept(port: u16, speed: Speed, mut stop: watch::Receiver<bool>) -> io::Result<()> {
+    let alarms = Arc::new(Alarms::start()?);
     let listener = TcpListener::bind(SocketAddr::from((Ipv4Addr::LOCALHOST, port))).await?;
     let mut connections = JoinSet::new();
     loop {
@@ -70,19 +74,19 @@ async fn accept(port: u16, speed: Speed, mut stop: watch::Receiver<bool>) -> io:
             _ = stop.changed() => return Ok(()),
             accepted = listener.accept() => {
                 let (stream, _) = accepted?;
-                connections.spawn(serve(stream, speed));
+                connections.spawn(serve(stream, speed, Arc::clone(&alarms)));
             }
             Some(_) = connections.join_next(), if !connections.is_empty() => {}
         }
     }
 }
 
-async fn serve(stream: TcpStream, speed: Speed) {
+async fn serve(stream: TcpStream, speed: Speed, alarms: Arc<Alarms>) {
     // Without this a token would wait for the acknowledgement of the one before it.
     if stream.set_nodelay(true).is_err() {
         return;
     }
-    let answer = service_fn(move |request| answer(request, speed));
+    let answer = service_fn(|request| answer(request, speed, &alarms));
     let served = http1::Builder::new()
         .timer(TokioTimer::new())
         .serve_connection(TokioIo::new(stream), answer);
@@ -93,6 +97,7 @@ async fn serve(stream: TcpStream, speed: Speed) {
 async fn answer(
     request: Request<Incoming>,
     speed: Speed,
+    alarms: &Alarms,
 ) -> Result<Response<AnswerBody>, Infallible> {
     if request.method() != Method::POST {
         let models =
@@ -113,7 +118,7 @@ async fn answer(
     };
     let tokens = asked.tokens();
     if asked.stream {
-        let events = Events::new(kind, tokens, speed);
+        let events = Events::new(kind, tokens, speed, alarms);
         let mut response = Response::new(events.boxed_unsync());
         let kind = HeaderValue::from_static("text/event-stream");
         response.headers_mut().insert(CONTENT_TYPE, kind);
@@ -205,19 +210,25 @@ struct Events {
     tokens: u32,
     sent: u32,
     flushed: bool,
+    /// Of the first token, exactly.
+    first: Alarm,
+    /// Of those after it, within a millisecond.
     due: Pin<Box<Sleep>>,
     tbt: Duration,
 }
 
 impl Events {
-    fn new(kind: Kind, tokens: u32, speed: Speed) -> Events {
+    fn new(kind: Kind, tokens: u32, speed: Speed, alarms: &Alarms) -> Events {
+        let first = Instant::now() + speed.ttft;
+        let second = first + speed.tbt.saturating_sub(HALF_TICK);
         Events {
             kind,
             token: kind.chunk("null"),
             tokens,
             sent: 0,
             flushed: false,
-            due: Box::pin(tokio::time::sleep(speed.ttft.saturating_sub(HALF_TICK))),
+            first: alarms.at(first),
+            due: Box::pin(tokio::time::sleep_until(second.into())),
             tbt: speed.tbt,
         }
     }
@@ -239,7 +250,13 @@ impl Body for Events {
             context.waker().wake_by_ref();
             return Poll::Pending;
         }
-        if self.due.as_mut().poll(context).is_pending() {
+        let due = match self.sent {
+            0 => Pin::new(&mut self.first).poll(context),
+            // The end follows the last token at once.
+            sent if sent == self.tokens => Poll::Ready(()),
+            _ => self.due.as_mut().poll(context),
+        };
+        if due.is_pending() {
             return Poll::Pending;
         }
         let event = if self.sent < self.tokens {
@@ -250,8 +267,8 @@ impl Body for Events {
         self.sent += 1;
         self.flushed = false;
         // Each is due at its time, so that one that came late makes no other late.
-        if self.sent < self.tokens {
-            let next: Instant = self.due.deadline() + self.tbt;
+        if self.sent > 1 {
+            let next = self.due.deadline() + self.tbt;
             self.due.as_mut().reset(next);
         }
         Poll::Ready(Some(Ok(Frame::data(event))))
@@ -281,7 +298,8 @@ mod tests {
             ttft: Duration::ZERO,
             tbt: Duration::ZERO,
         };
-        let mut events = Events::new(Kind::Chat, 3, speed);
+        let alarms = Alarms::start().unwrap();
+        let mut events = Events::new(Kind::Chat, 3, speed, &alarms);
         let mut texts = Vec::new();
         while let Some(frame) = events.frame().await {
             let data = frame.unwrap().into_data().unwrap();

@@ -3,6 +3,7 @@
 //! For tests of gateways and for measuring a gateway alone. `endpoint` is its counterpart over HTTP: no engine of
 //! ours, but what a gateway has behind it where its engines are foreign.
 
+mod alarm;
 mod babbler;
 mod endpoint;
 mod engine;
