@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use sqlx::any::{AnyPoolOptions, install_default_drivers};
 use sqlx::migrate::Migrator;
-use sqlx::{Any, AnyPool, Executor as _, Row as _, Transaction};
+use sqlx::{Any, AnyPool, Connection as _, Executor as _, Row as _, Transaction};
 use tokio::sync::OnceCell;
 
 use crate::error::{AccountsError, Result};
@@ -72,6 +72,12 @@ impl Database {
             })
             .acquire_timeout(timeout)
             .idle_timeout(Duration::from_secs(600))
+            .before_acquire(|connection, _| {
+                // After an error of the disk SQLite rolls back by itself, which sqlx does not notice: it would refuse
+                // every further transaction on that connection.
+                let is_usable = !connection.is_in_transaction();
+                Box::pin(async move { Ok(is_usable) })
+            })
             .after_connect(move |connection, _| {
                 Box::pin(async move {
                     if dialect == Dialect::Sqlite {
