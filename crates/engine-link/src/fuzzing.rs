@@ -12,8 +12,7 @@ mod tests {
     #[test]
     fn the_seeds_of_every_target_pass() {
         type Target = (&'static str, fn(&[u8]));
-        let targets: [Target; 2] =
-            [("gateway_side", gateway_side), ("engine_side", engine_side)];
+        let targets: [Target; 2] = [("gateway_side", gateway_side), ("engine_side", engine_side)];
         for (name, target) in targets {
             let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../fuzz/seeds");
             let seeds: Vec<_> = std::fs::read_dir(folder.join(name)).unwrap().collect();
