@@ -8,6 +8,7 @@ gateways   bench_gateway.py, twice                                              
 fast       bench_peers.py: the fast systems, in turns, twice                             6
 slow       bench_peers.py: the others, once; `timeout` at 60 s                          12
 mixtral    bench_peers.py on the Mixtral shape at 1, 8, 64, once                         4
+parallel   tensor_parallel.py: ranks, and a mixture beside a dense model of its active size  4
 ablation   ablation.py before a fake engine and the real one                             3
 checks     bench_accuracy.py and cross_check.py, into docs/benchmarking.md               5
 
@@ -29,6 +30,7 @@ import bench_accuracy
 import bench_gateway
 import bench_peers
 import cross_check
+import tensor_parallel
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 PERFORMANCE, BENCHMARKING = DOCS / "performance.md", DOCS / "benchmarking.md"
@@ -67,6 +69,16 @@ def mixtral(left_s: float, fresh: Sequence[str], command: str) -> int:
     return _peers(left_s, command, 240.0, *flags, "--repeats", "1", *fresh)
 
 
+def parallel(_left_s: float, _fresh: Sequence[str], _command: str) -> int:
+    shapes = (
+        ("--shape", "qwen3-0.6b"),
+        ("--shape", "mixtral-1b"),
+        ("--shape", "mixtral-1b-active", "--against", "mixtral-1b"),
+    )
+    docs = ("--docs", str(PERFORMANCE))
+    return max(tensor_parallel.main([*shape, "--rounds", "2", *docs]) for shape in shapes)
+
+
 def parts(_left_s: float, _fresh: Sequence[str], command: str) -> int:
     docs = ["--docs", str(PERFORMANCE)]
     return max(ablation.main([*docs, "--engine", engine], command) for engine in ("fake", "demo"))
@@ -84,6 +96,7 @@ STEPS: Mapping[str, Step] = {
     "fast": fast,
     "slow": slow,
     "mixtral": mixtral,
+    "parallel": parallel,
     "ablation": parts,
     "checks": checks,
 }

@@ -3,6 +3,9 @@
     python benchmarks/tensor_parallel.py                     int8, 2 threads: 1 process and 2 ranks
     python benchmarks/tensor_parallel.py --docs none         leaves docs/performance.md alone
     python benchmarks/tensor_parallel.py --shape mixtral-1b  and with experts divided whole
+    python benchmarks/tensor_parallel.py --shape mixtral-1b-active --against mixtral-1b
+                                                             a mixture beside a dense model that
+                                                             computes as much, one process each
 
 A decode step of N streams has 160 tokens of context each, in blocks of their own; a prompt has 128
 tokens. Steps are greedy and recorded. Each configuration is loaded anew in every round, a process
@@ -16,7 +19,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,13 +38,14 @@ REPEATS = {"decode of 1": 40, "decode of 8": 24, "decode of 64": 10, "prompt of 
 class Layout:
     """How a replica uses the cores."""
 
-    ranks: int
+    shape: str
+    ranks: int = 1
     whole_experts: bool = False
 
     @property
     def name(self) -> str:
         if self.ranks == 1:
-            return "1 process"
+            return f"{self.shape}, 1 process"
         return f"{self.ranks} ranks" + (", whole experts" if self.whole_experts else "")
 
     @property
@@ -101,7 +105,10 @@ def table(times: Mapping[str, Mapping[str, list[tuple[float, float]]]]) -> str:
         for name, found in times.items():
             step_ms = statistics.median(step for step, _ in found[what])
             cell = f"{step_ms:.1f}"
-            if name != first:
+            if name != first and "process" in name:
+                one = statistics.median(step for step, _ in times[first][what])
+                cell += f" ({step_ms / one:.2f} x)"
+            elif name != first:
                 exchange_ms = statistics.median(exchange for _, exchange in found[what])
                 one = statistics.median(step for step, _ in times[first][what])
                 cell += f" ({step_ms / one:.2f} x; {exchange_ms:.1f} waiting and adding)"
@@ -110,9 +117,11 @@ def table(times: Mapping[str, Mapping[str, list[tuple[float, float]]]]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def main() -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
+    arguments = sys.argv[1:] if arguments is None else arguments
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--shape", choices=make_shape.SHAPES, default="qwen3-0.6b")
+    parser.add_argument("--against", choices=make_shape.SHAPES, help="in place of ranks")
     parser.add_argument("--quantization", choices=("none", "int8", "int4"), default="int8")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=3)
@@ -120,21 +129,26 @@ def main() -> int:
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--ranks", type=int, default=1, help=argparse.SUPPRESS)
     parser.add_argument("--whole-experts", action="store_true", help=argparse.SUPPRESS)
-    given = parser.parse_args()
+    given = parser.parse_args(arguments)
     if given.folder is not None:
-        layout = Layout(given.ranks, given.whole_experts)
+        layout = Layout(given.shape, given.ranks, given.whole_experts)
         measure(given.folder, layout, given.threads, given.quantization)
         return 0
-    layouts = [Layout(1), Layout(given.threads)]
-    if "num_local_experts" in make_shape.SHAPES[given.shape]:
-        layouts.append(Layout(given.threads, whole_experts=True))
+    layouts = [Layout(given.shape)]
+    if given.against is not None:
+        layouts.append(Layout(given.against))
+    else:
+        layouts.append(Layout(given.shape, given.threads))
+        if "num_local_experts" in make_shape.SHAPES[given.shape]:
+            layouts.append(Layout(given.shape, given.threads, whole_experts=True))
     times: dict[str, dict[str, list[tuple[float, float]]]] = {}
     with tempfile.TemporaryDirectory() as folder:
-        shape = Path(folder) / given.shape
-        make_shape.write(given.shape, shape)
+        for shape in {layout.shape for layout in layouts}:
+            make_shape.write(shape, Path(folder) / shape)
         for _ in range(given.rounds):
             for layout in layouts:
-                command = [sys.executable, __file__, f"--folder={shape}", *layout.arguments]
+                at = Path(folder) / layout.shape
+                command = [sys.executable, __file__, f"--folder={at}", *layout.arguments]
                 command += [f"--threads={given.threads}", f"--quantization={given.quantization}"]
                 ran = subprocess.run(command, check=True, capture_output=True, text=True)
                 for what, found in json.loads(ran.stdout.splitlines()[-1]).items():
@@ -142,13 +156,14 @@ def main() -> int:
     text = table(times)
     print(text)
     if given.docs != "none":
-        shown = shlex.join(["python", "benchmarks/tensor_parallel.py", *sys.argv[1:]])
+        shown = shlex.join(["python", "benchmarks/tensor_parallel.py", *arguments])
         machine = describe_machine()
         heading = (
             f"{given.shape} shape, random weights, {given.quantization}, {given.threads} threads "
             f"in all, on {machine['cores']} cores of {machine['cpu']}:\n\n    {shown}\n\n"
         )
-        write_section(Path(given.docs), f"tensor parallel, {given.shape}", heading + text)
+        name = "tensor parallel" if given.against is None else f"beside {given.against}"
+        write_section(Path(given.docs), f"{name}, {given.shape}", heading + text)
     return 0
 
 
