@@ -77,8 +77,8 @@ class CountedExperts:
     def __enter__(self) -> "CountedExperts":
         plain, found = self._plain, self.found
 
-        def counted(routed: moe.Routed, *args: Any) -> None:
-            plain(routed, *args)
+        def counted(routed: moe.Routed, *args: Any, **more: Any) -> None:
+            plain(routed, *args, **more)
             found.append(int(routed.counts.count_nonzero().item()))
 
         moe.Routed.__init__ = counted

@@ -1,6 +1,10 @@
 """What is written about a GPU: tiles that the kernels can read back, and a summary of any part."""
 
+import sys
+
+from gpu_figures import PARTS
 from make_shape import SHAPES
+from on_gpu.parts import LEAST_S, run_parts
 from on_gpu.summary import summary
 from on_gpu.tiles import Best, Problem, best_tile, candidates, problems, toml
 
@@ -55,7 +59,20 @@ def row(concurrency, level="ok"):
 def test_parts_that_are_missing_or_failed_say_so():
     text = summary({"kernels": {"error": "RuntimeError: no"}})
     assert "failed: RuntimeError: no" in text
-    assert text.count("not measured") == 5
+    assert text.count("not measured") == len(PARTS) - 1
+
+
+def test_rows_before_a_failure_are_shown():
+    text = summary({"mixtral": {"ready_after_s": 9.0, "rows": [row(1)], "error": "timeout"}})
+    assert "failed: timeout" in text
+    assert "| 1 | 12.3 | 12.35 |" in text
+
+
+def test_a_row_of_collapsed_routing_does_not_count():
+    rows = [{"sequences": 64, "experts": 7.1}, {"sequences": 8, "experts": 5.0}]
+    text = summary({"experts": rows})
+    assert "| 64 | 7.10: random weights have collapsed" in text
+    assert "| 8 | 5.00 |" in text
 
 
 def test_every_part_is_written():
@@ -63,6 +80,7 @@ def test_every_part_is_written():
         {
             "machine": {"gpus": ["NVIDIA H200"]},
             "ceilings": {"read_gb_s": 4300.0},
+            "check": {"passed": False, "result": "1 failed", "wrong": ["FAILED a"]},
             "kernels": [
                 {
                     "kernel": "k", "shape": "1 x 2", "seconds": 1e-5, "gb_s": 4000,
@@ -84,6 +102,8 @@ def test_every_part_is_written():
             "experts": [{"sequences": 64, "experts": 7.96}],
             "mixtral": {"ready_after_s": 18.0, "rows": [row(1), row(64, "timeout")]},
             "qwen3": {"ready_after_s": 4.0, "rows": [row(1)]},
+            "ready": {"mixtral-8x7b": 12.0},
+            "ranks": {"2 GPUs": {"ready_after_s": 4.0, "rows": [row(1)]}},
             "peers": {
                 "m": {"rows": [{"concurrency": 1, "output_tok_s": 50.0}]},
                 "n": {"error": "y"},
@@ -93,6 +113,53 @@ def test_every_part_is_written():
     assert "| k | 1 x 2 | 10.0 | 4000 | 93% |" in text
     assert "| 1 | 12.3 | 12.35 | 100 | 25.0 / 4.5 | 25.0 / 8.5 |" in text
     assert "| 64 | timeout | timeout | 100 | 99.0 / 15.0 | 99.4 / 16.5 |" in text
-    assert "| b | 8 | 2.00 | 1.90 | 0.50 |" in text
-    assert "| 64 | 7.96 |" in text
+    assert "| b | 8 | 2.00 | 1.90 | 0.10 | 0.50 |" in text
+    assert "| mixtral-8x7b | 12.0 | 20 |" in text
+    assert "FAILED a" in text
     assert "not measured" not in text
+
+
+# ------------------------------------------------------------ parts, each within a time of its own
+
+
+def run(scripts, seconds=30.0, left_s=lambda: 1e9):
+    found = {}
+    run_parts(
+        dict.fromkeys(scripts, seconds),
+        lambda part, _seconds: [sys.executable, "-c", scripts[part]],
+        left_s,
+        found.__setitem__,
+    )
+    return found
+
+
+def test_a_part_that_dies_ends_no_other():
+    found = run(
+        {
+            "killed": "import os, signal; os.kill(os.getpid(), signal.SIGKILL)",
+            "failed": "raise SystemExit(3)",
+            "fine": "",
+        }
+    )
+    assert found == {
+        "killed": "ended by SIGKILL", "failed": "ended with exit status 3", "fine": None
+    }  # fmt: skip
+
+
+def test_no_part_is_begun_when_the_minutes_are_over():
+    found = run({"a": "raise SystemExit(3)"}, left_s=lambda: LEAST_S - 1)
+    assert found == {"a": "not begun, the minutes are over"}
+
+
+def test_a_part_is_told_when_its_time_is_over():
+    """In a process of its own, as the timer is the process's."""
+    script = """
+import time
+from on_gpu.parts import OutOfTimeError, within
+try:
+    within(0.05, lambda: time.sleep(60))
+except OutOfTimeError:
+    raise SystemExit(7)
+"""
+    found = run({"slow": f"import sys; sys.path[:0] = {sys.path!r}\n{script}"})
+    assert found == {"slow": "ended with exit status 7"}
