@@ -43,7 +43,7 @@ def tile_for(kernel: str, rows: int, n: int, k: int, device: torch.device, copie
     """The tile of `kernel` ("linear bf16", "experts fp8", ...) for `rows` rows and [n, k] weights;
     for experts `rows` is how many one of them has to expect, and `copies` how many of them read."""
     if device.type == "cuda":
-        measured = tiles_of(torch.cuda.get_device_name(device))
+        measured = tiles_of(_name_of(device))
         for up_to, tile in measured.get((kernel, n, k), ()):
             if rows <= up_to:
                 return tile
@@ -60,6 +60,11 @@ def default_tile(kernel: str, rows: int, n: int) -> Tile:
     while outputs > 16 and -(-n // outputs) < _MULTIPROCESSORS:
         outputs //= 2
     return Tile(16 if rows <= 16 else 32 if rows <= 32 else 64, outputs, 128, 4, 4)
+
+
+@cache
+def _name_of(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device)
 
 
 @cache

@@ -1,6 +1,5 @@
-"""Attention in Triton, over the cache that cache.py draws.
+"""Attention in Triton, over the cache that cache.py draws and rotary/triton.py fills.
 
-    store_kv   normalise and turn heads, store keys and values        a program per token and head
     decode     one query a sequence, split over its keys and values   per sequence, kv head, split
     combine    the splits' softmaxes to one                           per sequence and head
     prefill    several queries a sequence                             per tile of queries and head
@@ -18,6 +17,7 @@ from torch import Tensor
 from scalellm.kernels.attention.cache import LayerCache
 from scalellm.kernels.attention.heads import Heads
 from scalellm.kernels.attention.paged import PREFILL_TILE, PagedStep
+from scalellm.kernels.rotary.triton import store_kv
 
 KEY_TILE = 64  # keys of one step of a program's loop
 MAX_SPLITS = 32
@@ -36,98 +36,6 @@ def attention(
     if len(step.tiles):
         prefill(query, heads, cache, step, out)
     return out.view(len(out), -1)
-
-
-@triton.jit
-def _store_kv(
-    qkv,
-    query_norm,
-    key_norm,
-    angles,
-    query,
-    keys,
-    values,
-    slots,
-    stride,
-    block_size,
-    eps,
-    HEADS: tl.constexpr,
-    KV_HEADS: tl.constexpr,
-    DIM: tl.constexpr,
-    TURNED: tl.constexpr,
-    NORM: tl.constexpr,
-    FP8: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    token = tl.program_id(0).to(tl.int64)
-    head = tl.program_id(1)
-    columns = tl.arange(0, BLOCK)
-    inside = columns < DIM
-    row = qkv + token * stride + head * DIM
-    x = tl.load(row + columns, mask=inside, other=0.0).to(tl.float32)
-    if head < HEADS + KV_HEADS:
-        HALF: tl.constexpr = TURNED // 2
-        first = columns < HALF
-        turned = columns < TURNED
-        partner = tl.where(first, columns + HALF, columns - HALF)
-        other = tl.load(row + partner, mask=turned, other=0.0).to(tl.float32)
-        if NORM:
-            scale = tl.rsqrt(tl.sum(x * x) / DIM + eps)
-            learned = query_norm
-            if head >= HEADS:
-                learned = key_norm
-            x *= scale * tl.load(learned + columns, mask=inside, other=0.0).to(tl.float32)
-            other *= scale * tl.load(learned + partner, mask=turned, other=0.0).to(tl.float32)
-        pair = tl.where(first, columns, partner)
-        cos = tl.load(angles + token * TURNED + pair, mask=turned, other=1.0)
-        sin = tl.load(angles + token * TURNED + HALF + pair, mask=turned, other=0.0)
-        x = x * cos + tl.where(first, -other, other) * sin
-    if head < HEADS:
-        out = query + (token * HEADS + head) * DIM + columns
-        tl.store(out, x.to(query.dtype.element_ty), mask=inside)
-    else:
-        slot = tl.load(slots + token).to(tl.int64)
-        kv_head = (head - HEADS) % KV_HEADS
-        run = (slot // block_size) * KV_HEADS + kv_head
-        place = (run * block_size + slot % block_size) * DIM + columns
-        if FP8:
-            x = tl.minimum(tl.maximum(x, -448.0), 448.0)
-        stored = x.to(keys.dtype.element_ty)
-        if slot >= 0:
-            if head < HEADS + KV_HEADS:
-                tl.store(keys + place, stored, mask=inside)
-            else:
-                tl.store(values + place, stored, mask=inside)
-
-
-def store_kv(
-    qkv: Tensor, heads: Heads, angles: Tensor, cache: LayerCache, step: PagedStep
-) -> Tensor:
-    """Store the step's keys and values; returns its queries [T, heads, head_dim], turned."""
-    tokens, norm = len(qkv), heads.norm
-    query = qkv.new_empty(tokens, heads.num_heads, heads.head_dim)
-    _store_kv[(tokens, heads.num_heads + 2 * heads.num_kv_heads)](
-        qkv,
-        qkv if norm is None else norm.query_weight,
-        qkv if norm is None else norm.key_weight,
-        angles,
-        query,
-        cache.keys,
-        cache.values,
-        step.slots,
-        qkv.stride(0),
-        cache.keys.shape[2],
-        0.0 if norm is None else norm.eps,
-        HEADS=heads.num_heads,
-        KV_HEADS=heads.num_kv_heads,
-        DIM=heads.head_dim,
-        TURNED=angles.shape[1],
-        NORM=norm is not None,
-        FP8=cache.keys.dtype.itemsize == 1,
-        BLOCK=triton.next_power_of_2(heads.head_dim),
-        num_warps=1,
-    )
-    return query
 
 
 @triton.jit
@@ -180,27 +88,11 @@ def _attend(
 
 @triton.jit
 def _decode(
-    query,
-    keys,
-    values,
-    spans,
-    tables,
-    decodes,
-    out,
-    sums_of_split,
-    weights_of_split,
-    width,
-    block_size,
-    scale,
-    HEADS: tl.constexpr,
-    KV_HEADS: tl.constexpr,
-    DIM: tl.constexpr,
-    WINDOW: tl.constexpr,
-    SPLITS: tl.constexpr,
+    query, keys, values, spans, tables, decodes, out, sums_of_split, weights_of_split, width,
+    block_size, scale, HEADS: tl.constexpr, KV_HEADS: tl.constexpr, DIM: tl.constexpr,
+    WINDOW: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr, SPLITS: tl.constexpr,
     ROWS: tl.constexpr,
-    TILE: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+):  # fmt: skip
     index = tl.program_id(0)
     kv_head = tl.program_id(1)
     split = tl.program_id(2)
@@ -269,6 +161,18 @@ def _combine(
     tl.store(out + place, whole.to(out.dtype.element_ty), mask=inside)
 
 
+def _shape(heads: Heads) -> dict[str, int]:
+    """What a kernel that attends is compiled for."""
+    return {
+        "HEADS": heads.num_heads,
+        "KV_HEADS": heads.num_kv_heads,
+        "DIM": heads.head_dim,
+        "WINDOW": heads.window or 0,
+        "TILE": KEY_TILE,
+        "BLOCK": max(16, triton.next_power_of_2(heads.head_dim)),
+    }
+
+
 def splits_for(sequences: int, kv_heads: int, longest: int) -> int:
     """Parts to cut each sequence's keys into: a power of two that fills a GPU, and gives no part
     less than a tile when a sequence has `longest` tokens."""
@@ -297,10 +201,10 @@ def decode(
         splits = splits_for(count, heads.num_kv_heads, step.tables.shape[1] * block_size)
     sums, weights = out, out
     if splits > 1:
-        shape = (count, heads.num_heads, splits)
-        sums = torch.empty(*shape, dim, dtype=torch.float32, device=query.device)
-        weights = torch.empty(*shape, 2, dtype=torch.float32, device=query.device)
-    block = max(16, triton.next_power_of_2(dim))
+        parts = (count, heads.num_heads, splits)
+        sums = torch.empty(*parts, dim, dtype=torch.float32, device=query.device)
+        weights = torch.empty(*parts, 2, dtype=torch.float32, device=query.device)
+    shape = _shape(heads)
     _decode[(count, heads.num_kv_heads, splits)](
         query,
         cache.keys,
@@ -314,44 +218,25 @@ def decode(
         step.tables.stride(0),
         block_size,
         heads.scale * _LOG2_E,
-        HEADS=heads.num_heads,
-        KV_HEADS=heads.num_kv_heads,
-        DIM=dim,
-        WINDOW=heads.window or 0,
+        **shape,
         SPLITS=splits,
         ROWS=max(16, triton.next_power_of_2(heads.num_heads // heads.num_kv_heads)),
-        TILE=KEY_TILE,
-        BLOCK=block,
         num_warps=4,
         num_stages=3,
     )
     if splits > 1:
         _combine[(count, heads.num_heads)](
             sums, weights, step.spans, step.decodes, out,
-            HEADS=heads.num_heads, DIM=dim, SPLITS=splits, BLOCK=block, num_warps=1,
+            HEADS=heads.num_heads, DIM=dim, SPLITS=splits, BLOCK=shape["BLOCK"], num_warps=1,
         )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["width"])
 def _prefill(
-    query,
-    keys,
-    values,
-    spans,
-    tables,
-    tiles,
-    out,
-    width,
-    block_size,
-    scale,
-    HEADS: tl.constexpr,
-    KV_HEADS: tl.constexpr,
-    DIM: tl.constexpr,
-    WINDOW: tl.constexpr,
-    ROWS: tl.constexpr,
-    TILE: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+    query, keys, values, spans, tables, tiles, out, width, block_size, scale,
+    HEADS: tl.constexpr, KV_HEADS: tl.constexpr, DIM: tl.constexpr, WINDOW: tl.constexpr,
+    TILE: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
     index = tl.program_id(0)
     head = tl.program_id(1)
     span = tl.load(tiles + 2 * index).to(tl.int64)
@@ -393,13 +278,8 @@ def prefill(query: Tensor, heads: Heads, cache: LayerCache, step: PagedStep, out
         step.tables.stride(0),
         cache.keys.shape[2],
         heads.scale * _LOG2_E,
-        HEADS=heads.num_heads,
-        KV_HEADS=heads.num_kv_heads,
-        DIM=heads.head_dim,
-        WINDOW=heads.window or 0,
+        **_shape(heads),
         ROWS=PREFILL_TILE,
-        TILE=KEY_TILE,
-        BLOCK=max(16, triton.next_power_of_2(heads.head_dim)),
         num_warps=4,
         num_stages=2,
     )

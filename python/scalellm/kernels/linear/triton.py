@@ -4,7 +4,8 @@
 
 A program computes a tile of rows by outputs. Where fp8 numbers have several scales along k, each
 step of k is scaled as it is added: that also keeps sums in full fp32, which Hopper's fp8 products
-alone do not.
+alone do not. Numbers of rows are not what a kernel is compiled for, here and elsewhere: the next
+batch would wait for the compiler.
 """
 
 import torch
@@ -92,7 +93,7 @@ def silu_and_mul(gate, up):
     return gate / (1.0 + tl.exp(-gate)) * up
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _linear(
     x,
     x_scales,

@@ -92,18 +92,9 @@ def _first_of(value, ids):
 
 @triton.jit
 def _draw(
-    scores,
-    peaks,
-    draws,
-    masses,
-    out,
-    vocab,
-    stride,
-    groups,
-    NOISE: tl.constexpr,
-    GROUP: tl.constexpr,
-    GROUPS: tl.constexpr,
-):
+    scores, peaks, draws, masses, out, vocab, stride, groups, NOISE: tl.constexpr,
+    GROUP: tl.constexpr, GROUPS: tl.constexpr,
+):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     best, group = _row_peak(peaks, row, groups, GROUPS)
     member = tl.arange(0, GROUP)
@@ -160,17 +151,9 @@ def _mass_before(scores, row, limit, kept, best, temperature, vocab, stride, CHU
 
 @triton.jit
 def _truncated(
-    scores,
-    peaks,
-    draws,
-    masses,
-    out,
-    vocab,
-    stride,
-    groups,
-    CHUNK: tl.constexpr,
+    scores, peaks, draws, masses, out, vocab, stride, groups, CHUNK: tl.constexpr,
     GROUPS: tl.constexpr,
-):
+):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     own = draws + row * _FIELDS
     wide = tl.load(own).to(tl.float64, bitcast=True)
