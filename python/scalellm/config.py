@@ -93,12 +93,13 @@ class EngineConfig:
     )
     tensor_parallel_size: int = setting(
         1,
-        "Processes of a CPU host that share each layer: 1, 2, 4 or 8, as the model's heads allow",
+        "Ranks that share each layer, processes of a CPU host or a GPU each: 1, 2, 4 or 8, as the "
+        "model's heads allow",
         minimum=1,
         maximum=8,
     )
     enable_expert_parallel: bool = setting(
-        False, "Divide a mixture's experts over those processes, instead of each expert"
+        False, "Divide a mixture's experts over those ranks, instead of each expert"
     )
     cpu_threads: int | None = setting(
         None,

@@ -1,5 +1,6 @@
 """Several ranks give the bits of one, and end together."""
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -75,17 +76,14 @@ def folder_of(tmp_path_factory):
 
 
 def load(folder, ranks=1, **settings):
+    usual = {"dtype": "bfloat16", "device": "cpu", "block_size": BLOCK, "cpu_threads": ranks}
     return load_executor(
         EngineConfig(
             model_path=folder,
-            dtype="bfloat16",
-            device="cpu",
-            block_size=BLOCK,
             kv_cache_memory_bytes=8 << 20,
             max_num_batched_tokens=128,
-            cpu_threads=ranks,
             tensor_parallel_size=ranks,
-            **settings,
+            **usual | settings,
         )
     )
 
@@ -187,6 +185,49 @@ def test_tokens_of_requests_that_preempt_each_other(folder_of):
     assert found[0] == found[1]
 
 
+# ------------------------------------------------------------ by torch, over gloo
+
+
+@pytest.mark.parametrize(
+    ("model", "ranks", "settings"),
+    [
+        ("dense", 2, {}),
+        ("dense", 4, {}),
+        ("mixtral", 2, {}),
+        ("qwen3-moe", 2, {"enable_expert_parallel": True}),
+        ("dense-int4", 2, {"dtype": "bfloat16", "kv_cache_dtype": "float32"}),
+    ],
+    ids=str,
+)
+def test_ranks_of_torch_are_close_to_one(folder_of, model, ranks, settings):
+    """Sums have another order, so bits differ."""
+    settings = {"dtype": "float32"} | settings
+    alone = {k: v for k, v in settings.items() if k != "enable_expert_parallel"}
+    one, several = load(folder_of(model), **alone), load(folder_of(model), ranks, **settings)
+    try:
+        assert not several.recorded
+        (expected, _), (logits, ids) = results(one), results(several)
+        assert ids is None
+        tolerance = 1e-3 if settings["dtype"] == "float32" else 0.1
+        torch.testing.assert_close(logits, expected, atol=tolerance, rtol=tolerance)
+        assert several.num_blocks == one.num_blocks // max(1, ranks // 2)
+    finally:
+        several.close()
+        one.close()
+
+
+def test_a_killed_rank_of_torch_ends_the_replica(folder_of):
+    executor = load(folder_of("dense"), 2, dtype="float32")
+    try:
+        os.kill(executor.rank_pids[0], signal.SIGKILL)
+        with pytest.raises(EngineError, match="lost a rank"):
+            while True:
+                with contextlib.suppress(RuntimeError):  # gloo's, before the reason is known
+                    executor.forward(Batch((Span(ids_of(TOKENS), 0, range(5), 1),)))
+    finally:
+        executor.close()
+
+
 # ------------------------------------------------------------ what cannot be
 
 
@@ -195,7 +236,6 @@ def test_tokens_of_requests_that_preempt_each_other(folder_of):
     [
         ("dense", {"tensor_parallel_size": 3}, "it can be 1, 2, 4, 8; what fits: 1, 2, 4, 8"),
         ("dense", {"tensor_parallel_size": 2, "quantization": "int4"}, "the 288 inputs of the MLP"),
-        ("dense", {"tensor_parallel_size": 2, "dtype": "float32"}, "--dtype bfloat16"),
         ("dense", {"enable_expert_parallel": True}, "has no experts"),
         (
             "mixtral",

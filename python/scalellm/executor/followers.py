@@ -57,14 +57,20 @@ class Followers:
     def load(self, orders: Sequence[bytes]) -> None:
         """Have each load what its order says; returns at once."""
         for control, line in zip(self._controls, orders, strict=True):
-            with contextlib.suppress(OSError):  # `wait_loaded` finds out why
+            with contextlib.suppress(OSError):  # `wait_done` finds out why
                 control.sendall(line)
 
-    def wait_loaded(self) -> None:
-        """Raises EngineError for the first that cannot."""
+    def wait_done(self, limit_s: float | None = None) -> None:
+        """Until each says so. Raises EngineError for the first that cannot, TimeoutError when one
+        takes longer."""
         for rank, control in enumerate(self._controls, start=1):
-            with control.makefile("rb") as stream:
-                line = stream.readline()
+            control.settimeout(limit_s)
+            try:
+                with control.makefile("rb") as stream:
+                    line = stream.readline()
+            except ConnectionError:
+                line = b""
+            control.settimeout(None)
             if not line:
                 raise EngineError(self._why(rank))
             if error := json.loads(line).get("error"):

@@ -49,10 +49,11 @@ class GpuSteps:
         device: torch.device,
         draw: Draw,
         graphs: DecodeGraphs | None,
+        tally: Tensor | None = None,
     ) -> None:
-        """`draw`: greedy; `graphs`: None to run every step from Python."""
+        """`draw`: greedy; `graphs`: None to run every step from Python; `tally`: as of Step."""
         self._model, self._cache, self._device = model, cache, device
-        self._draw, self._graphs = draw, graphs
+        self._draw, self._graphs, self._tally = draw, graphs, tally
         self._ahead: Ahead | None = None
         self.steps_ahead = 0  # that were asked for
 
@@ -62,7 +63,7 @@ class GpuSteps:
         if self._graphs is not None and self._graphs.fits(arrays):
             return self._graphs.launch(arrays).logits
         token_ids, step = build_paged_step(arrays, self._cache, self._device)
-        return self._model.forward(token_ids, step)
+        return self._model.forward(token_ids, replace(step, tally=self._tally))
 
     def greedy(self, arrays: StepArrays, followed: bool) -> list[int | None]:
         """The id of each logit row's largest logit, None where that is not finite.
@@ -127,9 +128,11 @@ def _lengths(arrays: StepArrays) -> npt.NDArray[np.int64]:
     return np.append(begins[1:], len(arrays.tables)) - begins
 
 
-def gpu_steps(config: EngineConfig, loaded: LoadedModel, cache: KVCache) -> GpuSteps | None:
+def gpu_steps(
+    config: EngineConfig, loaded: LoadedModel, cache: KVCache, tally: Tensor | None
+) -> GpuSteps | None:
     """How a model's steps are run on a GPU; None where torch runs them: on a CPU, and for models
-    that transformers' code computes."""
+    that transformers' code computes. `tally`: as of Step."""
     if loaded.device.type != "cuda" or loaded.config.family == "transformers":
         return None
     from scalellm.kernels.sampling.triton import draw, greedy
@@ -140,5 +143,5 @@ def gpu_steps(config: EngineConfig, loaded: LoadedModel, cache: KVCache) -> GpuS
     graphs: DecodeGraphs | None = None
     if not config.enforce_eager:
         most = min(config.max_num_seqs, config.max_num_batched_tokens)
-        graphs = DecodeGraphs(loaded.model, cache, most, greedy, CudaGraphs())
-    return GpuSteps(loaded.model, cache, loaded.device, greedy, graphs)
+        graphs = DecodeGraphs(loaded.model, cache, most, greedy, CudaGraphs(), tally)
+    return GpuSteps(loaded.model, cache, loaded.device, greedy, graphs, tally)

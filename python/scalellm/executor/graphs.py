@@ -39,16 +39,19 @@ class CudaGraphs:
 
     def __init__(self) -> None:
         self._pool = torch.cuda.graph_pool_handle()
+        self._beside = torch.cuda.Stream()
         self._graphs: list[torch.cuda.CUDAGraph] = []
 
     def __call__(self, work: Callable[[], None]) -> Callable[[], None]:
-        beside = torch.cuda.Stream()
+        beside = self._beside
         beside.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(beside):
             work()  # kernels are compiled and loaded before anything is recorded
         torch.cuda.current_stream().wait_stream(beside)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool):
+        # What other threads ask of the driver meanwhile, NCCL's watchdog above all, is their own.
+        mode = "thread_local"
+        with torch.cuda.graph(graph, pool=self._pool, stream=beside, capture_error_mode=mode):
             work()
         self._graphs.append(graph)
         return graph.replay
@@ -94,7 +97,14 @@ class Recorded:
     """One recorded step: `size` sequences with tables of `width` blocks."""
 
     def __init__(
-        self, size: int, width: int, model: CausalLM, cache: KVCache, draw: Draw, record: Record
+        self,
+        size: int,
+        width: int,
+        model: CausalLM,
+        cache: KVCache,
+        draw: Draw,
+        record: Record,
+        tally: Tensor | None,
     ) -> None:
         self.size, self.width = size, width
         device = cache.layers[0].keys.device
@@ -110,7 +120,7 @@ class Recorded:
         paged = PagedStep(
             spans.view(size, 3), tables.view(size, width), rows, rows.new_empty(0, 2), slots
         )
-        step = Step(positions, cache, paged, rows)
+        step = Step(positions, cache, paged, rows, tally)
         self.logits: Tensor | None = None
         self.drawn = torch.empty(size, dtype=torch.int32, device=device)
 
@@ -155,12 +165,18 @@ class DecodeGraphs:
     """Recorded steps by size and width."""
 
     def __init__(
-        self, model: CausalLM, cache: KVCache, most: int, draw: Draw, record: Record
+        self,
+        model: CausalLM,
+        cache: KVCache,
+        most: int,
+        draw: Draw,
+        record: Record,
+        tally: Tensor | None = None,
     ) -> None:
-        """`most`: sequences of the largest step."""
+        """`most`: sequences of the largest step; `tally`: as of Step."""
         self._model, self._cache = model, cache
         self._most = max(size for size in LADDER if size <= max(most, 1))
-        self._draw, self._record = draw, record
+        self._draw, self._record, self._tally = draw, record, tally
         self._recorded: dict[tuple[int, int], Recorded] = {}
 
     def __len__(self) -> int:
@@ -184,6 +200,8 @@ class DecodeGraphs:
         width = max(_LEAST_WIDTH, 1 << (longest - 1).bit_length())
         recorded = self._recorded.get((size, width))
         if recorded is None:
-            recorded = Recorded(size, width, self._model, self._cache, self._draw, self._record)
+            recorded = Recorded(
+                size, width, self._model, self._cache, self._draw, self._record, self._tally
+            )
             self._recorded[size, width] = recorded
         return recorded.launch(arrays, self._cache.block_size, previous)

@@ -2,7 +2,8 @@
 
     rank 0   --memory, logits-->  files that all map
              --control-->         one line: what to load;  its end: rank 0 has ended
-             <--control--         one line: loaded, or why not
+             <--control--         one line: loaded, or why not; before it one when it is there,
+                                  if ranks then have to find each other
 
 It computes what rank 0's letters say until one says stop. It has no listener, no loop and no
 scheduler, and its answers lie in the shared memory.
@@ -18,16 +19,29 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from scalellm.config import EngineConfig
-from scalellm.executor.seat import GREEDY, STOP, Seat, Sizes, read_letter
+from scalellm.executor.seat import FOLLOWED, LOGITS, STOP, Seat, Sizes, read_letter
 from scalellm.executor.single import SingleExecutor
+from scalellm.kernels.exchange import Exchange
+from scalellm.kernels.exchange.distributed import TorchExchange, find_meeting
+from scalellm.loader.device import choose_device, use_device
+from scalellm.loader.load import check_ranks
 
 
-def order(rank: int, config: EngineConfig, sizes: Sizes, num_blocks: int) -> bytes:
-    """What rank 0 asks a rank to load."""
+def order(
+    rank: int,
+    config: EngineConfig,
+    sizes: Sizes,
+    num_blocks: int | None = None,
+    meeting: int | None = None,
+) -> bytes:
+    """What rank 0 asks a rank to load: with so many KV blocks, or as all ranks agree, whose
+    exchange meets at the port `meeting`."""
     engine = asdict(config) | {"model_path": str(config.model_path)}
-    told = {"rank": rank, "engine": engine, "sizes": asdict(sizes), "num_blocks": num_blocks}
-    return json.dumps(told).encode() + b"\n"
+    told = {"rank": rank, "engine": engine, "sizes": asdict(sizes)}
+    return json.dumps(told | {"num_blocks": num_blocks, "meeting": meeting}).encode() + b"\n"
 
 
 def main() -> int:
@@ -45,6 +59,9 @@ def main() -> int:
         return 0
     threading.Thread(target=_end_with, args=(control,), daemon=True).start()
     told = json.loads(line)
+    if told["meeting"] is not None:
+        stream.write(b"{}\n")
+        stream.flush()
     try:
         executor, seat = _load(told, files.memory, files.logits)
     except Exception as error:
@@ -58,14 +75,14 @@ def main() -> int:
             kind, arrays = read_letter(seat.ranks.receive())
             if kind == STOP:
                 return 0
-            if kind == GREEDY:
-                executor.greedy_of(arrays)
-            else:
+            if kind == LOGITS:
                 executor.logits_of(arrays)
+            else:
+                executor.greedy_of(arrays, followed=kind == FOLLOWED)
         except ConnectionAbortedError:
             return 0  # rank 0 says why
         except BaseException:
-            seat.ranks.give_up()
+            seat.give_up()
             raise
 
 
@@ -73,9 +90,18 @@ def _load(told: dict[str, Any], memory: int, logits: int) -> tuple[SingleExecuto
     engine = told["engine"]
     config = EngineConfig(**engine | {"model_path": Path(engine["model_path"])})
     os.nice(config.compute_nice)
-    parallel = config.enable_expert_parallel
-    seat = Seat.take(told["rank"], Sizes(**told["sizes"]), parallel, memory, logits)
-    return SingleExecutor.load_part(config, seat=seat, num_blocks=told["num_blocks"]), seat
+    rank, sizes = told["rank"], Sizes(**told["sizes"])
+    exchange: Exchange | None = None
+    if told["meeting"] is not None:
+        found = check_ranks(config)
+        device = choose_device(config.device, rank, sizes.ranks)
+        store = find_meeting(told["meeting"], sizes.ranks)
+        exchange = TorchExchange(store, rank, sizes.ranks, device, found.dtype)
+    seat = Seat.take(rank, sizes, config.enable_expert_parallel, memory, logits, exchange)
+    executor = SingleExecutor.load_part(config, seat=seat, num_blocks=told["num_blocks"])
+    use_device(executor.device)
+    torch.set_num_threads(config.cpu_threads or 1)
+    return executor, seat
 
 
 def _end_with(control: socket.socket) -> None:

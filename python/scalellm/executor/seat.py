@@ -2,6 +2,7 @@
 
     memory    crates/cpu-kernels/src/ranks: letters and slots
     logits    [rows, vocab_size] fp32, of which each rank writes its columns
+    exchange  in place of slots and logits where torch or a GPU's kernels compute
 
 Both are files without a name, as large as the largest step could need; pages exist once used.
 
@@ -24,10 +25,12 @@ from torch import Tensor
 from scalellm import _core
 from scalellm.config import EngineConfig
 from scalellm.executor.inputs import StepArrays
+from scalellm.kernels.exchange import Exchange
 from scalellm.layers.shard import Shard
 from scalellm.models.config import ModelConfig
 
-LOGITS, GREEDY, STOP = range(3)  # what a letter asks for
+# What a letter asks for; FOLLOWED is GREEDY, which the next step most likely follows.
+LOGITS, GREEDY, FOLLOWED, STOP = range(4)
 _HEADER_NUMBERS = 5
 
 
@@ -38,12 +41,15 @@ class Sizes:
     ranks: int
     letter_bytes: int
     slot_bytes: int
+    tokens: int  # of a step, at most
     logit_rows: int
     vocab_size: int
 
     @classmethod
-    def of(cls, config: EngineConfig, model: ModelConfig, max_model_len: int) -> "Sizes":
-        """Enough for every step that `config` allows."""
+    def of(
+        cls, config: EngineConfig, model: ModelConfig, max_model_len: int, packed: bool
+    ) -> "Sizes":
+        """Enough for every step that `config` allows; `packed`: by the CPU's kernels."""
         ranks, tokens = config.tensor_parallel_size, config.max_num_batched_tokens
         spans = min(config.max_num_seqs, tokens)
         blocks = spans * (max_model_len // config.block_size + 1)
@@ -53,8 +59,9 @@ class Sizes:
         return cls(
             ranks=ranks,
             letter_bytes=8 * (_HEADER_NUMBERS + 3 * tokens + 4 * spans) + 4 * blocks,
-            slot_bytes=4 * tokens * max(numbers, ids),
-            logit_rows=tokens,
+            slot_bytes=4 * tokens * max(numbers, ids) if packed else 0,
+            tokens=tokens,
+            logit_rows=tokens if packed else 0,
             vocab_size=model.vocab_size,
         )
 
@@ -73,20 +80,34 @@ class Seat:
 
     shard: Shard
     ranks: _core.Ranks
-    logits: Tensor  # [logit_rows, vocab_size] fp32
+    most_tokens: int  # of a step
+    logits: Tensor | None  # [logit_rows, vocab_size] fp32
 
     @classmethod
     def take(
-        cls, rank: int, sizes: Sizes, expert_parallel: bool, memory: int, logits: int
+        cls,
+        rank: int,
+        sizes: Sizes,
+        expert_parallel: bool,
+        memory: int,
+        logits: int,
+        exchange: Exchange | None = None,
     ) -> "Seat":
         """Map the files `memory` and `logits`, which may be closed then. Raises OSError."""
         ranks = _core.Ranks(memory, rank, sizes.ranks, sizes.letter_bytes, sizes.slot_bytes)
-        mapped = np.frombuffer(mmap.mmap(logits, sizes.logits_bytes), dtype=np.float32)
-        return cls(
-            Shard(rank, sizes.ranks, expert_parallel, ranks.address),
-            ranks,
-            torch.from_numpy(mapped).view(sizes.logit_rows, sizes.vocab_size),
-        )
+        address = ranks.address if exchange is None else 0
+        rows: Tensor | None = None
+        if sizes.logits_bytes:
+            mapped = np.frombuffer(mmap.mmap(logits, sizes.logits_bytes), dtype=np.float32)
+            rows = torch.from_numpy(mapped).view(sizes.logit_rows, sizes.vocab_size)
+        shard = Shard(rank, sizes.ranks, expert_parallel, address, exchange)
+        return cls(shard, ranks, sizes.tokens, rows)
+
+    def give_up(self) -> None:
+        """A rank has ended: nobody waits for it any more. From any thread."""
+        self.ranks.give_up()
+        if self.shard.exchange is not None:
+            self.shard.exchange.give_up()
 
 
 def write_letter(kind: int, arrays: StepArrays) -> bytes:

@@ -5,6 +5,7 @@ import time
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from typing import Self
 
 import torch
@@ -14,12 +15,14 @@ from scalellm import _core
 from scalellm.config import EngineConfig
 from scalellm.executor.batch import Batch
 from scalellm.executor.dry_step import dry_step_bytes, gpu_kv_budget
+from scalellm.executor.expert_use import ExpertTally, ExpertUse, parts_of
 from scalellm.executor.gpu import GpuSteps, gpu_steps
 from scalellm.executor.inputs import StepArrays, build_arrays, build_step
 from scalellm.executor.recording import NotRecordableError, greedy_ids, logits_of, record
-from scalellm.executor.seat import GREEDY, LOGITS, Seat
+from scalellm.executor.seat import FOLLOWED, GREEDY, LOGITS, Seat
 from scalellm.kernels.attention import KVCache, PackedKVCache
 from scalellm.layers.shard import WHOLE
+from scalellm.loader.device import choose_device, use_device
 from scalellm.loader.load import (
     LoadedModel,
     Progress,
@@ -30,7 +33,7 @@ from scalellm.loader.load import (
     load_model,
     packed_kv_type,
 )
-from scalellm.loader.memory import CPU_KV_SHARE, KVSize, gib, size_kv_cache
+from scalellm.loader.memory import CPU_KV_SHARE, KVSize, explained, gib, size_kv_cache
 from scalellm.models.config import ModelConfig
 
 
@@ -45,9 +48,11 @@ class SingleExecutor:
         plan: _core.CpuPlan | None = None,
         gpu: GpuSteps | None = None,
         seat: Seat | None = None,
+        tally: ExpertTally | None = None,
     ) -> None:
         """`plan`, or on a GPU `gpu`: runs a step in place of the model's Python; it points into
-        both. `seat`: among the ranks of a replica, of which this is one."""
+        both. `seat`: among the ranks of a replica, of which this is one. `tally`: what counts
+        experts, where `plan` does not do so itself."""
         self.model_config: ModelConfig = loaded.config
         self.device = loaded.device
         self.dtype = loaded.dtype
@@ -61,8 +66,9 @@ class SingleExecutor:
         self._plan = plan
         self._gpu = gpu
         self._seat = seat
+        self._tally = tally
         self._logits = torch.empty(0, loaded.config.vocab_size, dtype=torch.float32)
-        if seat is not None:
+        if seat is not None and seat.logits is not None:
             self._logits = seat.logits
         # A plan has threads of its own; torch's would only get in their way.
         self.torch_threads: int | None = None if plan is None else 1
@@ -90,7 +96,10 @@ class SingleExecutor:
         puts threads to sleep between any two operations: steps took 1.6 times as long.
         """
         with ThreadPoolExecutor(1, "scalellm-load") as thread:
-            return thread.submit(cls._load, config, progress, seat, num_blocks).result()
+            try:
+                return thread.submit(cls._load, config, progress, seat, num_blocks).result()
+            except torch.OutOfMemoryError as error:
+                raise explained(error, config) from None
 
     @classmethod
     def _load(
@@ -105,6 +114,7 @@ class SingleExecutor:
             torch.set_num_threads(config.cpu_threads)
         _core.cpu_start(torch.get_num_threads(), config.compute_nice)
         shard = WHOLE if seat is None else seat.shard
+        use_device(choose_device(config.device, shard.rank, shard.ranks))
         # Rank 0 has seen to it that all of the model fits.
         loaded = load_model(config, report, sys.maxsize if shard.rank else None, shard)
         started = time.monotonic()
@@ -117,8 +127,13 @@ class SingleExecutor:
             phase += f"; max_model_len {size.max_model_len}, as {limit} needs more memory"
         report(phase, time.monotonic() - started)
         plan = _record(config, loaded, cache, report, None if seat is None else seat.ranks)
-        gpu = gpu_steps(config, loaded, cache) if isinstance(cache, KVCache) else None
-        return cls(loaded, cache, size.max_model_len, plan, gpu, seat)
+        tally: ExpertTally | None = None
+        if plan is None and (parts := parts_of(loaded)):
+            tally = ExpertTally(parts, loaded.device)
+        gpu: GpuSteps | None = None
+        if isinstance(cache, KVCache):
+            gpu = gpu_steps(config, loaded, cache, None if tally is None else tally.counts)
+        return cls(loaded, cache, size.max_model_len, plan, gpu, seat, tally)
 
     @property
     def block_size(self) -> int:
@@ -152,17 +167,24 @@ class SingleExecutor:
         if self._gpu is not None:
             self.last_forward_ms = {}
             with torch.inference_mode():
-                return self._gpu.forward(arrays)
+                logits = self._gpu.forward(arrays)
+                self._look()
+                return logits
         if self._plan is None:
             with torch.inference_mode():
                 token_ids, step = build_step(
                     arrays, self._cache, self._geometry, self.dtype, self.device
                 )
+                if self._tally is not None:
+                    step = replace(step, tally=self._tally.counts)
                 self.last_forward_ms = {"prepare": (time.perf_counter() - began) * 1e3}
-                return self._model.forward(token_ids, step)
+                logits = self._model.forward(token_ids, step)
+                self._look()
+                return logits
         logits = self._room(len(arrays.logit_rows))
         prepare_ms = (time.perf_counter() - began) * 1e3
         logits_of(self._plan, arrays, logits)
+        self._look()
         self.last_forward_ms = {"prepare": prepare_ms, **self._plan.times_ms()}
         return logits
 
@@ -172,28 +194,43 @@ class SingleExecutor:
 
         None, and nothing is computed, where logits would have to be written for it.
         """
-        if self._gpu is not None:
-            self.last_forward_ms = {}
-            with torch.inference_mode():
-                return self._gpu.greedy(
-                    self._arrays(batch), followed=not any(span.last for span in batch.spans)
-                )
-        if self._plan is None:
+        if self._plan is None and self._gpu is None:
             return None
         began = time.perf_counter()
         arrays = self._arrays(batch)
-        with self._together(GREEDY, arrays):
-            return self.greedy_of(arrays, began)
+        followed = not any(span.last for span in batch.spans)
+        with self._together(FOLLOWED if followed else GREEDY, arrays):
+            return self.greedy_of(arrays, began, followed)
 
-    def greedy_of(self, arrays: StepArrays, began: float | None = None) -> list[int | None] | None:
-        """As `greedy`, of a batch's arrays; the same on all ranks of a replica."""
+    def greedy_of(
+        self, arrays: StepArrays, began: float | None = None, followed: bool = False
+    ) -> list[int | None] | None:
+        """As `greedy`, of a batch's arrays; the same on all ranks of a replica. `followed`: no
+        sequence ends with these ids."""
+        if self._gpu is not None:
+            self.last_forward_ms = {}
+            with torch.inference_mode():
+                ids = self._gpu.greedy(arrays, followed)
+                self._look()
+                return ids
         if self._plan is None:
             return None
         began = time.perf_counter() if began is None else began
         prepare_ms = (time.perf_counter() - began) * 1e3
         ids = greedy_ids(self._plan, arrays)
+        self._look()
         self.last_forward_ms = {"prepare": prepare_ms, **self._plan.times_ms()}
         return ids
+
+    def _look(self) -> None:
+        """Keep how experts were used up to now, on the thread that computes."""
+        if self._tally is not None:
+            self._tally.look()
+
+    def expert_use(self) -> ExpertUse | None:
+        """How evenly experts were used, at the last look; None for a model without experts, and
+        where the CPU's kernels run them."""
+        return None if self._tally is None else self._tally.seen
 
     def check(self) -> None:
         """Raises EngineError once steps can no longer be computed, whatever they are."""
@@ -240,7 +277,7 @@ def _allocate(
             model_limit=model_limit,
             max_num_seqs=config.max_num_seqs,
             kv_cache_memory_bytes=config.kv_cache_memory_bytes,
-            budget_bytes=_kv_budget(config, loaded),
+            budget_bytes=_agreed_kv_budget(config, loaded),
         )
     else:
         size = KVSize(num_blocks, model_limit)
@@ -274,13 +311,25 @@ def _record(
     return plan
 
 
+def _agreed_kv_budget(config: EngineConfig, loaded: LoadedModel) -> int:
+    """Bytes for the KV cache of all ranks together, when no size was given; the same on all."""
+    exchange = loaded.shard.exchange
+    if exchange is None:
+        return _kv_budget(config, loaded)
+    exchange.least(0)  # until all have loaded
+    budget = exchange.least(_kv_budget(config, loaded))
+    return budget * loaded.shard.ranks if loaded.device.type == "cuda" else budget
+
+
 def _kv_budget(config: EngineConfig, loaded: LoadedModel) -> int:
-    """Bytes for the KV cache when no size was given."""
+    """Bytes for the KV cache, on a GPU of this rank's part of it."""
     if loaded.device.type == "cpu":
         # Mapped weights count as available, and are read in every step; those of other ranks are
         # not there yet.
         ranks = loaded.shard.ranks
         coming = loaded.mapped_bytes or loaded.weight_bytes * (ranks - 1) // ranks
+        if loaded.shard.exchange is not None:
+            coming = 0
         available = available_device_bytes(loaded.device) - coming
         return max(0, int(available * CPU_KV_SHARE))
     step_bytes = dry_step_bytes(config, loaded)

@@ -2,16 +2,21 @@
 
     loop, sampler ──> rank 0 ──letter──> rank 1, rank 2, ...      one a step
                         |                  |
-                        └── the same plan, in lock-step: sums' parts go through shared memory
+                        └── the same step, in lock-step: sums' parts go through shared memory, or
+                            through NCCL between GPUs, gloo between processes of torch
 
 Rank 0 is in the engine's process, so that its logits are at hand; the others are processes of their
-own (rank.py). The bits are those of one process, on whatever number of ranks. A rank that ends, or
-fails, ends the replica: `check` and whatever waits for it raise within a fraction of a second.
+own (rank.py). By the CPU's kernels the bits are those of one process, on whatever number of ranks.
+A rank that ends, or fails, ends the replica: `check` and whatever waits for it raise within a
+fraction of a second.
 """
 
+import logging
+import os
+import threading
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from typing import Self
 
@@ -24,8 +29,13 @@ from scalellm.executor.inputs import StepArrays
 from scalellm.executor.rank import order
 from scalellm.executor.seat import STOP, Seat, Sizes, write_letter
 from scalellm.executor.single import SingleExecutor
-from scalellm.loader.load import Progress, check_max_model_len, check_ranks
-from scalellm.models.config import ModelConfig
+from scalellm.kernels.exchange.distributed import TorchExchange, open_meeting
+from scalellm.loader.load import Division, Progress, check_max_model_len, check_ranks
+
+logger = logging.getLogger(__name__)
+
+_REASON_S = 5.0  # for a rank to say why it could not load
+_HUNG_S = 1.0  # for a GPU to end what it does, once it has been told to
 
 
 class TensorParallelExecutor(SingleExecutor):
@@ -48,13 +58,13 @@ class TensorParallelExecutor(SingleExecutor):
         with ExitStack() as on_failure:
             if followers is not None:
                 on_failure.callback(followers.kill)
-            model = check_ranks(config)
+            found = check_ranks(config)
             if followers is None:
                 followers = Followers(config.tensor_parallel_size)
                 on_failure.callback(followers.kill)
-            own = cls._load_all(config, progress, model, followers)
+            own = cls._load_all(config, progress, found, followers)
             on_failure.pop_all()
-        followers.watch(own._fail)
+        followers.watch(own._lost)
         return own
 
     @classmethod
@@ -62,24 +72,40 @@ class TensorParallelExecutor(SingleExecutor):
         cls,
         config: EngineConfig,
         progress: Progress | None,
-        model: ModelConfig,
+        found: Division,
         followers: Followers,
     ) -> Self:
         ranks = config.tensor_parallel_size
-        limit = config.max_model_len or check_max_model_len(None, model)
-        sizes = Sizes.of(config, model, limit)
+        limit = config.max_model_len or check_max_model_len(None, found.model)
+        sizes = Sizes.of(config, found.model, limit, found.packed)
         threads = max(1, (config.cpu_threads or torch.get_num_threads()) // ranks)
         config = replace(config, cpu_threads=threads)
         followers.share(sizes.memory_bytes, sizes.logits_bytes)
         parallel = config.enable_expert_parallel
-        seat = Seat.take(0, sizes, parallel, followers.memory, followers.logits)
-        own = cls.load_part(config, progress, seat)
+        others, files = range(1, ranks), (followers.memory, followers.logits)
+        if found.packed:
+            own = cls.load_part(config, progress, Seat.take(0, sizes, parallel, *files))
+            began = time.monotonic()
+            followers.load([order(rank, config, sizes, own.num_blocks) for rank in others])
+        else:
+            # All load at once, as they agree on what they have room for.
+            store = open_meeting(ranks)
+            followers.load([order(rank, config, sizes, meeting=store.port) for rank in others])
+            followers.wait_done()  # importing torch
+            try:
+                exchange = TorchExchange(store, 0, ranks, found.device, found.dtype)
+                seat = Seat.take(0, sizes, parallel, *files, exchange)
+                own = cls.load_part(config, progress, seat)
+            except RuntimeError:
+                # The others may know better why nobody comes.
+                with suppress(TimeoutError):
+                    followers.wait_done(_REASON_S)
+                raise
+            began = time.monotonic()
         own._followers = followers
         if own.torch_threads is None:
             own.torch_threads = threads
-        began = time.monotonic()
-        followers.load([order(rank, config, sizes, own.num_blocks) for rank in range(1, ranks)])
-        followers.wait_loaded()
+        followers.wait_done()
         if progress is not None:
             progress(f"ranks: {ranks}, {threads} threads each", time.monotonic() - began)
         return own
@@ -92,7 +118,7 @@ class TensorParallelExecutor(SingleExecutor):
     def _together(self, kind: int, arrays: StepArrays) -> Iterator[None]:
         self.check()
         seat = self._seat
-        if seat is None or len(arrays.token_ids) > len(seat.logits):
+        if seat is None or len(arrays.token_ids) > seat.most_tokens:
             raise ValueError(
                 f"{len(arrays.token_ids)} tokens are more than --max-num-batched-tokens"
             )
@@ -111,7 +137,21 @@ class TensorParallelExecutor(SingleExecutor):
         if self._failure is None:
             self._failure = reason
         if self._seat is not None:
-            self._seat.ranks.give_up()
+            self._seat.give_up()
+
+    def _lost(self, reason: str) -> None:
+        """A rank has ended. A GPU that waits for it for ever, whatever it is told, cannot be had
+        back by the process: that ends then, as it would have to."""
+        self._fail(reason)
+        if self.device.type == "cuda":
+            waiting = threading.Thread(
+                target=torch.cuda.synchronize, args=(self.device,), daemon=True
+            )
+            waiting.start()
+            waiting.join(_HUNG_S)
+            if waiting.is_alive():
+                logger.critical("%s, and the GPU waits for it", reason)
+                os._exit(1)
 
     @property
     def rank_pids(self) -> list[int]:
@@ -120,6 +160,9 @@ class TensorParallelExecutor(SingleExecutor):
 
     def close(self) -> None:
         self._followers.close(self._stop)
+        seat = self._seat
+        if seat is not None and seat.shard.exchange is not None:
+            seat.shard.exchange.close()
         super().close()
 
     def _stop(self) -> None:

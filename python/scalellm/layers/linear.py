@@ -6,6 +6,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
+from scalellm.kernels.exchange import Exchange
 from scalellm.kernels.linear import Matrix, linear, linear_silu_and_mul, logits, logits_among
 from scalellm.kernels.quantise import Activations
 from scalellm.layers.weights import MatrixSpec, Use, WeightSource
@@ -14,10 +15,17 @@ from scalellm.layers.weights import MatrixSpec, Use, WeightSource
 class Linear:
     """y = x W^T + b: [T, k] -> [T, n]; where ranks divide k, x has a rank's part of it."""
 
-    def __init__(self, weight: Matrix, bias: Tensor | None = None, ranks: int = 0) -> None:
+    def __init__(
+        self,
+        weight: Matrix,
+        bias: Tensor | None = None,
+        ranks: int = 0,
+        exchange: Exchange | None = None,
+    ) -> None:
         self.weight = weight  # [n, k]
         self.bias = bias  # [n]
-        self.ranks = ranks  # with whom to add products up; 0: with nobody
+        # With whom to add products up: 0 and None for nobody.
+        self.ranks, self.exchange = ranks, exchange
 
     @classmethod
     def load(
@@ -43,11 +51,16 @@ class Linear:
                 first += outputs
             rows = spec.rows_of(source.shard)
             biases = torch.cat([biases[part.start : part.stop] for part in rows])
-        ranks = source.shard.address if use is Use.ROW and divided else 0
-        return cls(source.matrix(spec), biases, ranks)
+        if use is Use.ROW and divided:
+            shard = source.shard
+            return cls(source.matrix(spec), biases, shard.address, shard.exchange)
+        return cls(source.matrix(spec), biases)
 
     def __call__(self, x: Activations) -> Tensor:
-        return linear(x, self.weight, self.bias, self.ranks)
+        if self.exchange is None:
+            return linear(x, self.weight, self.bias, self.ranks)
+        total = self.exchange.sum(linear(x, self.weight))
+        return total if self.bias is None else total.add_(self.bias)
 
 
 class GatedLinear(Linear):
@@ -70,16 +83,25 @@ class OutputLayer:
 
     def __call__(self, x: Activations) -> Tensor:
         shard = self.shard
+        if shard.exchange is not None:
+            return shard.exchange.columns(logits(x, self.weight), self.bounds)
         if shard.ranks > 1:
             return logits_among(x, self.weight, self.bounds, shard.rank, shard.address)
         return logits(x, self.weight)
 
 
 class Embedding:
-    """Rows of a table by token id: [T] int64 -> [T, d]."""
+    """Rows of a table by token id: [T] int64 -> [T, d]; of ids that ranks divide, a rank's."""
 
     def __init__(self, source: WeightSource, name: str, vocab_size: int, d: int) -> None:
         self.weight = source.table(f"{name}.weight", vocab_size, d)
+        shard = source.shard
+        self.exchange, self.first = shard.exchange, shard.id_bounds(vocab_size)[shard.rank]
 
     def __call__(self, token_ids: Tensor) -> Tensor:
-        return self.weight.index_select(0, token_ids)
+        if self.exchange is None:
+            return self.weight.index_select(0, token_ids)
+        row = token_ids - self.first
+        elsewhere = (row < 0) | (row >= len(self.weight))
+        found = self.weight.index_select(0, row.masked_fill(elsewhere, 0))
+        return self.exchange.sum(found.masked_fill_(elsewhere[:, None], 0))

@@ -11,11 +11,12 @@ import torch
 from torch import Tensor
 
 from scalellm.kernels import device
-from scalellm.kernels.linear import Matrix, all_packed
+from scalellm.kernels.linear import Matrix, all_packed, linear
 from scalellm.kernels.linear.fp8 import Stacked, stack, unstack
 from scalellm.kernels.moe import experts, stacked_experts
 from scalellm.kernels.quantise import Activations, plain_rows
 from scalellm.layers.linear import GatedLinear, Linear
+from scalellm.layers.step import Step
 from scalellm.layers.weights import Use, WeightSource
 
 
@@ -53,10 +54,13 @@ class SparseMoE:
         hidden, inner = shape.hidden_size, shape.intermediate_size
         self.router = Linear.load(source, {names.router: shape.num_experts}, hidden, Use.ROUTER)
         self.experts = []
-        self.ranks = source.shard.address
+        self.ranks, self.exchange = source.shard.address, source.shard.exchange
         self.divides_experts = source.shard.expert_parallel
+        self.shares = source.shard.expert_shares
         divided = not self.divides_experts
-        for index in source.shard.experts(shape.num_experts):
+        held = source.shard.experts(shape.num_experts)
+        self.first_expert = held.start
+        for index in held:
             expert = f"{names.experts}.{index}"
             gate_and_up = dict.fromkeys((f"{expert}.{names.gate}", f"{expert}.{names.up}"), inner)
             self.experts.append(
@@ -80,10 +84,21 @@ class SparseMoE:
         """What its input is multiplied by, beside the router."""
         return self.experts[0].gate_up.weight
 
-    def __call__(self, x: Activations) -> Tensor:
+    def __call__(self, x: Activations, step: Step) -> Tensor:
         if self._stacked is not None:
             top, normalise = self.shape.experts_per_token, self.shape.normalize_weights
-            return stacked_experts(x, self.router(x), *self._stacked, top, normalise)
+            return self._summed(
+                stacked_experts(
+                    x,
+                    self.router(x),
+                    *self._stacked,
+                    top,
+                    normalise,
+                    self.first_expert,
+                    step.tally,
+                    self.shares,
+                )
+            )
         x = plain_rows(x)
         gate_ups = [expert.gate_up.weight for expert in self.experts]
         downs = [expert.down.weight for expert in self.experts]
@@ -91,7 +106,11 @@ class SparseMoE:
             top, normalise = self.shape.experts_per_token, self.shape.normalize_weights
             among = (self.ranks, self.divides_experts)
             return experts(x, self.router(x), gate_ups, downs, top, normalise, among)
-        return self._by_torch(x)
+        return self._summed(self._by_torch(x, step.tally))
+
+    def _summed(self, part: Tensor) -> Tensor:
+        """What all ranks have computed, where each has a part of the experts, or some of them."""
+        return part if self.exchange is None else self.exchange.sum(part)
 
     def _stack(self) -> tuple[Stacked, Stacked]:
         """Each kind of weight of all experts as one tensor, of which theirs become parts."""
@@ -104,20 +123,28 @@ class SparseMoE:
         gate_ups, downs = stacked
         return gate_ups, downs
 
-    def _by_torch(self, x: Tensor) -> Tensor:
+    def _by_torch(self, x: Tensor, tally: Tensor | None) -> Tensor:
         weights, chosen = self._route(x)
         top = self.shape.experts_per_token
         by_expert = chosen.flatten().argsort(stable=True)  # [T * top]: choices, grouped by expert
         tokens = by_expert // top
         counts = torch.bincount(chosen.flatten(), minlength=self.shape.num_experts).tolist()
+        if tally is not None:
+            each = len(counts) // self.shares if self.shares else 1
+            busiest = max(sum(counts[i : i + each]) for i in range(0, len(counts), each))
+            used = (1, len(by_expert), sum(count > 0 for count in counts), busiest)
+            tally += torch.tensor(used, device=tally.device)
         computed = x.new_empty(len(by_expert), x.shape[1])
-        first = 0
+        first, mine = 0, range(self.first_expert, self.first_expert + len(self.experts))
         for expert, count in enumerate(counts):
-            if count:
-                rows = slice(first, first + count)
-                one = self.experts[expert]
-                computed[rows] = one.down(one.gate_up.gated(x[tokens[rows]]))
-                first += count
+            rows = slice(first, first + count)
+            first += count
+            if expert not in mine:
+                computed[rows] = 0
+            elif count:
+                one = self.experts[expert - self.first_expert]
+                inner = one.gate_up.gated(x[tokens[rows]])
+                computed[rows] = linear(inner, one.down.weight)
         computed *= weights.flatten()[by_expert, None]
         return torch.zeros_like(x).index_add_(0, tokens, computed)
 

@@ -6,14 +6,16 @@
                             groups are one subtree of the tree that adds all of them up
     experts                 each like an MLP; or whole experts
     output layer            ids, in runs of 32
-    embedding, norms,
-    router                  whole on every rank
+    embedding               the same ids, by torch's ranks; whole on every rank of the CPU's kernels
+    norms, router           whole on every rank
 
-The embedding is not divided on a CPU: its table is mapped, of which ranks share the pages, and only
-rows that are read come in. Dividing it would save nothing and cost an exchange.
+The CPU's kernels have the embedding's table mapped: ranks share its pages, and only rows that are
+read come in. Dividing it would save nothing there and cost an exchange.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+
+from scalellm.kernels.exchange import Exchange
 
 GROUPS = 8  # runs of a row-parallel layer's inputs with scales of their own
 _IDS = 32  # rows of a panel of packed weights
@@ -27,6 +29,7 @@ class Shard:
     ranks: int = 1
     expert_parallel: bool = False  # whole experts
     address: int = 0  # of `_core.Ranks`, for operators that meet the others; 0 for one rank
+    exchange: Exchange | None = field(default=None, compare=False)  # of ranks that torch computes
 
     def columns(self, count: int) -> range:
         """Its columns of `count`, which `ranks` divides."""
@@ -47,6 +50,11 @@ class Shard:
     def experts(self, count: int) -> range:
         """Its experts of `count`: all, unless experts are divided."""
         return self.columns(count) if self.expert_parallel else range(count)
+
+    @property
+    def expert_shares(self) -> int:
+        """Ranks that divide the experts; 0 where each rank has all of them."""
+        return self.ranks if self.expert_parallel and self.ranks > 1 else 0
 
     def id_bounds(self, vocab_size: int) -> list[int]:
         """Rank r has the ids from entry r to entry r + 1."""

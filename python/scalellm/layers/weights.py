@@ -7,6 +7,7 @@ know a model's tensors and size before memory is spent.
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from typing import Protocol
@@ -42,6 +43,20 @@ class MatrixSpec:
     def n(self) -> int:
         return sum(outputs for _, outputs in self.parts)
 
+    def parts_of(self, shard: Shard) -> Iterator["Slice"]:
+        """What a rank has of each checkpoint matrix, where it is not the CPU's kernels' part."""
+        columns = range(self.k)
+        if self.divided and self.use is Use.ROW:
+            columns = shard.columns(self.k)
+        first = 0
+        for name, outputs in self.parts:
+            for rows in self.rows_of(shard):
+                here = range(max(rows.start, first), min(rows.stop, first + outputs))
+                if here:
+                    part = range(here.start - first, here.stop - first)
+                    yield Slice(name, (outputs, self.k), part, columns)
+            first += outputs
+
     def rows_of(self, shard: Shard) -> list[range]:
         """Which of the n rows a rank has; all, where its groups divide k instead."""
         if not self.divided or self.use in (Use.ROW, Use.ROUTER):
@@ -60,6 +75,21 @@ class MatrixSpec:
                 rows.append(range(first + columns.start, first + columns.stop))
             first += outputs
         return rows
+
+
+@dataclass(frozen=True, slots=True)
+class Slice:
+    """Some rows and columns of a checkpoint's matrix."""
+
+    name: str  # of the matrix, without ".weight"
+    whole: tuple[int, int]  # the matrix's shape
+    rows: range
+    columns: range
+
+    def of(self, whole: Tensor) -> Tensor:
+        """This part of the matrix, a view."""
+        rows, columns = self.rows, self.columns
+        return whole[rows.start : rows.stop, columns.start : columns.stop]
 
 
 class WeightSource(Protocol):
@@ -89,27 +119,36 @@ class WeightSource(Protocol):
 
 
 class PlainMatrices(ABC):
-    """Gives every matrix as one tensor [n, k], filled part by part."""
+    """Gives every matrix, or a shard's part of it, as one tensor [n, k], filled part by part."""
 
     dtype: torch.dtype
     device: torch.device
-    shard = WHOLE
+    shard: Shard = WHOLE
 
     @abstractmethod
     def fill(self, out: Tensor, name: str) -> None:
         """As of WeightSource."""
 
+    @abstractmethod
+    def fill_slice(self, out: Tensor, part: Slice) -> None:
+        """Write the part's numbers, and read no others where that can be."""
+
     def table(self, name: str, n: int, d: int) -> Tensor:
-        return take(self, name, n, d)
+        """The rows of the shard's ids."""
+        spec = MatrixSpec(((name.removesuffix(".weight"), n),), d, Use.OUTPUT)
+        return self._filled(list(spec.parts_of(self.shard)))
 
     def matrix(self, spec: MatrixSpec, tied: Tensor | None = None) -> Matrix:
-        if tied is not None:
-            return tied
-        weight = torch.empty(spec.n, spec.k, dtype=self.dtype, device=self.device)
+        return self._filled(list(spec.parts_of(self.shard))) if tied is None else tied
+
+    def _filled(self, parts: Sequence[Slice]) -> Tensor:
+        """The parts, one below the other."""
+        rows, columns = sum(len(part.rows) for part in parts), len(parts[0].columns)
+        weight = torch.empty(rows, columns, dtype=self.dtype, device=self.device)
         first = 0
-        for name, outputs in spec.parts:
-            self.fill(weight[first : first + outputs], f"{name}.weight")
-            first += outputs
+        for part in parts:
+            self.fill_slice(weight[first : first + len(part.rows)], part)
+            first += len(part.rows)
         return weight
 
 

@@ -15,8 +15,9 @@ from torch import Tensor
 
 from scalellm.errors import ModelFileError, ModelNotFoundError, UnsupportedModelError
 from scalellm.kernels.linear import Fp8Matrix
-from scalellm.kernels.quantise import FP8
-from scalellm.layers.weights import MatrixSpec, PlainMatrices
+from scalellm.kernels.quantise import FP8, GROUP
+from scalellm.layers.shard import WHOLE, Shard
+from scalellm.layers.weights import MatrixSpec, PlainMatrices, Slice
 from scalellm.loader.config import read_json
 from scalellm.loader.quantised import UNUSED, ScaledBytes, Scheme, Stored
 from scalellm.loader.staging import Staging
@@ -132,9 +133,16 @@ class Checkpoint:
 class CheckpointSource(PlainMatrices):
     """A WeightSource that copies from a checkpoint; a context manager that holds its files open."""
 
-    def __init__(self, checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        dtype: torch.dtype,
+        device: torch.device,
+        shard: Shard = WHOLE,
+    ) -> None:
         self.dtype = dtype
         self.device = device
+        self.shard = shard
         self._checkpoint = checkpoint
         self._files = ExitStack()
         self._open: dict[Path, Any] = {}
@@ -147,18 +155,24 @@ class CheckpointSource(PlainMatrices):
         self._files.close()
 
     def fill(self, out: Tensor, name: str) -> None:
+        self._copy(out, self.stored(name))
+
+    def fill_slice(self, out: Tensor, part: Slice) -> None:
+        name = f"{part.name}.weight"
         scheme = self._checkpoint.scheme_of(name)
         if scheme is None:
-            if self._staging is None:
-                out.copy_(self.stored(name))
-            else:
-                self._staging.copy(out, self.stored(name))
+            self._copy(out, part.of(self.stored(name)))
             return
-        n, k = out.shape
         try:
-            out.copy_(scheme.numbers(partial(self._part, name), n, k))
+            out.copy_(part.of(scheme.numbers(partial(self._part, name), *part.whole)))
         except ValueError as error:
             raise ModelFileError(f"{self._checkpoint.folder}: {name}: {error}") from None
+
+    def _copy(self, out: Tensor, stored: Tensor) -> None:
+        if self._staging is None:
+            out.copy_(stored)
+        else:
+            self._staging.copy(out, stored)
 
     def int8(self, spec: MatrixSpec) -> tuple[Tensor, Tensor] | None:
         """int8 [n, k] and float32 scales [n] if these are what the checkpoint has for all parts."""
@@ -176,22 +190,34 @@ class CheckpointSource(PlainMatrices):
     def fp8(self, spec: MatrixSpec) -> Fp8Matrix | None:
         """The matrix as the checkpoint has it, if that is fp8 which a GPU multiplies, in all parts.
 
-        Blocks of scales do not reach from one part into the next."""
-        parts = []
-        for index, (name, outputs) in enumerate(spec.parts):
-            scheme = self._checkpoint.scheme_of(f"{name}.weight")
+        Blocks of scales begin where parts do, and do not reach from one into the next."""
+        weights, scales, parts = [], [], list(spec.parts_of(self.shard))
+        for part in parts:
+            name = f"{part.name}.weight"
+            scheme = self._checkpoint.scheme_of(name)
             if not isinstance(scheme, ScaledBytes):
                 return None
-            if scheme.block and outputs % scheme.block[0] and index + 1 < len(spec.parts):
+            found = scheme.fp8(partial(self._part, name), part.whole[0])
+            if found is None:
                 return None
-            part = scheme.fp8(partial(self._part, f"{name}.weight"), outputs)
-            if part is None:
-                return None
-            parts.append(part)
-        weights, scales = zip(*parts, strict=True)
-        stored = [weight.view(torch.uint8) for weight in weights]
-        data = torch.cat(stored).to(self.device).view(FP8)
-        return Fp8Matrix(data, torch.cat(scales).to(self.device))
+            weight, of_weight = found
+            rows, columns = part.rows, part.columns
+            if scheme.block:
+                ends = (rows.start, columns.start, rows.stop if part is not parts[-1] else 0)
+                if any(end % GROUP for end in ends):
+                    return None
+                rows, columns = (
+                    range(r.start // GROUP, -(-r.stop // GROUP)) for r in (rows, columns)
+                )
+                of_weight = of_weight[:, columns.start : columns.stop]
+            weights.append(part.of(weight))
+            scales.append(of_weight[rows.start : rows.stop])
+        n, k = sum(map(len, weights)), len(parts[0].columns)
+        data, first = torch.empty(n, k, dtype=torch.uint8, device=self.device), 0
+        for weight in weights:
+            self._copy(data[first : first + len(weight)], weight.view(torch.uint8))
+            first += len(weight)
+        return Fp8Matrix(data.view(FP8), torch.cat(scales).to(self.device))
 
     def _part(self, name: str, suffix: str) -> Tensor:
         """One of the tensors that make the matrix `name`, which ends in ".weight"."""

@@ -10,13 +10,26 @@ from scalellm.errors import ConfigError, UnsupportedModelError
 _TYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
-def choose_device(requested: str) -> torch.device:
-    """`auto`, `cpu` or `cuda`. Raises ConfigError for a GPU that is not there."""
+def choose_device(requested: str, rank: int = 0, ranks: int = 1) -> torch.device:
+    """`auto`, `cpu` or `cuda`, of which each rank has its own. Raises ConfigError for a GPU that is
+    not there."""
     if requested == "cuda" and not torch.cuda.is_available():
         raise ConfigError("--device cuda: torch sees no GPU here; `--device cpu` works everywhere")
     if requested == "cpu" or (requested == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
-    return torch.device("cuda", torch.cuda.current_device())
+    if ranks == 1:
+        return torch.device("cuda", torch.cuda.current_device())
+    if (there := torch.cuda.device_count()) < ranks:
+        raise ConfigError(
+            f"--tensor-parallel-size {ranks} needs as many GPUs; torch sees {there} here"
+        )
+    return torch.device("cuda", rank)
+
+
+def use_device(device: torch.device) -> None:
+    """Let the calling thread start its kernels there: each thread begins with the first GPU."""
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
 
 
 def choose_dtype(

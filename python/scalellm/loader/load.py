@@ -71,7 +71,7 @@ def load_model(
     folder = config.model_path
     started = time.monotonic()
     model_config = read_model_config(folder)
-    device = choose_device(config.device)
+    device = choose_device(config.device, shard.rank, shard.ranks)
     dtype, reason = _choose_dtype(config, model_config, device)
     limit = check_max_model_len(config.max_model_len, model_config)
     dummy = config.load_format == "dummy"
@@ -103,12 +103,11 @@ def load_model(
         if checkpoint is not None:
             tied = frozenset(("lm_head.weight",) if model_config.tie_word_embeddings else ())
             checkpoint.check(inventory.shapes, ignored=tied)
+    each = shard.ranks if device.type == "cuda" else 1  # ranks with memory of their own
+    kv_bytes = kv_block_bytes(config, model_config.kv_geometry, dtype, packing is not None)
     check_fits(
-        weight_bytes=weight_bytes,
-        kv_bytes_per_token=kv_block_bytes(
-            config, model_config.kv_geometry, dtype, packing is not None
-        )
-        // config.block_size,
+        weight_bytes=weight_bytes // each,
+        kv_bytes_per_token=kv_bytes // config.block_size // each,
         max_model_len=config.max_model_len or min(LEAST_MODEL_LEN, limit),
         kv_cache_memory_bytes=config.kv_cache_memory_bytes,
         available_bytes=available_device_bytes(device)
@@ -125,7 +124,9 @@ def load_model(
         seed = config.seed if dummy else None
         model = load_fallback(folder, model_config, dtype, device, seed)
     elif packing is None:
-        with _source(config, checkpoint, dtype, device) as source:
+        if shard.ranks > 1:
+            where += f", shared by {shard.ranks} ranks"
+        with _source(config, checkpoint, dtype, device, shard) as source:
             model = build(model_config, Fp8Source(source) if fp8 else source)
     else:
         open_source = partial(_packing_source, config, checkpoint, dtype, packing)
@@ -153,17 +154,27 @@ def load_model(
     )
 
 
-def check_ranks(config: EngineConfig) -> ModelConfig:
-    """The model that `config.tensor_parallel_size` ranks are to share.
+@dataclass(frozen=True, slots=True)
+class Division:
+    """What ranks are to share."""
+
+    model: ModelConfig
+    dtype: torch.dtype
+    device: torch.device  # rank 0's
+    packed: bool  # for the CPU's kernels; else torch or a GPU's kernels run it
+
+
+def check_ranks(config: EngineConfig) -> Division:
+    """What `config.tensor_parallel_size` ranks are to share.
 
     Raises ConfigError if they cannot, before anything is read but config.json."""
     model = read_model_config(config.model_path)
-    device = choose_device(config.device)
+    device = choose_device(config.device, ranks=config.tensor_parallel_size)
     dtype, _ = _choose_dtype(config, model, device)
     check_fp8(config, model, dtype, device)
     packing = choose_packing(config, model, dtype, device)
     check_division(model, packing, config.tensor_parallel_size, config.enable_expert_parallel)
-    return model
+    return Division(model, dtype, device, packing is not None)
 
 
 def _choose_dtype(
@@ -180,11 +191,15 @@ def _choose_dtype(
 
 
 def _source(
-    config: EngineConfig, checkpoint: Checkpoint | None, dtype: torch.dtype, device: torch.device
+    config: EngineConfig,
+    checkpoint: Checkpoint | None,
+    dtype: torch.dtype,
+    device: torch.device,
+    shard: Shard = WHOLE,
 ) -> AbstractContextManager[WeightSource]:
     if checkpoint is None:
-        return nullcontext(DummySource(config.seed, dtype, device))
-    return CheckpointSource(checkpoint, dtype, device)
+        return nullcontext(DummySource(config.seed, dtype, device, shard))
+    return CheckpointSource(checkpoint, dtype, device, shard)
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+from scalellm.config import EngineConfig
 from scalellm.errors import OutOfMemoryError
 
 GIB = 1 << 30
@@ -102,6 +103,19 @@ def check_fits(
         f"the model does not fit: needs {gib(needed)} ({gib(weight_bytes)} of {dtype} weights, "
         f"{gib(kv_bytes)} of KV cache), {gib(available_bytes)} available; "
         f"what helps: {', or '.join(advice)}"
+    )
+
+
+def explained(error: Exception, config: EngineConfig) -> OutOfMemoryError:
+    """What to do about a GPU that had not enough memory when the model was loaded."""
+    advice = ["a smaller --max-num-batched-tokens", "fewer --max-num-seqs"]
+    if config.quantization not in ("fp8", "auto"):
+        advice.append("--quantization fp8")
+    advice += ["a larger --tensor-parallel-size", "to end what else uses the GPU"]
+    return OutOfMemoryError(
+        f"the GPU's memory does not hold the model and its largest step, of "
+        f"{config.max_num_batched_tokens} tokens and {config.max_num_seqs} sequences; what helps: "
+        f"{', or '.join(advice)}. torch: {str(error).splitlines()[0]}"
     )
 
 

@@ -54,10 +54,10 @@ def check_division(
     if ranks == 1:
         return
     flag = f"--tensor-parallel-size {ranks}"
-    if packing is None:
+    if model.family == "transformers":
         raise ConfigError(
-            f"{flag} needs the CPU's kernels: a model with code of its own here, on a CPU, in "
-            "--dtype bfloat16"
+            f"{flag} needs a model with code of its own here; transformers' code runs "
+            f"{model.architecture}"
         )
     if reasons := obstacles(model, packing, ranks, expert_parallel):
         fitting = [
@@ -67,9 +67,10 @@ def check_division(
 
 
 def obstacles(
-    model: ModelConfig, packing: Packing, ranks: int, expert_parallel: bool = False
+    model: ModelConfig, packing: Packing | None, ranks: int, expert_parallel: bool = False
 ) -> list[str]:
-    """Why so many ranks cannot share the model; nothing if they can."""
+    """Why so many ranks cannot share the model; nothing if they can. `packing`: None for torch's
+    and a GPU's kernels, which divide inputs evenly; the CPU's hand out whole groups."""
     if ranks == 1:
         return []
     if ranks not in SIZES:
@@ -88,7 +89,10 @@ def obstacles(
     elif model.moe is not None:
         inputs["an expert's output"] = model.moe.intermediate_size
     for name, k in inputs.items():
-        if packing.layout(MatrixSpec(((name, model.hidden_size),), k, Use.ROW)).groups != GROUPS:
+        if packing is None:
+            if k % ranks:
+                found.append(f"the {k} inputs of {name} are not divisible by it")
+        elif packing.layout(MatrixSpec(((name, model.hidden_size),), k, Use.ROW)).groups != GROUPS:
             found.append(
                 f"the {k} inputs of {name} are not {GROUPS} groups of whole {packing.group_unit}s"
             )

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from scalellm.kernels.linear import Matrix
-from scalellm.layers.shard import WHOLE
-from scalellm.layers.weights import MatrixSpec, PlainMatrices
+from scalellm.layers.shard import WHOLE, Shard
+from scalellm.layers.weights import MatrixSpec, PlainMatrices, Slice
 from scalellm.loader.fp8 import becomes_fp8, fp8_bytes
 from scalellm.loader.packed_file import MatrixPart, Part, TensorPart
 from scalellm.loader.packing import Packing
@@ -73,9 +73,12 @@ class DummySource(PlainMatrices):
     the tensor's name decides, so that filling goes at the speed of memory.
     """
 
-    def __init__(self, seed: int, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self, seed: int, dtype: torch.dtype, device: torch.device, shard: Shard = WHOLE
+    ) -> None:
         self.dtype = dtype
         self.device = device
+        self.shard = shard
         self._seed = seed
         generator = torch.Generator().manual_seed(seed)
         self._pool = torch.randn(_POOL, generator=generator).to(device)
@@ -92,3 +95,12 @@ class DummySource(PlainMatrices):
             flat[done : done + count].copy_(self._pool[first : first + count])
             done, first = done + count, 0
         out.mul_(out.shape[-1] ** -0.5)
+
+    def fill_slice(self, out: Tensor, part: Slice) -> None:
+        name = f"{part.name}.weight"
+        if out.shape == part.whole:
+            self.fill(out, name)
+        else:
+            whole = torch.empty(part.whole, dtype=self.dtype, device=self.device)
+            self.fill(whole, name)
+            out.copy_(part.of(whole))

@@ -37,4 +37,4 @@ class MixtralBlock:
         x, normal = self.attention_norm(x, delta, self.attention.first)
         delta = self.attention(normal, step, angles)
         x, normal = self.experts_norm(x, delta, self.experts.first)
-        return x, self.experts(normal)
+        return x, self.experts(normal, step)

@@ -42,4 +42,6 @@ class Qwen3MoeBlock:
         x, normal = self.attention_norm(x, delta, self.attention.first)
         delta = self.attention(normal, step, angles)
         x, normal = self.mlp_norm(x, delta, self.mlp.first)
+        if isinstance(self.mlp, SparseMoE):
+            return x, self.mlp(normal, step)
         return x, self.mlp(normal)

@@ -9,6 +9,7 @@ from safetensors.torch import save_file
 from scalellm.config import EngineConfig
 from scalellm.errors import ConfigError
 from scalellm.kernels.linear import Fp8Matrix, linear
+from scalellm.layers.shard import WHOLE, Shard
 from scalellm.layers.weights import MatrixSpec, Use
 from scalellm.loader.checkpoint import Checkpoint, CheckpointSource
 from scalellm.loader.fp8 import Fp8Source, fp8_bytes, fp8_obstacle
@@ -85,8 +86,8 @@ SCHEMES = {
 }
 
 
-def stored(folder, scheme, shape_of, spec):
-    """A source of a checkpoint of random fp8 matrices."""
+def stored(folder, scheme, shape_of, spec, shard=WHOLE):
+    """A source of a checkpoint of random fp8 matrices, or of a rank's part of it."""
     generator = torch.Generator().manual_seed(5)
     tensors = {}
     for name, n in spec.parts:
@@ -94,7 +95,7 @@ def stored(folder, scheme, shape_of, spec):
         tensors[f"{name}.weight"] = numbers.to(torch.float8_e4m3fn)
         tensors[f"{name}.{scheme.marker}"] = torch.rand(shape_of(n), generator=generator) + 0.1
     save_file(tensors, folder / "model.safetensors")
-    return CheckpointSource(Checkpoint.open(folder, scheme), torch.float32, CPU)
+    return CheckpointSource(Checkpoint.open(folder, scheme), torch.float32, CPU, shard)
 
 
 @pytest.mark.parametrize("kind", SCHEMES)
@@ -110,6 +111,37 @@ def test_blocks_that_reach_into_the_next_part_are_quantised_anew(tmp_path):
     with stored(tmp_path, *SCHEMES["blocks"], spec) as source:
         found = Fp8Source(source).matrix(spec)
         assert isinstance(found, Fp8Matrix) and not found.blocked
+
+
+@pytest.mark.parametrize("kind", SCHEMES)
+@pytest.mark.parametrize(
+    ("spec", "blocks_fit"),
+    [
+        (MatrixSpec((("a", 256), ("b", 256)), 200, Use.GATED), True),
+        (MatrixSpec((("a", 256), ("b", 128)), 200, Use.GATED), False),
+        (MatrixSpec((("a", 40),), 256, Use.ROW), True),
+        (MatrixSpec((("a", 40),), 200, Use.ROW), False),
+    ],
+    ids=["rows", "half blocks of rows", "columns", "half blocks of columns"],
+)
+def test_a_ranks_part_stays_as_it_is_where_blocks_begin_with_it(kind, spec, blocks_fit, tmp_path):
+    scheme, shape_of = SCHEMES[kind]
+    if kind == "blocks":
+
+        def shape_of(n):
+            return -(-n // 128), -(-spec.k // 128)
+
+    shard = Shard(1, 2)
+    with stored(tmp_path, scheme, shape_of, spec, shard) as source:
+        found = Fp8Source(source).matrix(spec)
+        exact = source.matrix(spec)
+        assert isinstance(found, Fp8Matrix)
+        assert found.blocked is (kind == "blocks" and blocks_fit)
+        if kind != "blocks" or blocks_fit:
+            assert torch.equal(found.dequantised(torch.float32), exact)
+        else:
+            error = (found.dequantised(torch.float32) - exact).abs()
+            assert (error <= exact.abs() / 16 + exact.abs().amax(-1, keepdim=True) * 2**-10).all()
 
 
 @pytest.mark.parametrize(

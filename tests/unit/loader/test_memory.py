@@ -1,6 +1,7 @@
 """Memory: what is really free, what fits, and the advice when it does not."""
 
 import pytest
+import torch
 
 from scalellm.config import EngineConfig
 from scalellm.errors import ConfigError, OutOfMemoryError
@@ -186,3 +187,16 @@ def test_phases_are_reported(make_folder):
     assert [phase.split(":")[0] for phase, _ in phases] == ["config", "weights", "KV cache"]
     assert all(seconds >= 0 for _, seconds in phases)
     assert f"{executor.num_blocks} blocks" in phases[-1][0]
+
+
+def test_a_gpu_that_is_full_says_what_would_help(monkeypatch):
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nSee docs")
+
+    monkeypatch.setattr(SingleExecutor, "_load", full)
+    with pytest.raises(OutOfMemoryError) as raised:
+        SingleExecutor.load(EngineConfig(quantization="none", max_num_batched_tokens=9000))
+    message = str(raised.value)
+    assert "its largest step, of 9000 tokens and 256 sequences" in message
+    assert "a smaller --max-num-batched-tokens" in message and "--quantization fp8" in message
+    assert message.endswith("torch: CUDA out of memory. Tried to allocate 2 GiB.")

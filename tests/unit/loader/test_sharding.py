@@ -85,3 +85,43 @@ def test_a_file_that_was_checked_by_another_process_is_not_read_again(tmp_path):
         file.write(bytes([byte ^ 1]))
     assert not weights(checked=True)[2], "taken as it is"
     assert weights(checked=False)[2], "found damaged, and written anew"
+
+
+# ------------------------------------------------------------ what torch and GPUs divide
+
+
+def joined(parts, spec):
+    """Ranks' parts of a matrix as one again: rows of each of its layers, or columns."""
+    if spec.use is Use.ROUTER:
+        return parts[0]
+    if spec.use is Use.ROW:
+        return torch.cat(parts, dim=1)
+    widths = [[len(rows) for rows in spec.rows_of(Shard(r, len(parts)))] for r in range(len(parts))]
+    pieces = [part.split(width) for part, width in zip(parts, widths, strict=True)]
+    return torch.cat([rank[layer] for layer in range(len(widths[0])) for rank in pieces])
+
+
+@pytest.mark.parametrize("ranks", [1, 2])  # with more, some would have the same key-value head
+def test_parts_of_plain_matrices_make_the_whole(ranks):
+    whole = DummySource(0, torch.float32, CPU)
+    sources = [DummySource(0, torch.float32, CPU, Shard(rank, ranks)) for rank in range(ranks)]
+    for spec in SPECS:
+        found = joined([source.matrix(spec) for source in sources], spec)
+        assert torch.equal(found, whole.matrix(spec))
+    tables = [source.table("t.weight", 300, 8) for source in sources]
+    assert torch.equal(torch.cat(tables), whole.table("t.weight", 300, 8))
+
+
+def test_an_undivided_matrix_is_whole_on_every_rank():
+    spec = MatrixSpec((("gate", 8), ("up", 8)), 16, Use.GATED, divided=False)
+    found = DummySource(0, torch.float32, CPU, Shard(1, 2, expert_parallel=True)).matrix(spec)
+    assert torch.equal(found, DummySource(0, torch.float32, CPU).matrix(spec))
+
+
+def test_two_ranks_have_the_same_key_value_head():
+    spec = MatrixSpec((("q", 64), ("k", 16)), 8, Use.COLUMN, (4, 1))
+    whole = DummySource(0, torch.float32, CPU).matrix(spec)
+    for rank in range(4):
+        found = DummySource(0, torch.float32, CPU, Shard(rank, 4)).matrix(spec)
+        rows = [*range(rank * 16, rank * 16 + 16), *range(64, 80)]
+        assert torch.equal(found, whole[rows])

@@ -89,6 +89,11 @@ def main() -> None:
         gate_ups = fp8(experts, 2 * inner, hidden, scales=(experts, 2 * inner, 1))
         downs = fp8(experts, hidden, inner, scales=(experts, hidden, 1))
         moe.experts(x8, of(rows, experts), gate_ups, downs, 2, True, torch.bfloat16)
+        half = [
+            fp8(4, *m.data.shape[1:], scales=(4, m.data.shape[1], 1)) for m in (gate_ups, downs)
+        ]
+        tally = torch.zeros(4, dtype=torch.int64)
+        moe.experts(x8, of(rows, experts), *half, 2, True, torch.bfloat16, 4, tally=tally, shares=2)
 
 
 if __name__ == "__main__":

@@ -71,3 +71,43 @@ def test_fp8(tokens, numbers):
     wide = (matrix.dequantised(torch.float32) for matrix in (gate_ups, downs))
     expected = reference.experts(x.dequantised(), logits, *wide, 2, True)
     assert (found - expected).norm() / expected.norm() < 0.1
+
+
+def test_experts_that_other_ranks_have_are_left_to_them(numbers):
+    """Two ranks of three experts each; the sum of what they compute is what one computes."""
+    from scalellm.kernels.moe import triton
+
+    gate_ups, downs = weights_of(numbers, 6, 16, 20)
+    x, logits = numbers(9, 16), numbers(9, 6)
+    logits[4, :3] -= 100  # nothing of it is the first rank's
+    parts = [
+        triton.experts(
+            x, logits, gate_ups[i : i + 3], downs[i : i + 3], 2, True, x.dtype, i, tile=SMALL
+        )
+        for i in (0, 3)
+    ]
+    assert (parts[0][4] == 0).all()
+    expected = reference.experts(x, logits, gate_ups, downs, 2, True)
+    torch.testing.assert_close(parts[0] + parts[1], expected, atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize(("shares", "busiest"), [(0, 3), (2, 5), (3, 3)])
+def test_layers_are_tallied(shares, busiest, where):
+    """Choices of experts 0 to 5: 3, 0, 2, 0, 1, 0; twice."""
+    from scalellm.kernels.moe.triton import Routed
+
+    logits = torch.zeros(3, 6, device=where)
+    for token, chosen in enumerate([(0, 2), (0, 2), (0, 4)]):
+        logits[token, list(chosen)] = 5.0
+    tally = torch.zeros(4, dtype=torch.int64, device=where)
+    for first in (0, 3):
+        Routed(logits, 2, True, first, 3, tally, shares)
+    assert tally.tolist() == [2, 12, 6, 2 * busiest]
+
+
+def test_scores_that_are_not_numbers_choose_experts_that_exist(where):
+    from scalellm.kernels.moe.triton import Routed
+
+    routed = Routed(torch.full((4, 5), torch.nan, device=where), 2, True)
+    assert ((routed.chosen >= 0) & (routed.chosen < 5)).all()
+    assert int(routed.counts.sum()) == 8

@@ -10,9 +10,21 @@ __all__ = ["experts", "stacked_experts"]
 
 
 def stacked_experts(
-    x: Activations, logits: Tensor, gate_ups: Stacked, downs: Stacked, top: int, normalise: bool
+    x: Activations,
+    logits: Tensor,
+    gate_ups: Stacked,
+    downs: Stacked,
+    top: int,
+    normalise: bool,
+    first: int = 0,
+    tally: Tensor | None = None,
+    shares: int = 0,
 ) -> Tensor:
-    """As `experts`, on a GPU: `gate_ups` [E, 2 * inner, hidden], `downs` [E, hidden, inner]."""
+    """As `experts`, on a GPU: `gate_ups` [E, 2 * inner, hidden], `downs` [E, hidden, inner], of the
+    E experts from `first` on, to whose output those of other ranks are to be added.
+
+    `tally` int64 [4]: a layer, its choices, the experts that were chosen, and the choices of the
+    busiest of `shares` ranks that divide the experts, or expert if 0, are added to it."""
     from scalellm.kernels.moe import triton
 
     dtype = x.dtype
@@ -20,4 +32,6 @@ def stacked_experts(
         x = plain_rows(x)
     elif not isinstance(x, Fp8Rows):
         x = quantise_rows(x)
-    return triton.experts(x, logits, gate_ups, downs, top, normalise, dtype)
+    return triton.experts(
+        x, logits, gate_ups, downs, top, normalise, dtype, first, tally=tally, shares=shares
+    )

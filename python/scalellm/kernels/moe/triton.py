@@ -33,6 +33,8 @@ def _route(
     places,
     counts,
     experts,
+    first,
+    held,
     TOP: tl.constexpr,
     NORMALISE: tl.constexpr,
     EXPERTS: tl.constexpr,
@@ -59,23 +61,60 @@ def _route(
     at = token * TOP + slot
     there = slot < TOP
     tl.store(weights + at, kept, mask=there)
-    tl.store(chosen + at, best, mask=there)
+    # Scores that are not numbers have chosen something; it has to be an expert that exists.
+    best = tl.minimum(best, experts - 1)
     tl.store(places + at, tl.atomic_add(counts + best, 1, mask=there), mask=there)
+    mine = (best >= first) & (best < first + held)
+    tl.store(chosen + at, tl.where(mine, best - first, -1), mask=there)
 
 
 @triton.jit
+def _count(counts, tally, experts, shares, EXPERTS: tl.constexpr, SHARES: tl.constexpr):
+    """Add a layer to `tally`: layers, choices, experts that were chosen, and the choices of the
+    busiest of `shares` ranks that divide the experts; of the busiest expert if SHARES is 0."""
+    expert = tl.arange(0, EXPERTS)
+    count = tl.load(counts + expert, mask=expert < experts, other=0)
+    busiest = tl.max(count)
+    if SHARES > 0:
+        mine = (expert * shares // experts)[None, :] == tl.arange(0, SHARES)[:, None]
+        busiest = tl.max(tl.sum(tl.where(mine, count[None, :], 0), 1))
+    one = tl.full((), 1, tl.int64)
+    tl.atomic_add(tally, one)
+    tl.atomic_add(tally + 1, tl.sum(count).to(tl.int64))
+    tl.atomic_add(tally + 2, tl.sum((count > 0).to(tl.int64)))
+    tl.atomic_add(tally + 3, busiest.to(tl.int64))
+
+
+@triton.jit(do_not_specialize=["choices"])
 def _sort(
-    chosen, places, counts, order, choices, experts, EXPERTS: tl.constexpr, BLOCK: tl.constexpr
+    chosen,
+    places,
+    counts,
+    order,
+    tally,
+    choices,
+    experts,
+    every,
+    first_expert,
+    shares,
+    TALLY: tl.constexpr,
+    EXPERTS: tl.constexpr,
+    EVERY: tl.constexpr,
+    SHARES: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
+    if TALLY:
+        if tl.program_id(0) == 0:
+            _count(counts, tally, every, shares, EVERY, SHARES)
     choice = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = choice < choices
     expert = tl.arange(0, EXPERTS)
-    count = tl.load(counts + expert, mask=expert < experts, other=0)
+    count = tl.load(counts + first_expert + expert, mask=expert < experts, other=0)
     first = tl.cumsum(count, 0) - count
-    mine = tl.load(chosen + choice, mask=inside, other=0)
+    mine = tl.load(chosen + choice, mask=inside, other=-1)
     before = tl.sum(tl.where(mine[:, None] == expert[None, :], first[None, :], 0), 1)
-    place = before + tl.load(places + choice, mask=inside, other=0)
-    tl.store(order + place, choice, mask=inside)
+    place = before + tl.load(places + choice, mask=mine >= 0, other=0)
+    tl.store(order + place, choice, mask=mine >= 0)
 
 
 @triton.jit
@@ -93,7 +132,7 @@ def _rows_of_tile(counts, experts, tile, EXPERTS: tl.constexpr, ROWS: tl.constex
     return mine, first, tl.minimum(tl.sum(tl.where(is_mine, count, 0)) - in_expert, ROWS)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["row_tiles"])
 def _experts(
     x,
     x_scales,
@@ -158,40 +197,59 @@ def _experts(
 
 
 @triton.jit
-def _combine(parts, out, hidden, TOP: tl.constexpr, BLOCK: tl.constexpr):
+def _combine(parts, chosen, out, hidden, TOP: tl.constexpr, BLOCK: tl.constexpr):
     token = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK)
     inside = columns < hidden
     total = tl.zeros([BLOCK], tl.float32)
     for index in tl.static_range(TOP):
-        part = parts + (token * TOP + index) * hidden + columns
-        total += tl.load(part, mask=inside, other=0.0).to(tl.float32)
+        choice = token * TOP + index
+        computed = inside & (tl.zeros([BLOCK], tl.int32) + tl.load(chosen + choice) >= 0)
+        part = parts + choice * hidden + columns
+        total += tl.load(part, mask=computed, other=0.0).to(tl.float32)
     tl.store(out + token * hidden + columns, total.to(out.dtype.element_ty), mask=inside)
 
 
 class Routed:
-    """The choices of T tokens, sorted by expert."""
+    """The choices of T tokens, sorted by expert; of those experts that a rank holds."""
 
-    def __init__(self, logits: Tensor, top: int, normalise: bool) -> None:
-        """`logits` [T, E] of any float type."""
-        tokens, self.experts = logits.shape
+    def __init__(
+        self,
+        logits: Tensor,
+        top: int,
+        normalise: bool,
+        first: int = 0,
+        held: int | None = None,
+        tally: Tensor | None = None,
+        shares: int = 0,
+    ) -> None:
+        """`logits` [T, all experts] of any float type; `held` experts from `first` on, all if None.
+
+        `chosen` counts from `first`, and is -1 where another rank has the expert. `tally` int64
+        [4]: what `_count` adds to, the experts divided into `shares`, or each for itself if 0."""
+        tokens, every = logits.shape
+        self.every, self.experts = every, every if held is None else held
         self.top, self.choices = top, tokens * top
-        self.block = triton.next_power_of_2(self.experts)
+        self.block = max(2, triton.next_power_of_2(self.experts))
         here = logits.device
         self.weights = torch.empty(tokens, top, dtype=torch.float32, device=here)
         self.chosen = torch.empty(tokens, top, dtype=torch.int32, device=here)
         # tokens of each expert
-        self.counts = torch.zeros(self.experts, dtype=torch.int32, device=here)
+        counts = torch.zeros(every, dtype=torch.int32, device=here)
+        self.counts = counts[first : first + self.experts]
         self.order = torch.empty(self.choices, dtype=torch.int32, device=here)
         places = torch.empty_like(self.chosen)
         _route[(tokens,)](
-            logits.contiguous(), self.weights, self.chosen, places, self.counts, self.experts,
-            TOP=top, NORMALISE=normalise, EXPERTS=self.block,
+            logits.contiguous(), self.weights, self.chosen, places, counts, every, first,
+            self.experts, TOP=top, NORMALISE=normalise, EXPERTS=triton.next_power_of_2(every),
             SLOTS=triton.next_power_of_2(top), num_warps=1,
         )  # fmt: skip
         _sort[(triton.cdiv(self.choices, _SORTED_AT_ONCE),)](
-            self.chosen, places, self.counts, self.order, self.choices, self.experts,
-            EXPERTS=self.block, BLOCK=_SORTED_AT_ONCE, num_warps=4,
+            self.chosen, places, counts, self.order, counts if tally is None else tally,
+            self.choices, self.experts, every, first, shares,
+            TALLY=tally is not None, EXPERTS=self.block, EVERY=triton.next_power_of_2(every),
+            SHARES=triton.next_power_of_2(shares) if shares else 0, BLOCK=_SORTED_AT_ONCE,
+            num_warps=4,
         )  # fmt: skip
 
     def row_tiles(self, rows: int) -> int:
@@ -207,15 +265,20 @@ def experts(
     top: int,
     normalise: bool,
     dtype: torch.dtype,
+    first: int = 0,
     *,
+    tally: Tensor | None = None,
+    shares: int = 0,
     tile: Tile | None = None,
 ) -> Tensor:
     """`x` [T, hidden], fp8 where the weights are, through its `top` best experts.
 
-    `logits` [T, E], `gate_ups` [E, 2 * inner, hidden], `downs` [E, hidden, inner]. Returns
-    [T, hidden] of `dtype`. `tile`: for both products.
+    `logits` [T, all experts]; of E experts from `first` on `gate_ups` [E, 2 * inner, hidden] and
+    `downs` [E, hidden, inner]. Returns [T, hidden] of `dtype`. `tally`, `shares`: as of Routed;
+    `tile`: for both products.
     """
-    routed = Routed(logits, top, normalise)
+    held = len(downs.data if isinstance(downs, Fp8Matrix) else downs)
+    routed = Routed(logits, top, normalise, first, held, tally, shares)
     data = x.data if isinstance(x, Fp8Rows) else x
     hidden = data.shape[1]
     inner_data = downs.data if isinstance(downs, Fp8Matrix) else downs
@@ -235,7 +298,7 @@ def experts(
     out = parts.new_empty(len(data), hidden)
     block = triton.next_power_of_2(hidden)
     _combine[(len(data),)](
-        parts, out, hidden, TOP=top, BLOCK=block, num_warps=warps_of_row(block),
+        parts, routed.chosen, out, hidden, TOP=top, BLOCK=block, num_warps=warps_of_row(block),
     )  # fmt: skip
     return out
 
@@ -257,7 +320,7 @@ def product_of_experts(
     )
     fp8, k = isinstance(weight, Fp8Matrix), a.shape[1]
     if tile is None:
-        expected = -(-routed.choices // routed.experts)
+        expected = -(-routed.choices // routed.every)
         name = "experts fp8" if fp8 else "experts bf16"
         busy = min(routed.choices, routed.experts)
         tile = tile_for(name, expected, w.shape[1], k, a.device, busy)
