@@ -29,6 +29,19 @@ fn byte_of(c: char) -> Option<u8> {
     }
 }
 
+/// The character that stands for a byte in a byte-level token.
+pub(super) fn byte_level_char(byte: u8) -> char {
+    let code = u32::from(byte);
+    let code = match code {
+        0x00..=0x20 => code + 0x100,
+        0x7f..=0xa0 => code - 0x7f + 0x121,
+        0xad => 0x143,
+        _ => code,
+    };
+    // None of them is a surrogate.
+    char::from_u32(code).unwrap_or_default()
+}
+
 /// Bytes to text as `String::from_utf8_lossy` would, in pieces.
 #[derive(Clone, Default)]
 pub(super) struct Utf8 {
@@ -74,6 +87,18 @@ impl Utf8 {
         if !self.is_empty() {
             next("\u{fffd}");
             self.held.clear();
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_byte_has_its_own_character() {
+        for byte in 0..=u8::MAX {
+            assert_eq!(byte_of(byte_level_char(byte)), Some(byte));
         }
     }
 }

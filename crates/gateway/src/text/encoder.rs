@@ -5,6 +5,7 @@ use tokenizers::{Encoding, Token, Tokenizer};
 use super::error::TextError;
 use super::piece_cache::{CacheCounts, PieceCache};
 use super::pieces::{Cuts, Piece};
+use super::words::Words;
 
 /// Memory for the ids of texts seen before, where nothing else is said.
 pub(super) const CACHE_BYTES: usize = 64 << 20;
@@ -18,6 +19,8 @@ pub(super) struct Encoder {
 
 struct InPieces {
     cuts: Cuts,
+    /// `None` where the library finds them.
+    words: Option<Words>,
     /// The model's own tokens before a text.
     first: Vec<u32>,
     /// And after it.
@@ -72,9 +75,15 @@ impl Encoder {
                 ids.extend_from_slice(&known);
                 return Ok(());
             }
-            let new = self.encode_whole(text, false)?;
-            ids.extend_from_slice(&new);
-            self.cache.insert(text, &new);
+            let before = ids.len();
+            let by_words = match &in_pieces.words {
+                Some(words) => words.encode(&self.tokenizer, text, &mut ids)?,
+                None => false,
+            };
+            if !by_words {
+                ids.extend(self.encode_whole(text, false)?);
+            }
+            self.cache.insert(text, &ids[before..]);
             between();
             Ok(())
         })?;
@@ -108,6 +117,11 @@ impl InPieces {
         };
         let (first, last) = around(true)?;
         let nothing_around = around(false)? == (Vec::new(), Vec::new());
-        nothing_around.then_some(Self { cuts, first, last })
+        nothing_around.then(|| Self {
+            words: cuts.words(),
+            cuts,
+            first,
+            last,
+        })
     }
 }

@@ -26,6 +26,7 @@ mod strings;
 mod template;
 mod values;
 mod vocabulary;
+mod words;
 
 pub use detokenizer::Detokenizer;
 pub use error::TextError;

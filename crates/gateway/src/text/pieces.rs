@@ -13,6 +13,8 @@ use aho_corasick::{AhoCorasick, MatchKind};
 use serde_json::Value;
 use tokenizers::{ModelWrapper, Tokenizer};
 
+use super::words::Words;
+
 /// Texts are cut at the first place that is right once they are this long: long enough that the cache's upkeep does
 /// not show, short enough that others wait little for one piece.
 const PIECE_BYTES: usize = 4096;
@@ -45,8 +47,9 @@ pub(super) enum Piece<'a> {
 pub(super) struct Cuts {
     /// Tokens that are found before a text is normalized, and the id of each pattern; `None` where there are none.
     tokens: Option<(AhoCorasick, Vec<u32>)>,
-    /// Whether a text between tokens may be cut.
-    in_text: bool,
+    /// Where a text between tokens may be cut: the pattern of its words, and whether it is brought into Unicode's
+    /// composed form first.
+    in_text: Option<(&'static str, bool)>,
 }
 
 impl Cuts {
@@ -79,10 +82,19 @@ impl Cuts {
             Some((finder.ok()?, ids))
         };
         // A token that is looked for in normalized text might go across a cut.
-        let in_text = added.values().all(|token| !token.normalized)
-            && is_local_normalizer(&normalizer)
-            && is_local_pre_tokenizer(&pre_tokenizer);
-        Some(Self { tokens, in_text })
+        let is_local =
+            added.values().all(|token| !token.normalized) && is_local_normalizer(&normalizer);
+        let pattern = is_local.then(|| local_pattern(&pre_tokenizer)).flatten();
+        Some(Self {
+            tokens,
+            in_text: pattern.map(|pattern| (pattern, !normalizer.is_null())),
+        })
+    }
+
+    /// How words are found in a text between tokens, where that is known.
+    pub(super) fn words(&self) -> Option<Words> {
+        let (pattern, composed) = self.in_text?;
+        Words::new(pattern, composed)
     }
 
     /// Hands `text`'s pieces to `take`, in order, until it fails.
@@ -107,7 +119,7 @@ impl Cuts {
         mut text: &'a str,
         take: &mut impl FnMut(Piece<'a>) -> Result<(), E>,
     ) -> Result<(), E> {
-        while self.in_text
+        while self.in_text.is_some()
             && let Some(cut) = cut(text)
         {
             take(Piece::Text(&text[..cut]))?;
@@ -143,23 +155,25 @@ fn is_local_normalizer(normalizer: &Value) -> bool {
         .all(|part| part.is_null() || part["type"] == "NFC")
 }
 
-fn is_local_pre_tokenizer(pre_tokenizer: &Value) -> bool {
+/// The pattern of `pre_tokenizer`'s words, if it is one of the [`LOCAL_PATTERNS`] and all that it does to a text.
+fn local_pattern(pre_tokenizer: &Value) -> Option<&'static str> {
     let byte_level = |part: &Value, use_regex: bool| {
         part["type"] == "ByteLevel"
             && part["add_prefix_space"] == false
             && part["use_regex"] == use_regex
     };
     match parts(pre_tokenizer, "pretokenizers").as_slice() {
-        [one] => byte_level(one, true),
+        [one] => byte_level(one, true).then_some(LOCAL_PATTERNS[0]),
         [split, bytes] => {
-            let pattern = split["pattern"]["Regex"].as_str();
-            split["type"] == "Split"
+            let pattern = split["pattern"]["Regex"].as_str()?;
+            let is_split = split["type"] == "Split"
                 && split["behavior"] == "Isolated"
                 && split["invert"] == false
-                && pattern.is_some_and(|pattern| LOCAL_PATTERNS.contains(&pattern))
-                && byte_level(bytes, false)
+                && byte_level(bytes, false);
+            let mut known = LOCAL_PATTERNS.into_iter();
+            known.find(|known| is_split && *known == pattern)
         }
-        _ => false,
+        _ => None,
     }
 }
 

@@ -5,11 +5,15 @@ use tokenizers::normalizers::unicode::NFC;
 use tokenizers::pre_tokenizers::sequence::Sequence;
 use tokenizers::pre_tokenizers::split::{Split, SplitPattern};
 use tokenizers::processors::template::TemplateProcessing;
-use tokenizers::{NormalizerWrapper, PreTokenizerWrapper, SplitDelimiterBehavior};
+use tokenizers::{
+    NormalizerWrapper, OffsetReferential, OffsetType, PreTokenizedString, PreTokenizer,
+    PreTokenizerWrapper, SplitDelimiterBehavior,
+};
 
 use super::*;
 use crate::text::encoder::Encoder;
 use crate::text::pieces::{Cuts, LOCAL_PATTERNS, Piece};
+use crate::text::words::Words;
 
 fn ids_of(tokenizer: &Tokenizer, text: &str, add_special: bool) -> Vec<u32> {
     let encoding = tokenizer.encode_fast(text, add_special).unwrap();
@@ -94,6 +98,37 @@ proptest! {
                 let ids = encoder.encode(&text, add_special, &mut || ()).unwrap();
                 prop_assert_eq!(&ids, &whole);
             }
+        }
+    }
+}
+
+/// Every assigned character, but of the ideographs that have planes to themselves one in 16.
+fn characters() -> impl Iterator<Item = char> {
+    let ideographs = (0x2_0000..0x4_0000).step_by(16);
+    let all = (0..0x2_0000).chain(ideographs).chain(0xe_0000..0xe_1000);
+    all.filter_map(char::from_u32)
+}
+
+#[test]
+fn every_character_ends_a_word_where_the_library_says() {
+    let all: Vec<char> = characters().collect();
+    for (pattern, encoder) in LOCAL_PATTERNS.iter().zip(PATTERNS.iter()) {
+        let words = Words::new(pattern, false).unwrap();
+        for some in all.chunks(4096) {
+            let text: String = some
+                .iter()
+                .map(|c| format!("a{c}b {c}{c}1{c}\n!{c}  {c}'{c}s"))
+                .collect();
+            let mut whole = PreTokenizedString::from(text.as_str());
+            let PreTokenizerWrapper::Sequence(steps) =
+                encoder.tokenizer().get_pre_tokenizer().unwrap()
+            else {
+                panic!("not as made above");
+            };
+            steps.as_ref()[0].pre_tokenize(&mut whole).unwrap();
+            let splits = whole.get_splits(OffsetReferential::Original, OffsetType::Byte);
+            let ends: Vec<usize> = splits.iter().map(|(_, (_, end), _)| *end).collect();
+            assert_eq!(words.ends(&text), ends, "{pattern}, from {:?}", some[0]);
         }
     }
 }
