@@ -178,6 +178,15 @@ impl Stream {
         self.deadline.map_or(next, |deadline| next.min(deadline.at))
     }
 
+    /// The error that ends a stream at what came last.
+    fn overdue(&self) -> Option<Box<ApiError>> {
+        if self.app.phase() >= Phase::Stopping {
+            return Some(ApiError::draining(self.app.drain_retry_after_s()));
+        }
+        let passed = self.deadline.filter(|deadline| deadline.at <= self.came);
+        passed.map(|deadline| late(deadline.setting))
+    }
+
     /// The error that ends a wait which has lasted too long.
     fn poll_limits(&mut self, cx: &mut Context<'_>) -> Poll<Option<Box<ApiError>>> {
         if self.stopping.as_mut().poll(cx).is_ready() {
@@ -259,9 +268,11 @@ impl Body for Stream {
             return Poll::Ready(Some(Ok(Frame::data(first))));
         }
         let error = match this.poll_events(cx) {
-            Poll::Ready(Ok(Some(events))) => {
-                return Poll::Ready(Some(Ok(Frame::data(events))));
-            }
+            // An upstream that always has more would never come to the timers.
+            Poll::Ready(Ok(Some(events))) => match this.overdue() {
+                Some(error) if !this.events.done => error,
+                _ => return Poll::Ready(Some(Ok(Frame::data(events)))),
+            },
             Poll::Ready(Ok(None)) => {
                 this.end();
                 return Poll::Ready(None);

@@ -467,6 +467,10 @@ async fn a_stream_that_breaks_ends_with_an_error_event() {
 async fn every_wait_has_its_end() {
     let hang = || vec![Act::Hang];
     let begun = || vec![stream_head(), chunk(HI), Act::Hang];
+    let busy = || {
+        let event = format!("{:x}\r\n{HI}\r\n", HI.len());
+        vec![stream_head(), Act::Forever(event.into())]
+    };
     let no_event = || vec![stream_head(), chunk("data: {"), Act::Hang];
     let half = || {
         vec![
@@ -486,7 +490,7 @@ async fn every_wait_has_its_end() {
         &'a str,
         &'a str,
     );
-    let cases: [Case; 6] = [
+    let cases: [Case; 7] = [
         (
             "no head",
             hang,
@@ -527,6 +531,13 @@ async fn every_wait_has_its_end() {
             begun,
             &long,
             r#"{"model":"chat","stream":true,"deadline_ms":500}"#,
+            "deadline_exceeded",
+        ),
+        (
+            "deadline in a stream that always has more",
+            busy,
+            &long,
+            r#"{"model":"chat","stream":true,"deadline_ms":100}"#,
             "deadline_exceeded",
         ),
     ];
