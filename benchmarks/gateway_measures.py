@@ -4,12 +4,15 @@ small     closed loop of 64, prompts of 500 bytes, answers of 16 tokens in one p
 chunk     64 streams of 256 tokens, as fast as they go; 256 streams of a token every 20 ms
 added     constant arrivals; end to end, less the same load sent to the endpoint behind it
 big       closed loop of 16, prompts of 220 KB, each new
+beside    p99 of small requests while those run, over their p99 alone
+overload  64 places before an engine of 20 ms: p99 at twice the load, over that at 80%
 held      streams that are open at once with a token a second
 """
 
 import json
 import random
 import threading
+import time
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, replace
@@ -26,6 +29,10 @@ _SMALL_PROMPTS, _BIG_PROMPTS = 512, 192
 _CONCURRENCY, _BIG_CONCURRENCY, _PACED_STREAMS = 64, 16, 256
 _ANSWER_TOKENS, _STREAM_TOKENS, _PACED_TOKENS, _HELD_TOKENS = 16, 256, 100, 4
 _PACED_TBT_MS, _HELD_TBT_MS = 20.0, 1000.0
+# A rate holds if the gateway could answer more, and did answer about as many.
+_RATES, _HEADROOM, _HELD_SHARE = (2000, 5000, 10_000), 1.1, 0.95
+_BESIDE_RATE = 200
+_LIMITED_TTFT_MS = 20.0
 _LOOK_EVERY_S = 0.2
 _MIB = 1 << 20
 
@@ -37,11 +44,10 @@ class Amounts:
     """How much of each is asked for; a slow gateway is asked less, so that it answers at all."""
 
     seconds: float
-    rate: float = 2000.0
     held: int = 4000
 
     def for_slow(self) -> "Amounts":
-        return replace(self, rate=50.0, held=200)
+        return replace(self, held=200)
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,9 +60,16 @@ class Figures:
     cpu_us_request: float | None = None
     cpu_us_chunk: float | None = None
     cpu_us_paced_chunk: float | None = None
-    added_p50_ms: float | None = None
-    added_p99_ms: float | None = None
-    rate: float | None = None  # at which that was
+    # At so many requests a second; None where it cannot answer as many.
+    added_2000_p50_ms: float | None = None
+    added_2000_p99_ms: float | None = None
+    added_5000_p50_ms: float | None = None
+    added_5000_p99_ms: float | None = None
+    added_10000_p50_ms: float | None = None
+    added_10000_p99_ms: float | None = None
+    beside_big_p99_ratio: float | None = None
+    overload_p99_ratio: float | None = None
+    overload_refused_share: float | None = None
     big_request_s: float | None = None
     after_big_mib: float | None = None
     held_kib: float | None = None
@@ -100,15 +113,20 @@ def measure_gateway(gateway: Gateway, repeat: int, bench: Bench) -> Figures:
     if gateway.slow:
         bench = replace(bench, amounts=bench.amounts.for_slow())
     found = Figures(gateway.name, repeat)
-    with _behind(bench, 0.0, 0.0) as behind:
-        direct = _open_loop(behind.url, "", bench)
-        with _running(gateway, behind, bench) as server:
-            mib = server.processes.pss_bytes() / _MIB
-            found = replace(found, ready_s=server.ready_after_s, idle_mib=mib)
-            found = _small_requests(found, server, bench)
-            found = _chunks(found, server, bench)
-            found = _added(found, server, bench, direct)
-            found = _big_requests(found, server, bench)
+    with _behind(bench, 0.0, 0.0) as behind, _running(gateway, behind, bench) as server:
+        mib = server.processes.pss_bytes() / _MIB
+        found = replace(found, ready_s=server.ready_after_s, idle_mib=mib)
+        found = _small_requests(found, server, bench)
+        found = _chunks(found, server, bench)
+        found = _big_requests(found, server, bench)
+        for rate in _RATES:
+            found = _added(found, server, behind, bench, rate)
+        found = _beside_big_requests(found, server, bench)
+    if gateway.limited is not None:
+        with _behind(bench, _LIMITED_TTFT_MS, 0.0) as behind:
+            limited = replace(gateway, launch=gateway.limited)
+            with _running(limited, behind, bench) as server:
+                found = _overload(found, server, bench)
     with (
         _behind(bench, _PACED_TBT_MS, _PACED_TBT_MS) as behind,
         _running(gateway, behind, bench) as server,
@@ -155,27 +173,23 @@ def _paced_chunks(found: Figures, server: Running, bench: Bench) -> Figures:
     return _plus(found, row, cpu_us_paced_chunk=1e6 * cpu_s / max(row["output_tokens"], 1))
 
 
-def _added(found: Figures, server: Running, bench: Bench, direct: Row) -> Figures:
-    row = _open_loop(server.url, server.api_key, bench)
-    if not row["completed"] or not direct["completed"]:
+def _added(found: Figures, server: Running, behind: Backend, bench: Bench, rate: int) -> Figures:
+    if (found.request_s or 0.0) < _HEADROOM * rate:
+        return found
+    direct = _open_loop(behind.url, "", bench, rate)
+    row = _open_loop(server.url, server.api_key, bench, rate)
+    if min(row["request_s"], direct["request_s"]) < _HELD_SHARE * rate:
         return _plus(found, row)
-
-    def added(percentile: str) -> float:
-        through, past = row["e2e_ms"][percentile], direct["e2e_ms"][percentile]
-        return float(through - past)
-
-    return _plus(
-        found,
-        row,
-        added_p50_ms=added("p50"),
-        added_p99_ms=added("p99"),
-        rate=bench.amounts.rate,
-    )
+    added = {
+        f"added_{rate}_{percentile}_ms": row["e2e_ms"][percentile] - direct["e2e_ms"][percentile]
+        for percentile in ("p50", "p99")
+    }
+    return _plus(found, row, **added)
 
 
-def _open_loop(url: str, api_key: str, bench: Bench) -> Row:
-    rate, seconds = bench.amounts.rate, bench.amounts.seconds
-    send_at_s = [number / rate for number in range(round(rate * seconds))]
+def _open_loop(url: str, api_key: str, bench: Bench, rate: float) -> Row:
+    number = round(rate * bench.amounts.seconds)
+    send_at_s = [number / rate for number in range(number)]
     level = {"rate": rate, "send_at_s": send_at_s, "warmup": _CONCURRENCY}
     return _load(url, api_key, bench.prompts.small, level, 1, stream=False)
 
@@ -189,6 +203,45 @@ def _big_requests(found: Figures, server: Running, bench: Bench) -> Figures:
     row = _load(server.url, server.api_key, bench.prompts.big, level, 1, stream=False)
     mib = server.processes.pss_bytes() / _MIB
     return _plus(found, row, big_request_s=row["request_s"], after_big_mib=mib)
+
+
+def _beside_big_requests(found: Figures, server: Running, bench: Bench) -> Figures:
+    alone = _open_loop(server.url, server.api_key, bench, _BESIDE_RATE)
+    rows: list[Row] = []
+
+    def big() -> None:
+        # They begin before the small ones, and end after them.
+        seconds = bench.amounts.seconds + 1.0
+        level = {"concurrency": _BIG_CONCURRENCY, "duration_s": seconds}
+        prompts = bench.prompts.big
+        rows.append(_load(server.url, server.api_key, prompts, level, 1, stream=False))
+
+    running = threading.Thread(target=big)
+    running.start()
+    time.sleep(0.5)
+    row = _open_loop(server.url, server.api_key, bench, _BESIDE_RATE)
+    running.join()
+    if not rows or not row["completed"] or not alone["completed"]:
+        return _plus(found, row)
+    ratio = row["e2e_ms"]["p99"] / alone["e2e_ms"]["p99"]
+    return _plus(found, row, beside_big_p99_ratio=ratio)
+
+
+def _overload(found: Figures, server: Running, bench: Bench) -> Figures:
+    level = {"concurrency": _CONCURRENCY, "duration_s": bench.amounts.seconds}
+    most = _load(server.url, server.api_key, bench.prompts.small, level, 1, stream=False)
+    light, heavy = (
+        _open_loop(server.url, server.api_key, bench, share * most["request_s"])
+        for share in (0.8, 2.0)
+    )
+    refused = heavy["failures"].get("status", {"count": 0})["count"]
+    if refused != heavy["failed"] or not light["completed"] or not heavy["completed"]:
+        return _plus(found, heavy)
+    return replace(
+        _plus(found, light),
+        overload_p99_ratio=heavy["e2e_ms"]["p99"] / light["e2e_ms"]["p99"],
+        overload_refused_share=refused / (refused + heavy["completed"]),
+    )
 
 
 def _held(found: Figures, server: Running, bench: Bench) -> Figures:

@@ -22,6 +22,7 @@ _MODEL_FOLDER = Path(scalellm.demo.__file__).parent / "model"
 _ENGINE_SOCKET = "engine.sock"
 # Room for every stream that is held and for the longest prompt.
 _MAX_SEQS, _MAX_MODEL_LEN = 16_384, 1 << 20
+_FEW_PLACES = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +42,9 @@ class Gateway:
     about: str
     build: Callable[[Path, Path], None]
     launch: Callable[[Path, int, Backend], Launch]
-    # So many requests a second that thousands are out of its reach.
+    # The same with few places for running requests, where there is such a limit.
+    limited: Callable[[Path, int, Backend], Launch] | None = None
+    # Thousands of requests a second are out of its reach.
     slow: bool = False
 
 
@@ -104,7 +107,7 @@ def scalellm_gateway(port: int, engine: str) -> Launch:
     return _gateway(f'host = "127.0.0.1"\nport = {port}\n{_model()}replicas = ["{engine}"]\n')
 
 
-def _measured_gateway(port: int, behind: str, folder: Path) -> Launch:
+def _measured_gateway(port: int, behind: str, folder: Path, places: int) -> Launch:
     """With what a public endpoint has on: keys and usage in SQLite, metrics, stage times."""
     database = f"sqlite:{folder / f'accounts-{port}.db'}"
     key = DatabaseAccounts(database).create({"name": "bench", "tenant": "bench"})["secret"]
@@ -113,8 +116,8 @@ def _measured_gateway(port: int, behind: str, folder: Path) -> Launch:
         "port": port,
         "log_level": "error",
         "database_url": database,
-        "max_in_flight": _MAX_SEQS,
-        "max_queued": _MAX_SEQS,
+        "max_in_flight": places,
+        "max_queued": places,
     }
     # Numbers and plain strings are the same in JSON and TOML.
     lines = [f"{name} = {json.dumps(value)}" for name, value in settings.items()]
@@ -134,14 +137,20 @@ def _core_call(call: str, ready_path: str | None) -> Launch:
     return Launch((sys.executable, "-c", code), ready_path=ready_path)
 
 
-def _own_engine(_: Path, port: int, behind: Backend) -> Launch:
-    replicas = f'replicas = ["{behind.engine}"]\n'
-    return _measured_gateway(port, _model() + replicas, behind.folder)
+def _own_engine(places: int) -> Callable[[Path, int, Backend], Launch]:
+    def launch(_: Path, port: int, behind: Backend) -> Launch:
+        replicas = f'replicas = ["{behind.engine}"]\n'
+        return _measured_gateway(port, _model() + replicas, behind.folder, places)
+
+    return launch
 
 
-def _foreign_engine(_: Path, port: int, behind: Backend) -> Launch:
-    model = f'[[models]]\nname = "{MODEL}"\n[[models.upstreams]]\nurl = "{behind.url}/v1"\n'
-    return _measured_gateway(port, model, behind.folder)
+def _foreign_engine(places: int) -> Callable[[Path, int, Backend], Launch]:
+    def launch(_: Path, port: int, behind: Backend) -> Launch:
+        model = f'[[models]]\nname = "{MODEL}"\n[[models.upstreams]]\nurl = "{behind.url}/v1"\n'
+        return _measured_gateway(port, model, behind.folder, places)
+
+    return launch
 
 
 def _nothing(_cache: Path, _log: Path) -> None:
@@ -149,6 +158,18 @@ def _nothing(_cache: Path, _log: Path) -> None:
 
 
 SCALELLM_GATEWAYS = (
-    Gateway("scalellm", "ScaleLLM, own engine over gRPC", _nothing, _own_engine),
-    Gateway("scalellm-foreign", "ScaleLLM, foreign engine over HTTP", _nothing, _foreign_engine),
+    Gateway(
+        "scalellm",
+        "ScaleLLM, own engine over gRPC",
+        _nothing,
+        _own_engine(_MAX_SEQS),
+        limited=_own_engine(_FEW_PLACES),
+    ),
+    Gateway(
+        "scalellm-foreign",
+        "ScaleLLM, foreign engine over HTTP",
+        _nothing,
+        _foreign_engine(_MAX_SEQS),
+        limited=_foreign_engine(_FEW_PLACES),
+    ),
 )
