@@ -66,8 +66,7 @@ while True:
 ROOT = """
 import json, os, sys
 from pathlib import Path
-from scalellm.controller.child import Command
-from scalellm.controller.deployment import PYTHON
+from scalellm.controller.child import PYTHON, Command
 from scalellm.controller.policy import Limits
 from scalellm.controller.report import Report
 from scalellm.controller.supervisor import Plan, Supervisor

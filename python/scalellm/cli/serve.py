@@ -18,6 +18,7 @@ from scalellm.config import (
     build,
 )
 from scalellm.controller.deployment import free_port, plan_deployment
+from scalellm.controller.launchers.local import LocalLauncher
 from scalellm.controller.report import Report
 from scalellm.controller.runtime_folder import make_runtime_folder
 from scalellm.controller.shapes import WIDTHS, fitting_widths
@@ -48,7 +49,9 @@ def run(arguments: argparse.Namespace) -> int:
     report.phase("resolve model", report.elapsed_s(), str(model_path))
     folder = make_runtime_folder()
     try:
-        plan = plan_deployment(config, model_path, port, folder, _widths(config, model_path))
+        launcher = LocalLauncher(folder)
+        widths = _widths(config, model_path)
+        plan = plan_deployment(config, model_path, port, folder, launcher, widths)
         return Supervisor(plan, folder, report).run()
     finally:
         shutil.rmtree(folder, ignore_errors=True)

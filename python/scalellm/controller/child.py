@@ -12,6 +12,8 @@ from dataclasses import dataclass
 
 from scalellm.controller.watchdog import kill_marked
 
+# -P: the working folder must not shadow modules of ours.
+PYTHON = (sys.executable, "-P", "-m")
 _PR_SET_PDEATHSIG = 1
 _MARK_VARIABLE = "SCALELLM_CHILD"  # what it starts carries it on, into whatever group or session
 

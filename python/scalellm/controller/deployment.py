@@ -3,21 +3,17 @@
 import errno
 import json
 import socket
-import sys
 from collections.abc import Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 
 from scalellm.config import SETTINGS, EngineConfig, LogConfig, ServeConfig
-from scalellm.controller.child import Command
+from scalellm.controller.child import PYTHON, Command
+from scalellm.controller.launchers.launcher import Engine, Launcher
 from scalellm.controller.policy import Limits
 from scalellm.controller.shapes import STATE_FILE, WIDTHS, initial_state, shapes_of
 from scalellm.controller.supervisor import Plan
 from scalellm.errors import AddressInUseError, ServeError
-
-# -P: the working folder must not shadow modules of ours.
-PYTHON = (sys.executable, "-P", "-m")
-_ENGINE_TOML = "# Empty: `serve` has resolved every setting; no scalellm.toml may add its own.\n"
 
 
 def plan_deployment(
@@ -25,6 +21,7 @@ def plan_deployment(
     model_path: Path,
     port: int,
     folder: Path,
+    launcher: Launcher,
     widths: Sequence[int] = WIDTHS,
 ) -> Plan:
     """The tree of one `serve`; writes the configuration files of its processes into `folder`.
@@ -32,35 +29,26 @@ def plan_deployment(
     `widths`: numbers of ranks that can share the model."""
     deployment = config.deployment
     shapes = shapes_of(config, folder, widths)
-    names = list(shapes.widths)
-    addresses = [f"unix:{folder / name}.sock" for name in names]
+    engines = [
+        _engine(config, model_path, name, shapes.widths[name], shapes.threads[name])
+        for name in shapes.widths
+    ]
+    launcher.check(engines)
+    addresses = [launcher.address(engine) for engine in engines]
     state = initial_state(shapes, deployment.blueprint)
     (folder / STATE_FILE).write_text(json.dumps(state), encoding="utf-8")
     file = folder / "gateway.toml"
     file.touch(mode=0o600)
     text = gateway_toml(config, model_path, port, addresses, folder / STATE_FILE)
     file.write_text(text, encoding="utf-8")
-    engine_file = folder / "engine.toml"
-    engine_file.write_text(_ENGINE_TOML, encoding="utf-8")
-
-    def engine(name: str, address: str) -> Command:
-        shaped = replace(
-            config.engine,
-            tensor_parallel_size=shapes.widths[name],
-            cpu_threads=shapes.threads[name],
-        )
-        flags = engine_flags(shaped, config.log, served_name(config.engine))
-        flags += ["--config", str(engine_file), "--listen", address]
-        return Command((*PYTHON, "scalellm", "engine", str(model_path), *flags))
-
     return Plan(
         url=f"http://{_in_url(config.gateway.host)}:{port}",
         model=served_name(config.engine),
         gateway=Command((*PYTHON, "scalellm", "gateway", "--config", str(file))),
         controller=Command((*PYTHON, "scalellm.controller")),
         engines={
-            name: (address, engine(name, address))
-            for name, address in zip(names, addresses, strict=True)
+            engine.name: (address, launcher.command(engine))
+            for engine, address in zip(engines, addresses, strict=True)
         },
         limits=Limits(
             hung_after_s=deployment.hung_after_s, start_timeout_s=deployment.start_timeout_s
@@ -69,6 +57,12 @@ def plan_deployment(
         steering=shapes.steering,
         drain_timeout_s=deployment.drain_timeout_s,
     )
+
+
+def _engine(config: ServeConfig, model_path: Path, name: str, ranks: int, threads: int) -> Engine:
+    shaped = replace(config.engine, tensor_parallel_size=ranks, cpu_threads=threads)
+    flags = engine_flags(shaped, config.log, served_name(config.engine))
+    return Engine(name, str(model_path), tuple(flags), ranks, threads)
 
 
 def served_name(engine: EngineConfig) -> str:

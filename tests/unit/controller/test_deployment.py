@@ -18,6 +18,7 @@ from scalellm.config import (
     build,
 )
 from scalellm.controller.deployment import free_port, plan_deployment
+from scalellm.controller.launchers.local import LocalLauncher
 from scalellm.controller.runtime_folder import make_runtime_folder
 from scalellm.errors import AddressInUseError, ServeError
 
@@ -37,7 +38,7 @@ def test_an_engine_gets_exactly_what_serve_resolved(
     config = serve_config(
         model="demo", max_num_seqs=9, enable_prefix_caching=False, kv_cache_memory_bytes=1 << 20
     )
-    plan = plan_deployment(config, tmp_path / "model", 8123, tmp_path)
+    plan = plan_deployment(config, tmp_path / "model", 8123, tmp_path, LocalLauncher(tmp_path))
     address, command = plan.engines["engine-1"]
     arguments = command.arguments[command.arguments.index("engine") + 1 :]
     parser = argparse.ArgumentParser()
@@ -64,7 +65,7 @@ def test_the_gateways_file_is_private_toml(tmp_path: Path) -> None:
     template = tmp_path / "t.jinja"
     name = 'd"\x7f\U0001f600'
     config = serve_config(model="demo", served_model_name=name, max_model_len=77)
-    plan_deployment(config, tmp_path / "model", 8123, tmp_path)
+    plan_deployment(config, tmp_path / "model", 8123, tmp_path, LocalLauncher(tmp_path))
     file = tmp_path / "gateway.toml"
     assert file.stat().st_mode & 0o777 == 0o600
     found = tomllib.loads(file.read_text(encoding="utf-8"))

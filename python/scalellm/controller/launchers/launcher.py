@@ -1,0 +1,40 @@
+"""The interface between a deployment's plan and what starts its engines.
+
+    local    a process of this machine; listens on a Unix socket
+
+Whatever runs an engine, the root's child is a process of this machine: the engine itself, or one
+that stands for it. It reports through `--status-fd`, takes the engine's signals and ends when the
+engine ends, so that restarts, backoff, drains and the end with the root are the same for all.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from scalellm.controller.child import Command
+
+
+@dataclass(frozen=True, slots=True)
+class Engine:
+    """One engine that may be started."""
+
+    name: str
+    model: str  # as `scalellm engine` takes it
+    flags: tuple[str, ...]  # every setting but --listen and --config, spelt out
+    ranks: int
+    threads: int  # on a CPU, of all its ranks
+
+
+class Launcher(Protocol):
+    """Starts engines somewhere."""
+
+    def check(self, engines: Sequence[Engine]) -> None:
+        """Raise ConfigError or ServeError for what cannot run, with what would fit.
+
+        Called before anything is started; starts nothing itself."""
+
+    def address(self, engine: Engine) -> str:
+        """Where the gateway finds it, as in the gateway's configuration."""
+
+    def command(self, engine: Engine) -> Command:
+        """The root's child; `--status-fd N` is added to it."""

@@ -1,0 +1,28 @@
+"""Engines as processes of this machine."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from scalellm.controller.child import PYTHON, Command
+from scalellm.controller.launchers.launcher import Engine
+
+_ENGINE_TOML = "# Empty: `serve` has resolved every setting; no scalellm.toml may add its own.\n"
+
+
+class LocalLauncher:
+    """Their sockets lie in the deployment's folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._config = folder / "engine.toml"
+        self._config.write_text(_ENGINE_TOML, encoding="utf-8")
+
+    def check(self, engines: Sequence[Engine]) -> None:
+        """Everything that a plan allows fits; cores are shared where there are too few."""
+
+    def address(self, engine: Engine) -> str:
+        return f"unix:{self._folder / engine.name}.sock"
+
+    def command(self, engine: Engine) -> Command:
+        own = ("--config", str(self._config), "--listen", self.address(engine))
+        return Command((*PYTHON, "scalellm", "engine", engine.model, *engine.flags, *own))
