@@ -4,16 +4,19 @@ use std::fmt;
 use std::path::PathBuf;
 use std::str::FromStr;
 
-/// `unix:PATH` or `HOST:PORT`.
+/// `unix:PATH`, `HOST:PORT`, or `file:PATH`.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub enum Address {
     Unix(PathBuf),
     /// `host:port`; an IPv6 host stands in brackets.
     Tcp(String),
+    /// Where the engine's address is written, by whoever starts it: read anew for each connection, as an engine that
+    /// is started again may be elsewhere. While there is no file, there is no engine.
+    File(PathBuf),
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error("address {given:?} is wrong: {reason}; use unix:PATH or HOST:PORT")]
+#[error("address {given:?} is wrong: {reason}; use unix:PATH, HOST:PORT or file:PATH")]
 pub struct AddressError {
     pub given: String,
     pub reason: &'static str,
@@ -42,6 +45,14 @@ impl FromStr for Address {
             }
             return Ok(Address::Unix(PathBuf::from(path)));
         }
+        if let Some(path) = given.strip_prefix("file:") {
+            if path.is_empty() || path.contains('\0') {
+                return Err(wrong(
+                    "the path of the file is empty or contains a zero byte",
+                ));
+            }
+            return Ok(Address::File(PathBuf::from(path)));
+        }
         let Some((host, port)) = given.rsplit_once(':') else {
             return Err(wrong("there is no port"));
         };
@@ -69,6 +80,7 @@ impl fmt::Display for Address {
         match self {
             Address::Unix(path) => write!(f, "unix:{}", path.display()),
             Address::Tcp(host_port) => f.write_str(host_port),
+            Address::File(path) => write!(f, "file:{}", path.display()),
         }
     }
 }
@@ -85,6 +97,7 @@ mod tests {
             "127.0.0.1:7000",
             "[::1]:0",
             "engine-0.engines:65535",
+            "file:/run/engine-0.address",
         ] {
             let address: Address = text.parse().expect(text);
             assert_eq!(address.to_string(), text);
@@ -97,6 +110,7 @@ mod tests {
         for text in [
             "",
             "unix:",
+            "file:",
             "localhost",
             ":80",
             "a:b",
@@ -109,7 +123,9 @@ mod tests {
         ] {
             let error = text.parse::<Address>().expect_err(text);
             assert!(
-                error.to_string().contains("unix:PATH or HOST:PORT"),
+                error
+                    .to_string()
+                    .contains("unix:PATH, HOST:PORT or file:PATH"),
                 "{error}"
             );
         }

@@ -27,6 +27,7 @@ pub(crate) fn bind(address: &Address) -> io::Result<(Babbler, Address)> {
             let address = Address::Tcp(listener.local_addr()?.to_string());
             Ok((Babbler::Tcp(listener), address))
         }
+        Address::File(_) => Err(io::ErrorKind::InvalidInput.into()),
     }
 }
 

@@ -1,12 +1,13 @@
 //! From an address to a gRPC channel over one socket.
 
 use std::io;
+use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
 use hyper_util::rt::TokioIo;
 use parking_lot::Mutex;
-use tokio::io::{AsyncRead, AsyncWrite};
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite};
 use tokio::net::{TcpStream, UnixStream};
 use tonic::transport::{Channel, Endpoint, Uri};
 
@@ -43,6 +44,8 @@ impl From<io::Error> for ConnectError {
 /// Windows large enough that a step's frame or a prompt's chunk never waits for an update.
 const STREAM_WINDOW_BYTES: u32 = 4 << 20;
 const CONNECTION_WINDOW_BYTES: u32 = 8 << 20;
+/// Of what is read of a file with an address.
+const MAX_ADDRESS_BYTES: u64 = 1024;
 
 /// Connects one socket and makes a channel of it. The channel never reconnects by itself, so that the session
 /// knows what became of its peer; it ends with its link.
@@ -51,6 +54,14 @@ pub(super) async fn open(
     config: &ReplicaConfig,
 ) -> Result<(Channel, Link), ConnectError> {
     let connected = async {
+        let found;
+        let address = match address {
+            Address::File(path) => {
+                found = written(path).await?;
+                &found
+            }
+            known => known,
+        };
         match address {
             Address::Unix(path) => over(UnixStream::connect(path).await?, config).await,
             Address::Tcp(host_port) => {
@@ -58,6 +69,9 @@ pub(super) async fn open(
                 socket.set_nodelay(true)?;
                 over(socket, config).await
             }
+            Address::File(_) => Err(ConnectError::Failed(
+                "the file names another file".to_owned(),
+            )),
         }
     };
     match tokio::time::timeout(config.connect_timeout, connected).await {
@@ -67,6 +81,18 @@ pub(super) async fn open(
             config.connect_timeout
         ))),
     }
+}
+
+/// The address in a file. What else may be in it is nobody's to see.
+async fn written(path: &Path) -> Result<Address, ConnectError> {
+    let mut text = String::new();
+    let file = tokio::fs::File::open(path).await?;
+    file.take(MAX_ADDRESS_BYTES)
+        .read_to_string(&mut text)
+        .await?;
+    text.trim()
+        .parse()
+        .map_err(|_| ConnectError::Failed("there is no address in the file".to_owned()))
 }
 
 async fn over<T>(socket: T, config: &ReplicaConfig) -> Result<(Channel, Link), ConnectError>

@@ -28,6 +28,10 @@ pub(super) fn bind(address: &Address) -> io::Result<(Bound, Address)> {
             let bound = Address::Tcp(listener.local_addr()?.to_string());
             Ok((Bound::Tcp(listener), bound))
         }
+        Address::File(_) => Err(io::Error::new(
+            io::ErrorKind::InvalidInput,
+            format!("{address}: an engine listens at unix:PATH or HOST:PORT"),
+        )),
     }
 }
 

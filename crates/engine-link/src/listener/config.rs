@@ -15,6 +15,8 @@ pub struct ListenerConfig {
     pub reattach_within: Duration,
     /// A frame comes at least this often, to carry the load and the age of the loop's last step.
     pub load_interval: Duration,
+    /// A loop that last came round longer ago than this hangs: the health service's `loop` says so.
+    pub hung_after: Duration,
     /// From opening a stream to its Hello.
     pub hello_timeout: Duration,
     /// HTTP/2 pings; they find gateways on dead hosts.
@@ -41,6 +43,7 @@ impl Default for ListenerConfig {
             max_retained_bytes: 64 << 20,
             reattach_within: Duration::from_secs(2),
             load_interval: Duration::from_millis(200),
+            hung_after: Duration::from_secs(30),
             hello_timeout: Duration::from_secs(5),
             keepalive_interval: Duration::from_secs(5),
             max_message_bytes: 16 << 20,

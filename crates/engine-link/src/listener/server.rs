@@ -168,6 +168,9 @@ where
         + 'static,
 {
     let (health, health_service) = tonic_health::server::health_reporter();
+    health
+        .set_service_status(LOOP, tonic_health::ServingStatus::NotServing)
+        .await;
     let engine = EngineServer::new(Service { core: core.clone() })
         .max_decoding_message_size(core.config.max_message_bytes);
     let mut closing = lives.clone();
@@ -199,9 +202,14 @@ where
     }
 }
 
-/// Load frames, lost sessions and the health service's answer. Never ends.
+/// What the health service says of the loop: the listener's thread would answer while it hangs.
+const LOOP: &str = "loop";
+
+/// Load frames, lost sessions and the health service's answers: `loop` for whether the process is of use, the
+/// protocol's name and the empty one for whether it takes requests. Never ends.
 async fn tick(core: &Core, health: &HealthReporter) {
     let mut draining = false;
+    let mut looping = false;
     health.set_serving::<EngineServer<Service>>().await;
     let mut interval =
         tokio::time::interval((core.config.load_interval / 2).max(Duration::from_millis(1)));
@@ -213,6 +221,14 @@ async fn tick(core: &Core, health: &HealthReporter) {
         even = !even;
         if even {
             core.load_is_due();
+        }
+        if core.is_looping() != looping {
+            looping = !looping;
+            let status = match looping {
+                true => tonic_health::ServingStatus::Serving,
+                false => tonic_health::ServingStatus::NotServing,
+            };
+            health.set_service_status(LOOP, status).await;
         }
         if core.is_draining() && !draining {
             draining = true;

@@ -4,7 +4,8 @@ use std::time::{Duration, Instant};
 
 use scalellm_engine_link::proto::FinishReason;
 use scalellm_engine_link::{
-    Command, ListenerConfig, Replica, ReplicaConfig, ReplicaState, RequestStream, StreamError,
+    Address, Command, ListenerConfig, Replica, ReplicaConfig, ReplicaState, RequestStream,
+    StreamError,
 };
 
 use crate::proxy::Proxy;
@@ -253,6 +254,28 @@ async fn a_dropped_replica_ends_its_requests() {
     assert!(lost(&mut stream).await.contains("removed"));
     assert_eq!(short.command().await, Command::Cancel(key));
     drop(engine);
+}
+
+#[tokio::test]
+async fn an_address_in_a_file_is_followed_to_where_the_engine_is_now() {
+    let Address::Unix(path) = unix() else {
+        panic!("a path")
+    };
+    let replica = Replica::start(Address::File(path.clone()), config());
+    let write =
+        |engine: &Engine| std::fs::write(&path, format!("{}\n", engine.address())).expect("write");
+    let first = Engine::start(&tcp());
+    write(&first);
+    reach(&replica, ReplicaState::Ready).await;
+    first.kill();
+    std::fs::remove_file(&path).expect("remove");
+    reach(&replica, ReplicaState::Lost).await;
+    let second = Engine::start(&tcp());
+    write(&second);
+    reach(&replica, ReplicaState::Ready).await;
+    let _stream = replica.submit(submit(vec![1], 10)).expect("taken");
+    second.submission().await;
+    std::fs::remove_file(&path).expect("remove");
 }
 
 #[tokio::test]

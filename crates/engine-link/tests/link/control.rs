@@ -4,7 +4,7 @@ use scalellm_engine_link::proto::{
     self, Calibrate, CalibrationShape, ControlRequest, ControlResponse, Drain, FinishReason,
     RefusalCode, Stop, to_engine::Message,
 };
-use scalellm_engine_link::{Command, ListenerConfig, ReplicaState};
+use scalellm_engine_link::{Command, EngineHandle, ListenerConfig, ReplicaState};
 use tonic_health::pb::HealthCheckRequest;
 use tonic_health::pb::health_check_response::ServingStatus;
 use tonic_health::pb::health_client::HealthClient;
@@ -64,15 +64,44 @@ async fn a_draining_engine_finishes_what_it_has_and_takes_nothing_new() {
             .token_ids,
         [5]
     );
+    reach_health(&engine, service, ServingStatus::NotServing).await;
+    // A second Drain changes nothing.
+    assert!(control(&engine, Action::Drain(Drain {})).await.accepted);
+    assert!(engine.handle.poll(std::time::Duration::ZERO).is_empty());
+}
+
+async fn reach_health(engine: &Engine, service: &str, status: ServingStatus) {
     soon("health", async {
-        while health(&engine, service).await != ServingStatus::NotServing {
+        while health(engine, service).await != status {
             tokio::time::sleep(std::time::Duration::from_millis(10)).await;
         }
     })
     .await;
-    // A second Drain changes nothing.
+}
+
+#[tokio::test]
+async fn the_loops_health_is_what_the_loop_does_and_not_the_listener() {
+    let config = ListenerConfig {
+        hung_after: std::time::Duration::from_millis(50),
+        ..Default::default()
+    };
+    let engine = Engine::start_with(&tcp(), info(), config);
+    // It listens, and its loop has not come round yet.
+    reach_health(&engine, "loop", ServingStatus::NotServing).await;
+    let waits = |handle: EngineHandle| {
+        tokio::task::spawn_blocking(move || handle.poll(std::time::Duration::from_secs(10)))
+    };
+    let poll = waits(engine.handle.clone());
+    reach_health(&engine, "loop", ServingStatus::Serving).await;
     assert!(control(&engine, Action::Drain(Drain {})).await.accepted);
-    assert!(engine.handle.poll(std::time::Duration::ZERO).is_empty());
+    soon("the poll", poll).await.expect("no panic");
+    // Now nobody polls: it hangs. That it drains is another matter.
+    reach_health(&engine, "loop", ServingStatus::NotServing).await;
+    let poll = waits(engine.handle.clone());
+    reach_health(&engine, "loop", ServingStatus::Serving).await;
+    reach_health(&engine, "", ServingStatus::NotServing).await;
+    assert!(control(&engine, Action::Stop(Stop {})).await.accepted);
+    soon("the poll", poll).await.expect("no panic");
 }
 
 #[tokio::test]

@@ -37,6 +37,13 @@ impl Core {
         self.last_step_us.store(now, Ordering::Relaxed);
     }
 
+    /// The loop has come round, and not too long ago.
+    pub(in crate::listener) fn is_looping(&self) -> bool {
+        let has_begun = self.loop_waits.load(Ordering::Relaxed)
+            || self.last_step_us.load(Ordering::Relaxed) > 0;
+        has_begun && Duration::from_millis(u64::from(self.step_age_ms())) <= self.config.hung_after
+    }
+
     pub(super) fn step_age_ms(&self) -> u32 {
         if self.loop_waits.load(Ordering::Relaxed) {
             return 0;
