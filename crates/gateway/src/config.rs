@@ -43,8 +43,6 @@ pub struct Config {
     pub usage_interval_s: f64,
     /// For `/admin/v1`; while there is none it answers this machine alone.
     pub admin_keys: Vec<String>,
-    /// Where a controller writes the deployment's shape down, for `/admin/v1/blueprint`.
-    pub blueprint_file: Option<PathBuf>,
     pub max_body_bytes: usize,
     /// Of all request bodies that are being read and parsed; while it is taken, further ones get 503.
     pub max_body_memory_bytes: usize,
@@ -138,6 +136,8 @@ pub struct ModelConfig {
     pub chat_template: Option<PathBuf>,
     /// How a replica is chosen: `prefix`, `least-load`, `shape` or `session`.
     pub routing: String,
+    /// Where a controller writes the shape of its replicas down, for `/admin/v1/blueprint`.
+    pub blueprint_file: Option<PathBuf>,
 }
 
 impl Default for ModelConfig {
@@ -152,6 +152,7 @@ impl Default for ModelConfig {
             chat_template: None,
             drained: Vec::new(),
             routing: Policy::Prefix.name().to_owned(),
+            blueprint_file: None,
         }
     }
 }
@@ -171,7 +172,6 @@ impl Default for Config {
             lease_s: 30.0,
             usage_interval_s: 1.0,
             admin_keys: Vec::new(),
-            blueprint_file: None,
             max_body_bytes: 16 << 20,
             max_body_memory_bytes: 1 << 30,
             max_in_flight: 2048,
@@ -200,13 +200,42 @@ impl Default for Config {
 }
 
 impl Config {
-    /// Reads and checks a TOML document.
+    /// Reads and checks a TOML document, without the environment.
     ///
     /// # Errors
     /// `GatewayError::Config` names the key, what it got and what is allowed.
     pub fn from_toml(text: &str) -> Result<Config, GatewayError> {
-        let config: Config = toml::from_str(text)
+        Config::with_secrets(text, |_| None)
+    }
+
+    /// The same, and takes secrets that the document leaves out from the environment: `SCALELLM_API_KEY` and
+    /// `SCALELLM_ADMIN_KEY` (several with commas), `SCALELLM_DATABASE_URL`.
+    ///
+    /// # Errors
+    /// As `from_toml`.
+    pub fn read(text: &str) -> Result<Config, GatewayError> {
+        Config::with_secrets(text, |name| std::env::var(name).ok())
+    }
+
+    fn with_secrets(
+        text: &str,
+        variable: impl Fn(&str) -> Option<String>,
+    ) -> Result<Config, GatewayError> {
+        let mut config: Config = toml::from_str(text)
             .map_err(|e| GatewayError::Config(e.to_string().trim_end().to_owned()))?;
+        for (keys, name) in [
+            (&mut config.api_keys, "SCALELLM_API_KEY"),
+            (&mut config.admin_keys, "SCALELLM_ADMIN_KEY"),
+        ] {
+            if keys.is_empty() {
+                let given = variable(name).unwrap_or_default();
+                let given = given.split(',').map(str::trim);
+                keys.extend(given.filter(|key| !key.is_empty()).map(str::to_owned));
+            }
+        }
+        if config.database_url.is_none() {
+            config.database_url = variable("SCALELLM_DATABASE_URL").filter(|url| !url.is_empty());
+        }
         config.validate()?;
         Ok(config)
     }
@@ -460,7 +489,7 @@ impl ModelConfig {
             .map(|(number, text)| {
                 Address::from_str(text).map_err(|e| {
                     GatewayError::Config(format!(
-                        "models[{index}].replicas[{number}]: got {text:?} ({e}), allowed is unix:/path or host:port"
+                        "models[{index}].replicas[{number}]: got {text:?} ({e}), allowed is unix:/path, host:port or file:/path"
                     ))
                 })
             })
@@ -479,6 +508,22 @@ mod tests {
         let config = Config::from_toml(MODEL).unwrap();
         assert_eq!((config.port, config.log_format), (8000, LogFormat::Text));
         assert_eq!(config.request_timeout(), Some(Duration::from_secs(3600)));
+    }
+
+    #[test]
+    fn secrets_that_are_left_out_come_from_the_environment() {
+        let given = |name: &str| match name {
+            "SCALELLM_API_KEY" => Some("one, two,".to_owned()),
+            "SCALELLM_ADMIN_KEY" => Some("root".to_owned()),
+            _ => Some(String::new()),
+        };
+        let config = Config::with_secrets(MODEL, given).unwrap();
+        assert_eq!(config.api_keys, ["one", "two"]);
+        assert_eq!(config.admin_keys, ["root"]);
+        assert_eq!(config.database_url, None);
+        let text = format!("api_keys = ['mine']\n{MODEL}");
+        let config = Config::with_secrets(&text, given).unwrap();
+        assert_eq!(config.api_keys, ["mine"]);
     }
 
     #[test]

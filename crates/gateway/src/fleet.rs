@@ -387,17 +387,20 @@ impl Fleet {
     /// Why a request would be refused now, if nobody can compute one of the models.
     #[must_use]
     pub fn waiting(&self) -> Option<Box<ApiError>> {
-        self.served.iter().find_map(|served| {
-            let own = self.own(served);
-            let elsewhere = self.elsewhere(served);
-            if own.is_some_and(|model| model.is_ready())
-                || elsewhere.is_some_and(|model| model.is_ready())
-            {
-                return None;
-            }
-            own.map(|model| model.no_replica())
-                .or_else(|| elsewhere.map(|model| model.no_upstream()))
-        })
+        let served = self.served.iter().find(|served| !self.is_ready(served))?;
+        let own = self.own(served).map(|model| model.no_replica());
+        own.or_else(|| self.elsewhere(served).map(|model| model.no_upstream()))
+    }
+
+    #[must_use]
+    pub fn is_any_ready(&self) -> bool {
+        self.served.iter().any(|served| self.is_ready(served))
+    }
+
+    /// Somebody can compute it.
+    fn is_ready(&self, served: &Arc<Served>) -> bool {
+        self.own(served).is_some_and(|model| model.is_ready())
+            || self.elsewhere(served).is_some_and(|model| model.is_ready())
     }
 
     /// All replicas of our own.

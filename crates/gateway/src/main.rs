@@ -38,5 +38,5 @@ fn run(file: &Path) -> Result<(), GatewayError> {
         std::fs::read_to_string(file).map_err(|error| GatewayError::Config(error.to_string()))?;
     // A reload finds the file even if the process has gone to another folder.
     let path = file.canonicalize()?;
-    serve(Config::from_toml(&text)?, Some(path))
+    serve(Config::read(&text)?, Some(path))
 }

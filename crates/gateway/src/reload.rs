@@ -61,7 +61,7 @@ impl Changes {
         let text = tokio::fs::read_to_string(path)
             .await
             .map_err(|error| told(error.to_string()))?;
-        let config = Config::from_toml(&text).map_err(|error| told(error.to_string()))?;
+        let config = Config::read(&text).map_err(|error| told(error.to_string()))?;
         self.change(app, |_| Ok::<_, GatewayError>(config)).await
     }
 

@@ -15,7 +15,7 @@ pub fn register(module: &Bound<'_, PyModule>) -> PyResult<()> {
 #[pyfunction]
 #[pyo3(signature = (config_toml, path=None))]
 fn run_gateway(py: Python<'_>, config_toml: &str, path: Option<PathBuf>) -> PyResult<()> {
-    py.detach(|| serve(Config::from_toml(config_toml)?, path))
+    py.detach(|| serve(Config::read(config_toml)?, path))
         .map_err(|error| match error {
             GatewayError::Bind { .. } | GatewayError::Runtime(_) => {
                 PyOSError::new_err(error.to_string())

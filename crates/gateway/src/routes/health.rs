@@ -2,8 +2,10 @@
 
 use std::sync::Arc;
 
-use axum::extract::State;
+use axum::extract::rejection::QueryRejection;
+use axum::extract::{Query, State};
 use axum::response::{IntoResponse, Response};
+use serde::Deserialize;
 use serde_json::{Value, json};
 
 use crate::app::{App, Phase};
@@ -17,13 +19,36 @@ pub async fn health() -> Response {
     respond::json(&json!({"status": "ok"}))
 }
 
-/// Every model has a replica that takes requests.
-pub async fn ready(State(app): State<Arc<App>>) -> Response {
+#[derive(Deserialize)]
+pub struct Wanted {
+    #[serde(default)]
+    models: Models,
+}
+
+/// Of how many models a replica has to take requests.
+#[derive(Deserialize, Default, Clone, Copy, PartialEq, Eq)]
+#[serde(rename_all = "lowercase")]
+enum Models {
+    #[default]
+    All,
+    Any,
+}
+
+/// Every model has a replica that takes requests, or with `?models=any` one of them has.
+pub async fn ready(
+    State(app): State<Arc<App>>,
+    wanted: Result<Query<Wanted>, QueryRejection>,
+) -> Response {
+    let Query(Wanted { models }) = match wanted {
+        Ok(wanted) => wanted,
+        Err(error) => return ApiError::body(error.body_text()).into_response(),
+    };
     if app.phase() != Phase::Serving {
         return ApiError::draining(app.drain_retry_after_s()).into_response();
     }
     let live = app.live();
-    if let Some(waiting) = live.fleet.waiting() {
+    let is_enough = models == Models::Any && live.fleet.is_any_ready();
+    if !is_enough && let Some(waiting) = live.fleet.waiting() {
         return waiting.into_response();
     }
     let models: Vec<Value> = live

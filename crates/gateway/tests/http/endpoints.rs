@@ -32,6 +32,54 @@ async fn models_are_listed_and_described() {
     assert!(error["message"].as_str().unwrap().contains("bytes"));
 }
 
+/// A model whose engine runs, and one whose engine was never started.
+async fn half_a_fleet(blueprints: [Option<&str>; 2]) -> Stack {
+    Stack::start(vec![engine()], |config| {
+        let mut other = config.models[0].clone();
+        other.name = "other".to_owned();
+        other.aliases.clear();
+        other.replicas = vec![format!("{}.none", other.replicas[0])];
+        config.models.push(other);
+        for (model, state) in config.models.iter_mut().zip(blueprints) {
+            if let Some(state) = state {
+                let path = model.path.join(format!("{}.json", model.name));
+                std::fs::write(&path, state).unwrap();
+                model.blueprint_file = Some(path);
+            }
+        }
+    })
+    .await
+}
+
+#[tokio::test]
+async fn a_gateway_is_ready_when_all_its_models_are_or_any_if_that_is_asked() {
+    let stack = half_a_fleet([None, None]).await;
+    let error = stack.get("/ready").await.error(503);
+    assert!(error["message"].as_str().unwrap().contains("other"));
+    stack.get("/ready?models=all").await.error(503);
+    assert_eq!(stack.get("/ready?models=any").await.ok()["status"], "ready");
+    let error = stack.get("/ready?models=some").await.error(400);
+    assert!(error["message"].as_str().unwrap().contains("any"));
+}
+
+#[tokio::test]
+async fn each_models_shape_is_told() {
+    let one = half_a_fleet([Some(r#"{"mode":"static"}"#), None]).await;
+    assert_eq!(
+        one.get("/admin/v1/blueprint").await.ok(),
+        json!({"mode": "static", "model": "bytes"})
+    );
+    let two = half_a_fleet([Some("{}"), Some("{}")]).await;
+    assert_eq!(
+        two.get("/admin/v1/blueprint").await.ok(),
+        json!({"models": [{"model": "bytes"}, {"model": "other"}]})
+    );
+    let broken = half_a_fleet([Some("[]"), None]).await;
+    broken.get("/admin/v1/blueprint").await.error(503);
+    let none = half_a_fleet([None, None]).await;
+    none.get("/admin/v1/blueprint").await.error(404);
+}
+
 #[tokio::test]
 async fn text_goes_to_ids_and_back() {
     let stack = Stack::one(engine()).await;

@@ -4,6 +4,8 @@
 #[cfg(test)]
 mod accounts;
 mod answers;
+// Marked so that the lints for tests hold for its helper functions too.
+#[cfg(test)]
 mod endpoints;
 mod errors;
 mod faults;
