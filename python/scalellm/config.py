@@ -357,6 +357,13 @@ SETTINGS: Mapping[str, Setting] = MappingProxyType(
     {name: found for group in GROUPS for name, found in declared(group).items()}
 )
 
+# What a [[models]] of the file may say of its model; all else holds for all models.
+MODELS_KEY = "models"
+OF_ONE_MODEL = frozenset(
+    {*declared(EngineConfig), *declared(BlueprintConfig)} - {"listen"}
+    | {"replicas", "blueprint", "routing", "chat_template"}
+)
+
 
 def check_fields(config: Any) -> None:
     """Check every setting of a config dataclass; ConfigError for the first that cannot be."""
@@ -399,17 +406,48 @@ def resolve(
 
 
 def read_file(file: Path) -> dict[str, Any]:
-    """The keys of a scalellm.toml. Raises ConfigError when unreadable or a key is unknown."""
-    import tomllib
+    """The keys of a scalellm.toml, without its `[[models]]`.
 
-    try:
-        found = tomllib.loads(file.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise ConfigError(f"{file}: {error}") from None
+    Raises ConfigError when unreadable or a key is unknown."""
+    found = _toml(file)
+    found.pop(MODELS_KEY, None)
     for key in found:
         if key not in SETTINGS:
             raise ConfigError(f"{file}: unknown setting {key!r}{suggestion(key, SETTINGS)}")
     return found
+
+
+def read_models(file: Path) -> list[dict[str, Value]]:
+    """The settings in each of a scalellm.toml's `[[models]]`. Raises ConfigError."""
+    sections = _toml(file).get(MODELS_KEY, [])
+    if not isinstance(sections, list) or not all(isinstance(found, dict) for found in sections):
+        raise ConfigError(f"{file}: {MODELS_KEY}: allowed are sections, [[{MODELS_KEY}]]")
+    models = []
+    for at, section in enumerate(sections):
+        origin = f"file {file}, {MODELS_KEY}[{at}]"
+        for key in section:
+            if key not in OF_ONE_MODEL:
+                why = "holds for all models" if key in SETTINGS else "unknown setting"
+                near = suggestion(key, OF_ONE_MODEL)
+                raise ConfigError(f"{file}: {MODELS_KEY}[{at}].{key}: {why}{near}")
+        if "model" not in section:
+            raise ConfigError(f"{file}: {MODELS_KEY}[{at}].model: missing")
+        models.append(
+            {
+                name: Value(SETTINGS[name].check(value, origin), origin)
+                for name, value in section.items()
+            }
+        )
+    return models
+
+
+def _toml(file: Path) -> dict[str, Any]:
+    import tomllib
+
+    try:
+        return tomllib.loads(file.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise ConfigError(f"{file}: {error}") from None
 
 
 Config = TypeVar("Config")

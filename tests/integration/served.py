@@ -22,12 +22,13 @@ def own_environment() -> dict[str, str]:
 class Serve:
     """One running `scalellm serve`."""
 
-    def __init__(self, folder: Path, *arguments: str, model: str = "demo") -> None:
+    def __init__(self, folder: Path, *arguments: str, model: str | None = "demo") -> None:
         self.runtime = folder / "runtime"
         self.runtime.mkdir()
         self._errors = (folder / "stderr").open("w+b")
+        named = [] if model is None else [model]
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "scalellm", "serve", model, "--port", "0", *arguments],
+            [sys.executable, "-m", "scalellm", "serve", *named, "--port", "0", *arguments],
             stdout=subprocess.PIPE,
             stderr=self._errors,
             start_new_session=True,

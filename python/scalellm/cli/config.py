@@ -15,7 +15,7 @@ _HEADER = """# Settings
 Each setting comes from the first of these that gives it: the flag, the environment variable, the
 key in `scalellm.toml` (of the working folder, or `--config FILE`, or `SCALELLM_CONFIG`), the
 default. `scalellm config show` prints every value with its origin. Unknown keys of the file are
-errors. Sizes take units: `512MiB`, `4GB`.
+errors. Sizes take units: `512MiB`, `4GB`. `[[models]]` of the file: [models.md](models.md).
 """
 
 

@@ -23,10 +23,15 @@ def settings_of(command: str) -> list[Setting]:
 
 
 def add_settings(
-    parser: argparse.ArgumentParser, command: str, positional: tuple[str, ...] = ()
+    parser: argparse.ArgumentParser,
+    command: str,
+    positional: tuple[str, ...] = (),
+    left_out: tuple[str, ...] = (),
 ) -> None:
     """Add a command's settings as flags, and `--config`; unset ones stay out of the namespace."""
     for found in settings_of(command):
+        if found.name in left_out:
+            continue
         text = found.help_text.replace("%", "%%")
         if found.name in positional:
             parser.add_argument(

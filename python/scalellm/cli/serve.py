@@ -1,4 +1,4 @@
-"""`scalellm serve MODEL`: gateway, controller and engines under one root."""
+"""`scalellm serve MODEL ...`: gateway, controller and engines under one root."""
 
 import argparse
 import json
@@ -6,55 +6,51 @@ import os
 import shutil
 from pathlib import Path
 
-from scalellm.cli.flags import add_settings, resolve_arguments, unknown_variables
+from scalellm.cli.flags import add_settings, unknown_variables
 from scalellm.cli.model import check_folder, resolve_model
-from scalellm.config import (
-    BlueprintConfig,
-    DeploymentConfig,
-    EngineConfig,
-    GatewayConfig,
-    LogConfig,
-    ServeConfig,
-    build,
-)
-from scalellm.controller.deployment import free_port, plan_deployment
+from scalellm.cli.served import add_models, asked
+from scalellm.config import ServeConfig
+from scalellm.controller.deployment import Served, free_port, plan_deployment
 from scalellm.controller.launchers.local import LocalLauncher
 from scalellm.controller.report import Report
 from scalellm.controller.runtime_folder import make_runtime_folder
 from scalellm.controller.shapes import WIDTHS, fitting_widths
+from scalellm.controller.sharing import share
 from scalellm.controller.supervisor import Supervisor
 from scalellm.errors import ConfigError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add_settings(parser, "serve", positional=("model",))
+    add_settings(parser, "serve", left_out=("model",))
+    add_models(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
-    values = resolve_arguments(arguments)
-    config = ServeConfig(
-        engine=build(EngineConfig, values),
-        gateway=build(GatewayConfig, values),
-        deployment=build(DeploymentConfig, values),
-        log=build(LogConfig, values),
-        blueprint=build(BlueprintConfig, values),
-    )
-    report = Report(config.log.log_format)
+    found = asked(arguments)
+    shared = found.models[0]  # what holds for all models
+    report = Report(shared.log.log_format)
     for line in unknown_variables(os.environ):
         report.event(line)
-    port = free_port(config.gateway.host, config.gateway.port)
-    weights = config.engine.load_format != "dummy"
-    model_path = resolve_model(config.engine.model, config.engine.revision, weights)
-    check_folder(model_path, needs_tokenizer=True, needs_weights=weights)
-    report.phase("resolve model", report.elapsed_s(), str(model_path))
+    port = free_port(shared.gateway.host, shared.gateway.port)
     folder = make_runtime_folder()
     try:
         launcher = LocalLauncher(folder)
-        widths = _widths(config, model_path)
-        plan = plan_deployment(config, model_path, port, folder, launcher, widths)
+        shared_out = share(found.models, launcher.cores, found.devices)
+        models = [_resolve(config, cores, report) for config, cores in shared_out]
+        plan = plan_deployment(models, port, folder, launcher)
         return Supervisor(plan, folder, report).run()
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _resolve(config: ServeConfig, cores: int, report: Report) -> Served:
+    """The model's files, downloaded where that is needed."""
+    before_s = report.elapsed_s()
+    weights = config.engine.load_format != "dummy"
+    path = resolve_model(config.engine.model, config.engine.revision, weights)
+    check_folder(path, needs_tokenizer=True, needs_weights=weights)
+    report.phase("resolve model", report.elapsed_s() - before_s, str(path))
+    return Served(config, path, cores, _widths(config, path))
 
 
 def _widths(config: ServeConfig, model_path: Path) -> tuple[int, ...]:

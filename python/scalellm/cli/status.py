@@ -3,6 +3,7 @@
 import argparse
 import json
 import time
+from typing import Any
 
 from scalellm.cli.answer import endpoint_of
 from scalellm.cli.flags import add_settings, resolve_arguments
@@ -57,35 +58,43 @@ def report(url: str, ready: Answer, samples: list[Sample]) -> list[str]:
     in_flight = sum(s.value for s in samples if s.name == "scalellm_requests_in_flight")
     tokens = sum(s.value for s in samples if s.name == "scalellm_output_tokens_total")
     lines.append(f"requests in flight {in_flight:.0f}, tokens generated {tokens:.0f}")
-    by_replica: dict[str, dict[str, float]] = {}
+    by_replica: dict[tuple[str, str], dict[str, float]] = {}
     for sample in samples:
         if sample.name.startswith(_PREFIX) and "state" not in sample.labels:
-            found = by_replica.setdefault(sample.labels.get("replica", "?"), {})
+            place = sample.labels.get("model", "?"), sample.labels.get("replica", "?")
+            found = by_replica.setdefault(place, {})
             found[sample.name.removeprefix(_PREFIX)] = sample.value
     states = replica_states(samples)
-    rows = [["replica", "state", *(heading for heading, _, _ in _COLUMNS)]]
-    for address in sorted(by_replica):
-        found = by_replica[address]
+    rows = [["model", "replica", "state", *(heading for heading, _, _ in _COLUMNS)]]
+    for model, address in sorted(by_replica):
+        found = by_replica[model, address]
         found["kv"] = found.get("kv_blocks_used", 0) / (found.get("kv_blocks_total") or 1)
         found["step_seconds"] = 1e3 * found.get("step_seconds", 0)
         cells = [form.format(found.get(metric, 0)) for _, metric, form in _COLUMNS]
-        rows.append([address, states.get(address, "?"), *cells])
+        rows.append([model, address, states.get(address, "?"), *cells])
     return lines + table(rows)
 
 
 def blueprint_lines(answer: Answer) -> list[str]:
-    """Shape, phase and the last decision; nothing where the endpoint does not tell."""
+    """Each model's shape, phase and last decision; nothing where the endpoint does not tell."""
     if answer.status != _HTTP_OK:
         return []
     try:
-        state = json.loads(answer.body)
-        shape = Blueprint.of_json(state["blueprint"])
-        lines = [f"blueprint {shape} ({state['mode']}), {state['phase']}"]
-        decision = state.get("decision")
-        if decision is not None:
-            lines.append(f"last decision: {decision['reason']}")
+        found = json.loads(answer.body)
+        if "models" not in found:
+            return _shape_lines(found, "")
+        return [
+            line for state in found["models"] for line in _shape_lines(state, f"{state['model']}: ")
+        ]
     except (ValueError, KeyError, TypeError):
         return []
+
+
+def _shape_lines(state: dict[str, Any], model: str) -> list[str]:
+    shape = Blueprint.of_json(state["blueprint"])
+    lines = [f"{model}blueprint {shape} ({state['mode']}), {state['phase']}"]
+    if (decision := state.get("decision")) is not None:
+        lines.append(f"{model}last decision: {decision['reason']}")
     return lines
 
 

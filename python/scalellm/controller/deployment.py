@@ -2,93 +2,135 @@
 
 import errno
 import json
+import re
 import socket
-from collections.abc import Sequence
-from dataclasses import fields, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from scalellm.config import SETTINGS, EngineConfig, LogConfig, ServeConfig
+from scalellm.config import ServeConfig
 from scalellm.controller.child import PYTHON, Command
+from scalellm.controller.launchers.flags import engine_flags
 from scalellm.controller.launchers.launcher import Engine, Launcher
 from scalellm.controller.policy import Limits
-from scalellm.controller.shapes import STATE_FILE, WIDTHS, initial_state, shapes_of
+from scalellm.controller.shapes import (
+    WIDTHS,
+    Place,
+    Shapes,
+    initial_state,
+    served_name,
+    shapes_of,
+)
 from scalellm.controller.supervisor import Plan
-from scalellm.errors import AddressInUseError, ServeError
+from scalellm.errors import AddressInUseError, ConfigError, ServeError
 
 
-def plan_deployment(
-    config: ServeConfig,
-    model_path: Path,
-    port: int,
-    folder: Path,
-    launcher: Launcher,
-    widths: Sequence[int] = WIDTHS,
-) -> Plan:
-    """The tree of one `serve`; writes the configuration files of its processes into `folder`.
+@dataclass(frozen=True, slots=True)
+class Served:
+    """One model of a `serve`. What holds for all models is the same in each `config`."""
 
-    `widths`: numbers of ranks that can share the model."""
+    config: ServeConfig
+    path: Path
+    cores: int | None = None  # of its replicas together; None: all
+    widths: Sequence[int] = WIDTHS  # numbers of ranks that can share it
+
+    @property
+    def name(self) -> str:
+        return served_name(self.config.engine)
+
+
+def plan_deployment(models: Sequence[Served], port: int, folder: Path, launcher: Launcher) -> Plan:
+    """The tree of one `serve`; writes the configuration files of its processes into `folder`."""
+    config = models[0].config
     deployment = config.deployment
-    shapes = shapes_of(config, folder, widths)
+    shapes = _shapes(models, folder)
     engines = [
-        _engine(config, model_path, name, shapes.widths[name], shapes.threads[name])
-        for name in shapes.widths
+        _engine(model, name, found.widths[name], min(found.threads[name], launcher.most_threads))
+        for model, found in zip(models, shapes, strict=True)
+        for name in found.widths
     ]
     launcher.check(engines)
-    addresses = [launcher.address(engine) for engine in engines]
-    state = initial_state(shapes, deployment.blueprint)
-    (folder / STATE_FILE).write_text(json.dumps(state), encoding="utf-8")
+    addresses = {engine.name: launcher.address(engine) for engine in engines}
+    sections = []
+    for at, (model, found) in enumerate(zip(models, shapes, strict=True)):
+        state_file = _state_file(folder, at)
+        state = initial_state(found, model.config.deployment.blueprint)
+        state_file.write_text(json.dumps(state), encoding="utf-8")
+        sections.append(_model_section(model, [addresses[n] for n in found.widths], state_file))
     file = folder / "gateway.toml"
     file.touch(mode=0o600)
-    text = gateway_toml(config, model_path, port, addresses, folder / STATE_FILE)
-    file.write_text(text, encoding="utf-8")
+    file.write_text(gateway_toml(config, port, sections), encoding="utf-8")
     return Plan(
         url=f"http://{_in_url(config.gateway.host)}:{port}",
-        model=served_name(config.engine),
+        model=",".join(model.name for model in models),
         gateway=Command((*PYTHON, "scalellm", "gateway", "--config", str(file))),
         controller=Command((*PYTHON, "scalellm.controller")),
         engines={
-            engine.name: (address, launcher.command(engine))
-            for engine, address in zip(engines, addresses, strict=True)
+            engine.name: (addresses[engine.name], launcher.command(engine)) for engine in engines
         },
         limits=Limits(
             hung_after_s=deployment.hung_after_s, start_timeout_s=deployment.start_timeout_s
         ),
-        wanted=shapes.wanted,
-        steering=shapes.steering,
+        wanted=frozenset().union(*(found.wanted for found in shapes)),
+        steering=tuple(found.steering for found in shapes if found.steering is not None),
         drain_timeout_s=deployment.drain_timeout_s,
     )
 
 
-def _engine(config: ServeConfig, model_path: Path, name: str, ranks: int, threads: int) -> Engine:
+def _shapes(models: Sequence[Served], folder: Path) -> list[Shapes]:
+    """The replicas of each model. Raises ConfigError naming the model, if there are several."""
+    prefixes = _prefixes([model.name for model in models]) if len(models) > 1 else ["engine"]
+    found = []
+    for at, (model, prefix) in enumerate(zip(models, prefixes, strict=True)):
+        place = Place(model.widths, model.cores, prefix)
+        try:
+            found.append(shapes_of(model.config, _state_file(folder, at), place))
+        except ConfigError as error:
+            named = f"model {model.name!r}: " if len(models) > 1 else ""
+            raise ConfigError(f"{named}{error}") from None
+    return found
+
+
+def _state_file(folder: Path, model: int) -> Path:
+    return folder / f"blueprint-{model}.json"
+
+
+def _prefixes(names: Sequence[str]) -> list[str]:
+    """What each model's replicas are called: short, fit for a file's name, and none the beginning
+    of another, so that no two replicas are called the same."""
+    found: list[str] = []
+    for at, name in enumerate(names):
+        short = re.sub(r"[^a-z0-9]+", "-", name.lower().rpartition("/")[2])[:16].strip("-")
+        is_free = bool(short) and not any(short.startswith(other) for other in found)
+        found.append(short if is_free else f"{short or 'model'}-m{at}")
+    return found
+
+
+def _engine(model: Served, name: str, ranks: int, threads: int) -> Engine:
+    config = model.config
     shaped = replace(config.engine, tensor_parallel_size=ranks, cpu_threads=threads)
-    flags = engine_flags(shaped, config.log, served_name(config.engine))
-    return Engine(name, str(model_path), tuple(flags), ranks, threads)
+    flags = engine_flags(shaped, config.log, model.name)
+    return Engine(name, str(model.path), tuple(flags), ranks, threads)
 
 
-def served_name(engine: EngineConfig) -> str:
-    return engine.served_model_name or engine.model
+def _model_section(model: Served, addresses: Sequence[str], state_file: Path) -> dict[str, object]:
+    """The model's part of the gateway's configuration."""
+    engine, gateway = model.config.engine, model.config.gateway
+    section: dict[str, object] = {
+        "name": model.name,
+        "path": str(model.path),
+        "replicas": list(addresses),
+        "routing": gateway.routing,
+        "blueprint_file": str(state_file),
+    }
+    if engine.max_model_len is not None:
+        section["max_model_len"] = engine.max_model_len
+    if gateway.chat_template is not None:
+        section["chat_template"] = str(Path(gateway.chat_template).resolve())
+    return section
 
 
-def engine_flags(engine: EngineConfig, log: LogConfig, name: str) -> list[str]:
-    """Every setting spelt out, so that an engine runs with what `serve` has resolved."""
-    special = {"model": None, "listen": None, "served_model_name": name}
-    given = {entry.name: getattr(engine, entry.name) for entry in fields(engine)}
-    given |= {entry.name: getattr(log, entry.name) for entry in fields(log)} | special
-    flags = []
-    for setting_name, value in given.items():
-        if value is None or setting_name not in SETTINGS:
-            continue
-        flag = SETTINGS[setting_name].flag
-        if isinstance(value, bool):
-            flags.append(flag if value else f"--no-{flag[2:]}")
-        else:
-            flags += [flag, str(value)]
-    return flags
-
-
-def gateway_toml(
-    config: ServeConfig, model_path: Path, port: int, addresses: Sequence[str], state_file: Path
-) -> str:
+def gateway_toml(config: ServeConfig, port: int, models: Sequence[Mapping[str, object]]) -> str:
     """The gateway's configuration file."""
     gateway, log = config.gateway, config.log
     top: dict[str, object] = {
@@ -96,7 +138,6 @@ def gateway_toml(
         "port": port,
         "api_keys": list(gateway.api_key),
         "max_body_bytes": gateway.max_body_bytes,
-        "blueprint_file": str(state_file),
         "max_in_flight": gateway.max_in_flight,
         "max_queued": gateway.max_queued,
         "admin_keys": list(gateway.admin_key),
@@ -111,21 +152,15 @@ def gateway_toml(
         top["database_url"] = gateway.database_url
     if gateway.otlp_endpoint is not None:
         top["otlp_endpoint"] = gateway.otlp_endpoint
-    model: dict[str, object] = {
-        "name": served_name(config.engine),
-        "path": str(model_path),
-        "replicas": list(addresses),
-        "routing": gateway.routing,
-    }
-    if config.engine.max_model_len is not None:
-        model["max_model_len"] = config.engine.max_model_len
-    if gateway.chat_template is not None:
-        model["chat_template"] = str(Path(gateway.chat_template).resolve())
     faults: dict[str, object] = {"replay": gateway.replay, "replay_wait_s": gateway.replay_wait_s}
-    lines = [f"{key} = {_toml(value)}" for key, value in top.items()]
-    lines += ["", "[faults]", *(f"{key} = {_toml(value)}" for key, value in faults.items())]
-    lines += ["", "[[models]]", *(f"{key} = {_toml(value)}" for key, value in model.items())]
+    lines = [*_lines(top), "", "[faults]", *_lines(faults)]
+    for model in models:
+        lines += ["", "[[models]]", *_lines(model)]
     return "\n".join(lines) + "\n"
+
+
+def _lines(section: Mapping[str, object]) -> list[str]:
+    return [f"{key} = {_toml(value)}" for key, value in section.items()]
 
 
 def _toml(value: object) -> str:

@@ -39,8 +39,7 @@ class Controller:
         self._draining = False
         self._states: dict[str, str] = {}  # of replicas by name, as the gateway sees them
         self._samples: list[Sample] = []
-        steering = plan.get("steering")
-        self._steering = Steering(steering, self._order) if steering else None
+        self._steering = [Steering(found, self._order) for found in plan["steering"]]
 
     def take(self, message: dict[str, Any]) -> None:
         """One message from the root."""
@@ -70,8 +69,9 @@ class Controller:
                 case GiveUp(reason):
                     self._order({"type": "give_up", "name": name, "reason": reason})
             self._ordered.add(name)
-        if self._steering is not None and self._serving and self._states:
-            self._steering.look(self._facts, self._states, self._samples)
+        if self._serving and self._states:
+            for steering in self._steering:
+                steering.look(self._facts, self._states, self._samples)
 
     def pause_s(self) -> float:
         """How long to wait for news."""
@@ -80,7 +80,7 @@ class Controller:
         )
         if not settled:
             return _START_PAUSE_S
-        return _PAUSE_S if self._steering is None else self._steering.pause_s()
+        return min((steering.pause_s() for steering in self._steering), default=_PAUSE_S)
 
     def _wanted(self) -> list[dict[str, Any]]:
         return [found for found in self._facts.values() if found["wanted"]]

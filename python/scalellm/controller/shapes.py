@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from scalellm.config import BlueprintConfig, ServeConfig
+from scalellm.config import BlueprintConfig, EngineConfig, ServeConfig
 from scalellm.controller.blueprint.cost import calibration_toml, read_calibration
 from scalellm.controller.blueprint.policy import OBJECTIVES, Settings
 from scalellm.controller.blueprint.shape import Blueprint, check_fits, parse_groups, uniform
@@ -14,12 +14,20 @@ from scalellm.errors import ConfigError
 
 CALIBRATION = "cpu-qwen3-0.6b-int8"
 WIDTHS = (1, 2, 4, 8)  # numbers of ranks that a replica can have
-STATE_FILE = "blueprint.json"
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """What one model may use, and what its replicas are called."""
+
+    widths: Sequence[int] = WIDTHS  # numbers of ranks that its heads allow
+    cores: int | None = None  # None: all
+    prefix: str = "engine"
 
 
 @dataclass(frozen=True, slots=True)
 class Shapes:
-    """The replicas of one `serve`."""
+    """The replicas of one model."""
 
     widths: Mapping[str, int]  # devices of each replica that may run, by name
     threads: Mapping[str, int]
@@ -27,25 +35,26 @@ class Shapes:
     steering: Mapping[str, Any] | None  # for the controller, if it may change them
 
 
-def shapes_of(config: ServeConfig, folder: Path, widths: Sequence[int] = WIDTHS) -> Shapes:
-    """`widths`: those that the model's heads allow.
+def shapes_of(config: ServeConfig, state_file: Path, place: Place | None = None) -> Shapes:
+    """The replicas of one model, in its place.
 
     Raises ConfigError for what cannot be, with what would fit, before anything is started."""
-    shape = config.blueprint
-    cores = config.engine.cpu_threads or usable_cores()
+    place = place or Place()
+    shape, widths, prefix = config.blueprint, place.widths, place.prefix
+    cores = config.engine.cpu_threads or place.cores or usable_cores()
     _check(config)
     if config.deployment.blueprint == "auto":
-        return _auto(shape, cores, folder, widths)
+        return _auto(config, cores, state_file, place)
     if shape.replica:
         devices = shape.devices or cores
         blueprint = parse_groups(shape.replica)
         check_fits(blueprint, devices, widths, "--replica")
-        names = {f"engine-{at}": tp for at, tp in enumerate(blueprint.replicas)}
+        names = {f"{prefix}-{at}": tp for at, tp in enumerate(blueprint.replicas)}
         each = max(1, cores // devices)
         threads = {name: tp * each for name, tp in names.items()}
         return Shapes(names, threads, frozenset(names), None)
     number = config.deployment.replicas
-    names = {f"engine-{at}": config.engine.tensor_parallel_size for at in range(number)}
+    names = {f"{prefix}-{at}": config.engine.tensor_parallel_size for at in range(number)}
     each = config.engine.cpu_threads or max(1, cores // number)
     return Shapes(names, dict.fromkeys(names, each), frozenset(names), None)
 
@@ -64,7 +73,8 @@ def _check(config: ServeConfig) -> None:
         raise ConfigError("--device: got cuda, allowed with replicas of several shapes: cpu")
 
 
-def _auto(shape: BlueprintConfig, cores: int, folder: Path, allowed: Sequence[int]) -> Shapes:
+def _auto(config: ServeConfig, cores: int, state_file: Path, place: Place) -> Shapes:
+    shape, allowed = config.blueprint, place.widths
     calibration = read_calibration(shape.calibration or CALIBRATION)
     devices = shape.devices or cores
     if devices > cores:
@@ -77,7 +87,7 @@ def _auto(shape: BlueprintConfig, cores: int, folder: Path, allowed: Sequence[in
             f"{devices} devices"
         )
     widths = {
-        f"engine-tp{group.tp}-{at}": group.tp
+        f"{place.prefix}-tp{group.tp}-{at}": group.tp
         for candidate in candidates
         for group in candidate.groups
         for at in range(group.count)
@@ -85,16 +95,22 @@ def _auto(shape: BlueprintConfig, cores: int, folder: Path, allowed: Sequence[in
     first = candidates[-1] if shape.objective == "latency" else candidates[0]
     each = cores // devices
     steering = {
+        "model": served_name(config.engine),
         "widths": widths,
         "candidates": [candidate.to_json() for candidate in candidates],
         "calibration": calibration_toml(calibration),
         "settings": asdict(policy_settings(shape)),
         "hand_over_s": shape.hand_over_s,
         "journal": None if shape.journal is None else str(Path(shape.journal).resolve()),
-        "state_file": str(folder / STATE_FILE),
+        "state_file": str(state_file),
     }
     wanted = frozenset(name for name, tp in widths.items() if tp == first.groups[0].tp)
     return Shapes(widths, {name: tp * each for name, tp in widths.items()}, wanted, steering)
+
+
+def served_name(engine: EngineConfig) -> str:
+    """What clients call the model."""
+    return engine.served_model_name or engine.model
 
 
 def _listed(widths: Sequence[int]) -> str:

@@ -31,9 +31,10 @@ _KILL_AFTER_S = 10.0  # beyond the hand-over, for an engine that does not end
 
 
 class Steering:
-    """`widths` gives each replica that may be wanted its tensor-parallel width."""
+    """Of one model. `widths` gives each replica that may be wanted its tensor-parallel width."""
 
     def __init__(self, plan: Mapping[str, Any], order: Callable[[dict[str, Any]], None]) -> None:
+        self._model = str(plan["model"])
         self._widths: dict[str, int] = plan["widths"]
         self._hand_over_s = float(plan["hand_over_s"])
         self._order = order
@@ -58,8 +59,12 @@ class Steering:
         states: Mapping[str, str],
         samples: Sequence[Sample],
     ) -> None:
-        """Go one step on; `states` are those in which the gateway sees the replicas, by name."""
+        """Go one step on; `states` are those in which the gateway sees the replicas, by name.
+
+        Facts and samples of other models are passed over."""
         now_s = time.monotonic()
+        facts = {name: found for name, found in facts.items() if name in self._widths}
+        samples = [found for found in samples if self._is_of_model(found)]
         target = [name for name, found in facts.items() if found["target"]]
         wanted = [name for name, found in facts.items() if found["wanted"]]
         running = [name for name, found in facts.items() if found["running"]]
@@ -112,12 +117,23 @@ class Steering:
                 )
                 self._ending_s[name] = (since_s, sent + 1)
 
+    def _is_of_model(self, sample: Sample) -> bool:
+        return sample.labels.get("model", self._model) == self._model
+
     def pause_s(self) -> float:
         """How long to wait for news at most."""
         return 0.1 if self._ending_s else DECIDE_EVERY_S
 
     def _want(self, wanted: Sequence[str], target: Sequence[str], why: str) -> None:
-        self._order({"type": "want", "wanted": [*wanted], "target": [*target], "why": why})
+        self._order(
+            {
+                "type": "want",
+                "of": [*self._widths],
+                "wanted": [*wanted],
+                "target": [*target],
+                "why": why,
+            }
+        )
 
     def _shape(self, names: Sequence[str]) -> Blueprint:
         return Blueprint.of(Group(self._widths[name], 1) for name in names)

@@ -16,8 +16,7 @@ import selectors
 import signal
 import socket
 import time
-from collections.abc import Mapping
-from collections.abc import Set as AbstractSet
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import FrameType
@@ -41,13 +40,13 @@ class Plan:
     """What the tree consists of."""
 
     url: str
-    model: str
+    model: str  # several with commas between
     gateway: Command
     controller: Command
     engines: Mapping[str, tuple[str, Command]]  # name -> (address, how to start it)
     limits: Limits
     wanted: frozenset[str] | None = None  # the engines to begin with; None: all
-    steering: Mapping[str, Any] | None = None  # how the controller changes them; None: never
+    steering: Sequence[Mapping[str, Any]] = ()  # of each model whose engines may change: how
     drain_timeout_s: float = 30.0
     stop_timeout_s: float = 20.0  # for engines after SIGTERM; unloading a large model takes seconds
 
@@ -93,7 +92,7 @@ class Supervisor:
             for name, (address, command) in plan.engines.items()
         }
         if plan.wanted is not None:
-            self._want(plan.wanted, plan.wanted)
+            self._want(self._replicas, plan.wanted, plan.wanted)
         self._gateway = Restarted("gateway")
         self._controller = Restarted("controller")
         self._link: socket.socket | None = None
@@ -277,16 +276,19 @@ class Supervisor:
                     self._gateway.child.signal(signal.SIGKILL)
             elif kind == "want":
                 self._report.event(f"blueprint: {order.get('why')}")
-                self._want(frozenset(order["wanted"]), frozenset(order["target"]))
+                self._want(order["of"], order["wanted"], order["target"])
                 self._send_facts()
             elif replica := self._replicas.get(str(order.get("name"))):
                 self._order(replica, str(kind), str(order.get("reason", "")))
         if lines.closed and self._link is not None:
             self._close_link()
 
-    def _want(self, wanted: AbstractSet[str], target: AbstractSet[str]) -> None:
-        """Replicas that are not wanted are not started again; the controller ends them."""
-        for name, replica in self._replicas.items():
+    def _want(self, of: Collection[str], wanted: Collection[str], target: Collection[str]) -> None:
+        """Replicas that are not wanted are not started again; the controller ends them.
+
+        `of` are those that are spoken of."""
+        for name in of:
+            replica = self._replicas[name]
             replica.wanted, replica.target = name in wanted, name in target
 
     def _order(self, replica: Replica, kind: str, reason: str) -> None:
@@ -339,9 +341,11 @@ class Supervisor:
             replica.close_status()
 
     def _ready_facts(self) -> dict[str, Any]:
-        first = next((found.info for found in self._replicas.values() if found.info), {})
+        infos = [found.info for found in self._replicas.values() if found.info]
+        first = infos[0] if infos else {}
+        of_all = {k: v for k, v in first.items() if all(info.get(k) == v for info in infos)}
         wanted = sum(found.wanted for found in self._replicas.values())
-        return {"model": self._plan.model, "replicas": wanted} | first
+        return {"model": self._plan.model, "replicas": wanted} | of_all
 
     # ------------------------------------------------------------ the end
 

@@ -13,7 +13,7 @@ import pytest
 
 from scalellm.cli.answer import show
 from scalellm.cli.endpoint import Endpoint, Piece
-from scalellm.cli.status import report
+from scalellm.cli.status import blueprint_lines, report
 from scalellm.controller.gateway_view import Answer, parse_metrics
 from scalellm.errors import EndpointError
 
@@ -168,16 +168,25 @@ def test_ctrl_c_ends_the_answer_and_closes_the_stream(capsys: pytest.CaptureFixt
 
 def test_status_shows_each_replica() -> None:
     metrics = parse_metrics(
-        'scalellm_replica_state{replica="unix:/a",state="ready"} 0\n'
-        'scalellm_replica_state{replica="unix:/a",state="hung"} 1\n'
-        'scalellm_replica_running_requests{replica="unix:/a"} 3\n'
-        'scalellm_replica_kv_blocks_used{replica="unix:/a"} 5\n'
-        'scalellm_replica_kv_blocks_total{replica="unix:/a"} 10\n'
+        'scalellm_replica_state{model="m",replica="unix:/a",state="ready"} 0\n'
+        'scalellm_replica_state{model="m",replica="unix:/a",state="hung"} 1\n'
+        'scalellm_replica_running_requests{model="m",replica="unix:/a"} 3\n'
+        'scalellm_replica_kv_blocks_used{model="m",replica="unix:/a"} 5\n'
+        'scalellm_replica_kv_blocks_total{model="m",replica="unix:/a"} 10\n'
         "scalellm_requests_in_flight 4\n"
     )
     refusal = Answer(503, '{"error": {"message": "no replica"}}')
     lines = report("http://x", refusal, metrics)
     assert lines[0] == "http://x not ready: no replica"
     assert "in flight 4" in lines[1]
-    assert lines[3].split()[:3] == ["unix:/a", "hung", "3"]
+    assert lines[3].split()[:4] == ["m", "unix:/a", "hung", "3"]
     assert "50%" in lines[3]
+
+
+def test_status_shows_each_models_shape() -> None:
+    shape = {"mode": "static", "phase": "steady", "blueprint": [{"tp": 1, "count": 2}]}
+    only = blueprint_lines(Answer(200, json.dumps(shape | {"model": "a"})))
+    assert only == ["blueprint 2 x TP 1 (static), steady"]
+    several = {"models": [shape | {"model": "a"}, shape | {"model": "b"}]}
+    lines = blueprint_lines(Answer(200, json.dumps(several)))
+    assert lines == [f"{name}: blueprint 2 x TP 1 (static), steady" for name in "ab"]

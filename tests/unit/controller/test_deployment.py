@@ -1,8 +1,10 @@
 """From settings to commands, files and addresses."""
 
 import argparse
+import json
 import socket
 import tomllib
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,7 @@ import pytest
 
 from scalellm.cli.flags import add_settings, resolve_arguments
 from scalellm.config import (
+    BlueprintConfig,
     DeploymentConfig,
     EngineConfig,
     GatewayConfig,
@@ -17,10 +20,10 @@ from scalellm.config import (
     ServeConfig,
     build,
 )
-from scalellm.controller.deployment import free_port, plan_deployment
+from scalellm.controller.deployment import Served, free_port, plan_deployment
 from scalellm.controller.launchers.local import LocalLauncher
 from scalellm.controller.runtime_folder import make_runtime_folder
-from scalellm.errors import AddressInUseError, ServeError
+from scalellm.errors import AddressInUseError, ConfigError, ServeError
 
 
 def serve_config(**engine: Any) -> ServeConfig:
@@ -38,7 +41,8 @@ def test_an_engine_gets_exactly_what_serve_resolved(
     config = serve_config(
         model="demo", max_num_seqs=9, enable_prefix_caching=False, kv_cache_memory_bytes=1 << 20
     )
-    plan = plan_deployment(config, tmp_path / "model", 8123, tmp_path, LocalLauncher(tmp_path))
+    model = Served(config, tmp_path / "model")
+    plan = plan_deployment([model], 8123, tmp_path, LocalLauncher(tmp_path))
     address, command = plan.engines["engine-1"]
     arguments = command.arguments[command.arguments.index("engine") + 1 :]
     parser = argparse.ArgumentParser()
@@ -65,7 +69,8 @@ def test_the_gateways_file_is_private_toml(tmp_path: Path) -> None:
     template = tmp_path / "t.jinja"
     name = 'd"\x7f\U0001f600'
     config = serve_config(model="demo", served_model_name=name, max_model_len=77)
-    plan_deployment(config, tmp_path / "model", 8123, tmp_path, LocalLauncher(tmp_path))
+    model = Served(config, tmp_path / "model")
+    plan_deployment([model], 8123, tmp_path, LocalLauncher(tmp_path))
     file = tmp_path / "gateway.toml"
     assert file.stat().st_mode & 0o777 == 0o600
     found = tomllib.loads(file.read_text(encoding="utf-8"))
@@ -78,10 +83,42 @@ def test_the_gateways_file_is_private_toml(tmp_path: Path) -> None:
             "path": str(tmp_path / "model"),
             "replicas": [f"unix:{tmp_path}/engine-{i}.sock" for i in range(2)],
             "routing": "prefix",
+            "blueprint_file": f"{tmp_path}/blueprint-0.json",
             "max_model_len": 77,
         }
     ]
     assert not template.exists()
+
+
+def test_several_models_have_replicas_and_sections_of_their_own(tmp_path: Path) -> None:
+    names = ["org/Big Model", "big", "big model two"]
+    models = [
+        Served(serve_config(model="demo", served_model_name=name), tmp_path / name, cores=4)
+        for name in names
+    ]
+    plan = plan_deployment(models, 8123, tmp_path, LocalLauncher(tmp_path))
+    assert list(plan.engines) == [
+        *("big-model-0", "big-model-1", "big-0", "big-1", "big-model-two-m2-0"),
+        "big-model-two-m2-1",
+    ]
+    assert plan.model == ",".join(names)
+    found = tomllib.loads((tmp_path / "gateway.toml").read_text(encoding="utf-8"))
+    assert [model["name"] for model in found["models"]] == names
+    assert found["models"][1]["replicas"] == [f"unix:{tmp_path}/big-{at}.sock" for at in (0, 1)]
+    for at in range(3):
+        state = json.loads((tmp_path / f"blueprint-{at}.json").read_text())
+        assert state["blueprint"] == [{"tp": 1, "count": 2}]
+    _, command = plan.engines["big-1"]
+    threads = command.arguments[command.arguments.index("--cpu-threads") + 1]
+    assert threads == "2"
+
+
+def test_a_refused_plan_names_its_model(tmp_path: Path) -> None:
+    good, bad = (serve_config(model="demo", served_model_name=name) for name in ("good", "bad"))
+    bad = replace(bad, blueprint=BlueprintConfig(replica=("tp=1",)))
+    models = [Served(config, tmp_path) for config in (good, bad)]
+    with pytest.raises(ConfigError, match=r"^model 'bad': --replica and --replicas"):
+        plan_deployment(models, 8123, tmp_path, LocalLauncher(tmp_path))
 
 
 def test_a_taken_port_is_said_at_once() -> None:

@@ -45,13 +45,15 @@ class Deployment:
         }
         self.load = (0, 0.0)  # running requests, of them ended a second
         self.ended = 0.0
+        self.model = "demo"
         self.folder = folder
         self.start()
         self.restart_controller()
 
     def restart_controller(self) -> None:
         plan = {
-            "widths": {name: 8 if name in WIDE_NAMES else 1 for name in self.facts},
+            "model": "demo",
+            "widths": dict.fromkeys(NARROW_NAMES, 1) | dict.fromkeys(WIDE_NAMES, 8),
             "candidates": [NARROW.to_json(), WIDE.to_json()],
             "calibration": calibration_toml(NODE),
             "settings": asdict(Settings("latency")),
@@ -94,7 +96,8 @@ class Deployment:
             "gen_ai_server_time_to_first_token_seconds_count": self.ended,
             "scalellm_replica_running_requests": running,
         }
-        return [Sample(name, {}, float(value)) for name, value in totals.items()]
+        labels = {"model": self.model}
+        return [Sample(name, labels, float(value)) for name, value in totals.items()]
 
     def state(self) -> Any:
         return json.loads((self.folder / "blueprint.json").read_text())
@@ -116,6 +119,7 @@ def test_the_new_shape_starts_first_and_the_old_one_ends_when_it_is_ready(made: 
     (order,) = made.look(20.0)
     assert set(order["wanted"]) == {*NARROW_NAMES, *WIDE_NAMES}
     assert set(order["target"]) == set(NARROW_NAMES)
+    assert set(order["of"]) == set(made.facts)
     assert made.state()["phase"] == "starting"
     made.start()
     takes_over, drain = made.look(0.5), made.look(0.5)
@@ -138,6 +142,17 @@ def test_a_new_shape_that_cannot_start_is_left_alone(made: Deployment) -> None:
     assert (back["wanted"], back["target"]) == (WIDE_NAMES, WIDE_NAMES)
     assert "engine-tp1-3 could not start" in back["why"]
     assert made.look(200.0) == []
+
+
+def test_another_models_load_and_replicas_are_none_of_its_business(made: Deployment) -> None:
+    made.facts["other-0"] = {"running": True, "ready": True, "given_up": False}
+    made.facts["other-0"] |= {"wanted": True, "target": True}
+    made.load = (300, 100.0)
+    made.model = "other"
+    assert made.look(40.0) == []
+    made.model = "demo"
+    (order,) = made.look(20.0)
+    assert "other-0" not in {*order["of"], *order["wanted"], *order["target"]}
 
 
 def test_a_restarted_controller_goes_on_where_the_last_one_was(made: Deployment) -> None:

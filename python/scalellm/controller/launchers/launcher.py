@@ -28,6 +28,14 @@ class Engine:
 class Launcher(Protocol):
     """Starts engines somewhere."""
 
+    @property
+    def cores(self) -> int:
+        """All that there are to divide among a deployment's replicas."""
+
+    @property
+    def most_threads(self) -> int:
+        """Those that one engine can use."""
+
     def check(self, engines: Sequence[Engine]) -> None:
         """Raise ConfigError or ServeError for what cannot run, with what would fit.
 

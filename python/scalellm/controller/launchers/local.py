@@ -4,8 +4,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from scalellm.controller.child import PYTHON, Command
+from scalellm.controller.cores import usable_cores
 from scalellm.controller.launchers.launcher import Engine
 
+_MAX_THREADS = 1024  # what the setting allows; more than there are cores is the user's choice
 _ENGINE_TOML = "# Empty: `serve` has resolved every setting; no scalellm.toml may add its own.\n"
 
 
@@ -16,6 +18,14 @@ class LocalLauncher:
         self._folder = folder
         self._config = folder / "engine.toml"
         self._config.write_text(_ENGINE_TOML, encoding="utf-8")
+
+    @property
+    def cores(self) -> int:
+        return usable_cores()
+
+    @property
+    def most_threads(self) -> int:
+        return _MAX_THREADS
 
     def check(self, engines: Sequence[Engine]) -> None:
         """Everything that a plan allows fits; cores are shared where there are too few."""

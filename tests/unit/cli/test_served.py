@@ -1,0 +1,90 @@
+"""Which models a command line and a file ask for."""
+
+import argparse
+from pathlib import Path
+
+import pytest
+
+from scalellm.cli import serve
+from scalellm.cli.served import Asked, asked
+from scalellm.errors import ConfigError
+
+FILE = """
+max_num_seqs = 5
+devices = 3
+
+[[models]]
+model = "demo"
+served_model_name = "small"
+
+[[models]]
+model = "demo"
+served_model_name = "big"
+max_num_seqs = 9
+devices = 2
+replica = ["tp=2"]
+"""
+
+
+def ask(*arguments: str) -> Asked:
+    parser = argparse.ArgumentParser()
+    serve.add_arguments(parser)
+    return asked(parser.parse_args(arguments))
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.usefixtures("folder")
+def test_one_model_is_as_it_ever_was() -> None:
+    (only,) = ask().models
+    assert only.engine.model == "demo"
+    (given,) = ask("a/b", "--devices", "2", "--served-model-name", "x").models
+    assert (given.engine.model, given.engine.served_model_name) == ("a/b", "x")
+    assert given.blueprint.devices == 2
+
+
+def test_models_as_arguments_share_all_flags(folder: Path) -> None:
+    (folder / "e=f").mkdir()
+    found = ask("fast=demo", "org/m", "e=f", "--max-num-seqs", "7", "--devices", "4")
+    assert [c.engine.served_model_name for c in found.models] == ["fast", None, None]
+    assert [c.engine.model for c in found.models] == ["demo", "org/m", "e=f"]
+    assert {c.engine.max_num_seqs for c in found.models} == {7}
+    assert {c.blueprint.devices for c in found.models} == {None}
+    assert found.devices == 4
+
+
+def test_the_files_models_have_settings_of_their_own(folder: Path) -> None:
+    (folder / "scalellm.toml").write_text(FILE)
+    found = ask("--max-num-batched-tokens", "64")
+    small, big = found.models
+    assert (small.engine.max_num_seqs, big.engine.max_num_seqs) == (5, 9)
+    assert (small.blueprint.devices, big.blueprint.devices, found.devices) == (None, 2, 3)
+    assert big.blueprint.replica == ("tp=2",)
+    assert small.engine.max_num_batched_tokens == big.engine.max_num_batched_tokens == 64
+
+
+@pytest.mark.parametrize(
+    ("text", "arguments", "said"),
+    [
+        (FILE, ("demo",), "given as arguments and as [[models]]"),
+        ("[[models]]\nmodel = 'demo'\nport = 1", (), "models[0].port: holds for all models"),
+        ("[[models]]\nmodel = 'demo'\nmax_num_seq = 1", (), "did you mean 'max_num_seqs'?"),
+        ("[[models]]\nmax_num_seqs = 1", (), "models[0].model: missing"),
+        ("[[models]]\nmodel = 'demo'\nmax_num_seqs = 0", (), "max_num_seqs: got 0 (file"),
+        ("models = 'demo'", (), "models: allowed are sections"),
+        ("", ("demo", "demo"), "2 models are called 'demo'; NAME=MODEL"),
+        ("", ("a=", "demo"), "got 'a=', allowed: MODEL or NAME=MODEL"),
+        ("journal = 'j'", ("a=demo", "b=demo"), "journal: 2 models have 'j'"),
+    ],
+)
+def test_what_cannot_be_is_refused_by_name(
+    folder: Path, text: str, arguments: tuple[str, ...], said: str
+) -> None:
+    (folder / "scalellm.toml").write_text(text)
+    with pytest.raises(ConfigError) as caught:
+        ask(*arguments)
+    assert said in str(caught.value)
