@@ -10,6 +10,7 @@ import os
 import pwd
 import shutil
 from collections.abc import Callable, Generator
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -37,9 +38,21 @@ def _postgres() -> str | None:
     return None
 
 
+def _helm() -> str | None:
+    if not shutil.which("helm"):
+        return "no helm"
+    return None if find_spec("kubernetes_validate") else "no kubernetes-validate"
+
+
+def _cc() -> str | None:
+    return None if shutil.which("cc") else "no C compiler"
+
+
 # What a test may need -> why it is not there, or None.
 PROBES: dict[str, Callable[[], str | None]] = {
+    "cc": _cc,
     "gpu": _gpu,
+    "helm": _helm,
     "postgres": _postgres,
     "two-cores": _two_cores,
 }

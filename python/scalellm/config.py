@@ -247,10 +247,10 @@ class DeploymentConfig:
     )
     launcher: str = setting(
         "local",
-        "What starts the replicas",
+        "What starts the replicas: this machine, or Kubernetes, for which the Helm chart's values "
+        "are printed (docs/kubernetes.md)",
         ("serve",),
-        choices=("local",),
-        later=("ray", "kubernetes"),
+        choices=("local", "kubernetes"),
     )
     drain_timeout_s: float = setting(
         30.0,

@@ -26,7 +26,6 @@ class Declaration:
     help: str
     commands: tuple[str, ...]
     choices: tuple[str, ...] = ()
-    later: tuple[str, ...] = ()  # choices that are known and not there yet: refused by name
     minimum: float | None = None
     maximum: float | None = None
     above: float | None = None  # exclusive minimum
@@ -155,11 +154,8 @@ class Setting:
 
     def _refusal(self, value: Any, origin: str) -> str:
         shown = "a secret" if self.declaration.secret else repr(value)
-        unready = (
-            ", which this version does not have yet" if value in self.declaration.later else ""
-        )
         source = f" ({origin})" if origin else ""
-        return f"{self.name}: got {shown}{source}{unready}; allowed: {self.allowed}"
+        return f"{self.name}: got {shown}{source}; allowed: {self.allowed}"
 
 
 def _is_sendable(key: str) -> bool:

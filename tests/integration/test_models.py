@@ -106,7 +106,7 @@ def test_models_share_the_machine_and_do_not_disturb_each_other(tmp_path: Path) 
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (("a=demo", "b=demo", "--devices", "1"), "at most 1 models of one device each"),
+        (("a=demo", "b=demo", "--devices", "1"), "at most 1 of them with a device each"),
         (("a=demo", "b=/no/such"), "/no/such"),
         (
             ("a=demo", "b=demo", "--devices", "6", "--replica", "tp=3"),

@@ -29,6 +29,7 @@ COMMANDS = {
     "simulate": "what a shape or a policy would make of a load, without running it",
     "calibrate": "measure what a step costs on this machine, for simulate",
     "profile": "where the time goes between a request and its tokens",
+    "fetch": "download a model's files before they are needed",
     "engine": "run one engine replica",
     "keys": "make, list and revoke API keys",
     "usage": "what was used, by key, tenant, model or day",

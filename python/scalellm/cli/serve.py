@@ -11,6 +11,7 @@ from scalellm.cli.model import check_folder, resolve_model
 from scalellm.cli.served import add_models, asked
 from scalellm.config import ServeConfig
 from scalellm.controller.deployment import Served, free_port, plan_deployment
+from scalellm.controller.launchers.kubernetes import helm_values
 from scalellm.controller.launchers.local import LocalLauncher
 from scalellm.controller.report import Report
 from scalellm.controller.runtime_folder import make_runtime_folder
@@ -28,6 +29,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     found = asked(arguments)
     shared = found.models[0]  # what holds for all models
+    if shared.deployment.launcher == "kubernetes":
+        print(json.dumps(helm_values(found.models), indent=2))
+        return 0
     report = Report(shared.log.log_format)
     for line in unknown_variables(os.environ):
         report.event(line)

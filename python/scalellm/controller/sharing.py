@@ -83,7 +83,7 @@ def divide(wishes: Sequence[Wish], devices: int) -> tuple[int, ...]:
 def _fitting(wishes: Sequence[Wish], devices: int) -> str:
     """The same models with less each, or fewer models."""
     if len(wishes) > devices:
-        return f"at most {devices} models of one device each"
+        return f"at most {devices} of them with a device each"
     each, more = divmod(devices, len(wishes))
     parts = (f"{wish.name!r} {each + (at < more)}" for at, wish in enumerate(wishes))
     return f"devices of {', '.join(parts)}"

@@ -10,7 +10,6 @@ from scalellm.cli.main import COMMANDS
 from scalellm.config import (
     GROUPS,
     SETTINGS,
-    DeploymentConfig,
     EngineConfig,
     GatewayConfig,
     build,
@@ -107,11 +106,6 @@ def test_a_wrong_variable_is_refused_by_name(variable: str, text: str, expected:
     with pytest.raises(ConfigError) as error:
         resolve({}, {variable: text})
     assert expected in str(error.value)
-
-
-def test_what_is_known_and_not_there_yet_is_said_to_be_so() -> None:
-    with pytest.raises(ConfigError, match="'ray', which this version does not have yet"):
-        DeploymentConfig(launcher="ray")
 
 
 @pytest.mark.parametrize(

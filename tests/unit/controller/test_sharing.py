@@ -55,7 +55,7 @@ def test_what_is_left_is_divided_equally_among_those_without_an_assignment() -> 
             4,
             "5 devices, and there are 4; what would fit: devices of 'a' 2, 'b' 2, or --devices 5",
         ),
-        ([Wish(n, 1, None) for n in "abc"], 2, "at most 2 models of one device each"),
+        ([Wish(n, 1, None) for n in "abc"], 2, "at most 2 of them with a device each"),
         ([Wish("a", 4, 2), Wish("b", 1, None)], 8, "got 2 for 'a', allowed: at least 4"),
     ],
 )

@@ -1,0 +1,172 @@
+"""The Helm chart: what it renders, and what it refuses."""
+
+import json
+import subprocess
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+CHART = Path(__file__).parents[2] / "deploy/helm/scalellm"
+EVERYTHING = {
+    "models": [
+        {
+            "name": "org/Big-Model",
+            "id": "big",
+            "model": "/models/big",
+            "tensorParallelSize": 2,
+            "cpuThreads": 4,
+            "maxModelLen": 4096,
+            "args": ["--quantization", "int8"],
+            "autoscaling": {"enabled": True, "minReplicas": 1, "maxReplicas": 3},
+            "nodeSelector": {"disk": "fast"},
+            "tolerations": [{"key": "dedicated", "operator": "Exists"}],
+            "affinity": {"nodeAffinity": {}},
+            "resources": {"requests": {"cpu": "4"}},
+        },
+        {"name": "demo", "model": "demo", "replicas": 2, "revision": "main"},
+    ],
+    "image": {"repository": "mirror/scalellm", "tag": "1"},
+    "imagePullSecrets": [{"name": "pull"}],
+    "modelVolume": {"existingClaim": "models"},
+    "cache": {"existingClaim": "cache"},
+    "secrets": {"apiKeys": ["one", "two"], "adminKeys": ["root"]},
+    "gateway": {
+        "config": {"max_queued": 7, "database_down": "closed"},
+        "ingress": {"enabled": True, "host": "llm.example.org", "tlsSecret": "tls"},
+        "autoscaling": {"enabled": True},
+        "service": {"type": "LoadBalancer", "annotations": {"a": "b"}},
+        "nodeSelector": {"kubernetes.io/arch": "amd64"},
+    },
+    "metrics": {"podMonitor": {"enabled": True, "labels": {"release": "prometheus"}}},
+}
+CUSTOM = ("ScaledObject", "PodMonitor")  # kinds that others define
+
+
+def helm(*arguments: str) -> subprocess.CompletedProcess[str]:
+    # a helm that `go install` built believes that clusters are of 2020
+    return subprocess.run(
+        ["helm", *arguments, "--kube-version", "1.31.0"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def render(folder: Path, values: dict[str, Any] | None = None) -> list[dict[str, Any]]:
+    """The chart's objects; fails with what Helm says."""
+    file = folder / "values.yaml"
+    file.write_text(json.dumps(values or {}))
+    done = helm("template", "llm", str(CHART), "-n", "serving", "-f", str(file))
+    assert done.returncode == 0, done.stderr
+    return [found for found in yaml.safe_load_all(done.stdout) if found]
+
+
+def of_kind(objects: list[dict[str, Any]], kind: str) -> dict[str, dict[str, Any]]:
+    return {found["metadata"]["name"]: found for found in objects if found["kind"] == kind}
+
+
+def gateway_toml(objects: list[dict[str, Any]]) -> dict[str, Any]:
+    (config,) = of_kind(objects, "ConfigMap").values()
+    return tomllib.loads(config["data"]["gateway.toml"])
+
+
+pytestmark = pytest.mark.needs("helm")
+
+
+@pytest.mark.parametrize("values", [{}, EVERYTHING], ids=["defaults", "everything"])
+def test_kubernetes_takes_every_object(tmp_path: Path, values: dict[str, Any]) -> None:
+    import kubernetes_validate
+
+    objects = render(tmp_path, values)
+    assert {found["kind"] for found in objects} >= {"Deployment", "StatefulSet", "NetworkPolicy"}
+    for found in objects:
+        if found["kind"] not in CUSTOM:
+            for version in ("1.29", "1.37"):
+                kubernetes_validate.validate(found, version, strict=True)
+    names = [(found["kind"], found["metadata"]["name"]) for found in objects]
+    assert len(set(names)) == len(names)
+    assert all(len(name) <= 52 for _, name in names)  # a pod's name and its revision have 63
+
+
+def test_helm_has_nothing_to_complain_of(tmp_path: Path) -> None:
+    file = tmp_path / "values.yaml"
+    file.write_text(json.dumps(EVERYTHING))
+    done = helm("lint", "--strict", str(CHART), "-f", str(file))
+    assert done.returncode == 0, done.stdout
+
+
+def test_the_gateway_knows_every_engine_there_may_be(tmp_path: Path) -> None:
+    found = gateway_toml(render(tmp_path, EVERYTHING))
+    assert (found["max_queued"], found["database_down"], found["port"]) == (7, "closed", 8000)
+    big, demo = found["models"]
+    name = "llm-scalellm-big"
+    assert big["replicas"] == [
+        f"{name}-{at}.{name}.serving.svc.cluster.local:9000" for at in (0, 1, 2)
+    ]
+    assert len(demo["replicas"]) == 2
+    assert (big["name"], big["path"], big["max_model_len"]) == (
+        "org/Big-Model",
+        "/tokenizers/big",
+        4096,
+    )
+
+
+def test_engines_are_started_as_the_values_say(tmp_path: Path) -> None:
+    sets = of_kind(render(tmp_path, EVERYTHING), "StatefulSet")
+    big = sets["llm-scalellm-big"]["spec"]
+    assert "replicas" not in big  # autoscaling's to say
+    assert sets["llm-scalellm-demo"]["spec"]["replicas"] == 2
+    (engine,) = big["template"]["spec"]["containers"]
+    assert engine["args"][:2] == ["engine", "/models/big"]
+    assert {"--tensor-parallel-size=2", "--cpu-threads=4", "--quantization", "int8"} <= {
+        *engine["args"]
+    }
+    for probe in ("startupProbe", "livenessProbe", "readinessProbe"):
+        assert engine[probe]["grpc"]["port"] == 9000
+    assert engine["securityContext"]["readOnlyRootFilesystem"] is True
+
+
+def test_secrets_are_in_the_secret_alone(tmp_path: Path) -> None:
+    objects = render(tmp_path, EVERYTHING)
+    (secret,) = of_kind(objects, "Secret").values()
+    assert secret["stringData"]["SCALELLM_API_KEY"] == "one,two"
+    rest = json.dumps([found for found in objects if found["kind"] != "Secret"])
+    assert '"root"' not in rest
+    mine = render(tmp_path, {"secrets": {"existingSecret": "mine"}})
+    assert not of_kind(mine, "Secret")
+    (gateway,) = of_kind(mine, "Deployment")["llm-scalellm-gateway"]["spec"]["template"]["spec"][
+        "containers"
+    ]
+    assert {entry["valueFrom"]["secretKeyRef"]["name"] for entry in gateway["env"]} == {"mine"}
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ({"models": []}, "models"),
+        ({"modles": []}, "modles"),
+        ({"models": [{"name": "a"}]}, "model"),
+        ({"models": [{"name": "a", "model": "a", "tensorParallelSize": 3}]}, "tensorParallelSize"),
+        ({"models": [{"name": "a", "model": "a"}, {"name": "A", "model": "b"}]}, "give one an id"),
+        ({"models": [{"name": "1", "model": "a"}]}, "makes no name for Kubernetes"),
+        (
+            {"models": [{"name": "a", "model": "a", "tensorParallelSize": 4, "cpuThreads": 2}]},
+            "4 ranks and cpuThreads 2",
+        ),
+        ({"gateway": {"config": {"api_keys": "x"}}}, "api_keys"),
+        ({"gateway": {"ingress": {"enabled": True}}}, "gateway.ingress.host"),
+        ({"secrets": {"databaseUrl": "sqlite"}}, "databaseUrl"),
+        ({"secrets": {"apiKeys": ["with space"]}}, "apiKeys"),
+    ],
+)
+def test_values_that_cannot_be_are_refused_by_name(
+    tmp_path: Path, values: dict[str, Any], said: str
+) -> None:
+    file = tmp_path / "values.yaml"
+    file.write_text(json.dumps(values))
+    done = helm("template", "llm", str(CHART), "-f", str(file))
+    assert done.returncode != 0
+    assert said in done.stderr
