@@ -44,6 +44,10 @@ def _helm() -> str | None:
     return None if find_spec("kubernetes_validate") else "no kubernetes-validate"
 
 
+def _ray() -> str | None:
+    return None if find_spec("ray") else "it is not installed"
+
+
 def _cc() -> str | None:
     return None if shutil.which("cc") else "no C compiler"
 
@@ -54,6 +58,7 @@ PROBES: dict[str, Callable[[], str | None]] = {
     "gpu": _gpu,
     "helm": _helm,
     "postgres": _postgres,
+    "ray": _ray,
     "two-cores": _two_cores,
 }
 

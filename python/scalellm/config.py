@@ -247,10 +247,16 @@ class DeploymentConfig:
     )
     launcher: str = setting(
         "local",
-        "What starts the replicas: this machine, or Kubernetes, for which the Helm chart's values "
-        "are printed (docs/kubernetes.md)",
+        "What starts the replicas: this machine, a Ray cluster, or Kubernetes, for which the Helm "
+        "chart's values are printed (docs/launchers.md)",
         ("serve",),
-        choices=("local", "kubernetes"),
+        choices=("local", "ray", "kubernetes"),
+    )
+    ray_address: str = setting(
+        "auto",
+        "Ray cluster of `--launcher ray`: HOST:PORT of its head; `auto`: the one that this machine "
+        "is part of",
+        ("serve",),
     )
     drain_timeout_s: float = setting(
         30.0,

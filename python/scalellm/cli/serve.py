@@ -9,10 +9,12 @@ from pathlib import Path
 from scalellm.cli.flags import add_settings, unknown_variables
 from scalellm.cli.model import check_folder, resolve_model
 from scalellm.cli.served import add_models, asked
-from scalellm.config import ServeConfig
+from scalellm.config import DeploymentConfig, ServeConfig
 from scalellm.controller.deployment import Served, free_port, plan_deployment
 from scalellm.controller.launchers.kubernetes import helm_values
+from scalellm.controller.launchers.launcher import Launcher
 from scalellm.controller.launchers.local import LocalLauncher
+from scalellm.controller.launchers.ray import RayLauncher, find_nodes
 from scalellm.controller.report import Report
 from scalellm.controller.runtime_folder import make_runtime_folder
 from scalellm.controller.shapes import WIDTHS, fitting_widths
@@ -38,13 +40,19 @@ def run(arguments: argparse.Namespace) -> int:
     port = free_port(shared.gateway.host, shared.gateway.port)
     folder = make_runtime_folder()
     try:
-        launcher = LocalLauncher(folder)
+        launcher = _launcher(shared.deployment, folder)
         shared_out = share(found.models, launcher.cores, found.devices)
         models = [_resolve(config, cores, report) for config, cores in shared_out]
         plan = plan_deployment(models, port, folder, launcher)
         return Supervisor(plan, folder, report).run()
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _launcher(deployment: DeploymentConfig, folder: Path) -> Launcher:
+    if deployment.launcher == "ray":
+        return RayLauncher(folder, deployment.ray_address, find_nodes(deployment.ray_address))
+    return LocalLauncher(folder)
 
 
 def _resolve(config: ServeConfig, cores: int, report: Report) -> Served:

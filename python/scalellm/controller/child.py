@@ -59,6 +59,7 @@ class Child:
         command: Command,
         environment: Mapping[str, str],
         pass_fds: Sequence[int] = (),
+        stderr: int | None = None,
     ) -> None:
         self.name = name
         self.started_s = time.monotonic()
@@ -66,6 +67,7 @@ class Child:
         self._process = subprocess.Popen(
             command.arguments,
             stdin=subprocess.DEVNULL,
+            stderr=stderr,
             env={**environment, _MARK_VARIABLE: self._mark},
             pass_fds=tuple(pass_fds),
             start_new_session=True,

@@ -43,12 +43,8 @@ def plan_deployment(models: Sequence[Served], port: int, folder: Path, launcher:
     """The tree of one `serve`; writes the configuration files of its processes into `folder`."""
     config = models[0].config
     deployment = config.deployment
-    shapes = _shapes(models, folder)
-    engines = [
-        _engine(model, name, found.widths[name], min(found.threads[name], launcher.most_threads))
-        for model, found in zip(models, shapes, strict=True)
-        for name in found.widths
-    ]
+    shapes = _shapes(models, folder, launcher.most_threads)
+    engines = _engines(models, shapes, launcher)
     launcher.check(engines)
     addresses = {engine.name: launcher.address(engine) for engine in engines}
     sections = []
@@ -77,12 +73,12 @@ def plan_deployment(models: Sequence[Served], port: int, folder: Path, launcher:
     )
 
 
-def _shapes(models: Sequence[Served], folder: Path) -> list[Shapes]:
+def _shapes(models: Sequence[Served], folder: Path, most_threads: int) -> list[Shapes]:
     """The replicas of each model. Raises ConfigError naming the model, if there are several."""
     prefixes = _prefixes([model.name for model in models]) if len(models) > 1 else ["engine"]
     found = []
     for at, (model, prefix) in enumerate(zip(models, prefixes, strict=True)):
-        place = Place(model.widths, model.cores, prefix)
+        place = Place(model.widths, model.cores, prefix, most_threads)
         try:
             found.append(shapes_of(model.config, _state_file(folder, at), place))
         except ConfigError as error:
@@ -106,11 +102,20 @@ def _prefixes(names: Sequence[str]) -> list[str]:
     return found
 
 
-def _engine(model: Served, name: str, ranks: int, threads: int) -> Engine:
-    config = model.config
-    shaped = replace(config.engine, tensor_parallel_size=ranks, cpu_threads=threads)
-    flags = engine_flags(shaped, config.log, model.name)
-    return Engine(name, str(model.path), tuple(flags), ranks, threads)
+def _engines(
+    models: Sequence[Served], shapes: Sequence[Shapes], launcher: Launcher
+) -> list[Engine]:
+    found: list[Engine] = []
+    for model, shape in zip(models, shapes, strict=True):
+        config = model.config
+        for name, ranks in shape.widths.items():
+            threads = shape.threads[name]
+            shaped = replace(config.engine, tensor_parallel_size=ranks, cpu_threads=threads)
+            flags = tuple(engine_flags(shaped, config.log, model.name))
+            is_on_gpu = config.engine.device == "cuda"
+            place = launcher.model(config.engine.model, model.path)
+            found.append(Engine(name, len(found), place, flags, ranks, threads, is_on_gpu))
+    return found
 
 
 def _model_section(model: Served, addresses: Sequence[str], state_file: Path) -> dict[str, object]:

@@ -23,6 +23,7 @@ class Place:
     widths: Sequence[int] = WIDTHS  # numbers of ranks that its heads allow
     cores: int | None = None  # None: all
     prefix: str = "engine"
+    most_threads: int | None = None  # of one replica, unless that is said
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +56,8 @@ def shapes_of(config: ServeConfig, state_file: Path, place: Place | None = None)
         return Shapes(names, threads, frozenset(names), None)
     number = config.deployment.replicas
     names = {f"{prefix}-{at}": config.engine.tensor_parallel_size for at in range(number)}
-    each = config.engine.cpu_threads or max(1, cores // number)
+    fair = max(1, min(cores // number, place.most_threads or cores))
+    each = config.engine.cpu_threads or fair
     return Shapes(names, dict.fromkeys(names, each), frozenset(names), None)
 
 

@@ -81,7 +81,7 @@ def test_no_command_prints_help_and_says_usage() -> None:
     [
         (("serve", "/no/such/folder"), 2, "model folder /no/such/folder does not exist"),
         (("serve", "--port", "banana"), 2, "port: got 'banana' (flag --port)"),
-        (("serve", "--launcher", "slurm"), 2, "allowed: local, kubernetes"),
+        (("serve", "--launcher", "slurm"), 2, "allowed: local, ray, kubernetes"),
         (("serve", "--launcher", "kubernetes", "--replica", "tp=2"), 2, "of one shape"),
         (("serve", "--config", "/no/such.toml"), 2, "config: no file '/no/such.toml'"),
         (("engine", "/no/such/folder"), 2, "model folder /no/such/folder does not exist"),

@@ -1,6 +1,8 @@
 """What each launcher makes of a plan, without starting anything."""
 
 import json
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,8 +15,13 @@ from scalellm.config import (
     LogConfig,
     ServeConfig,
 )
+from scalellm.controller.deployment import Served, plan_deployment
+from scalellm.controller.launchers import ray
 from scalellm.controller.launchers.kubernetes import helm_values
-from scalellm.errors import ConfigError
+from scalellm.controller.launchers.ray import Node, RayLauncher, find_nodes
+from scalellm.errors import ConfigError, ServeError
+
+NODES = [Node("head", 1, 0), Node("a", 4, 0), Node("b", 8, 2)]
 
 
 def config(engine: dict[str, Any] | None = None, **groups: Any) -> ServeConfig:
@@ -25,6 +32,56 @@ def config(engine: dict[str, Any] | None = None, **groups: Any) -> ServeConfig:
         LogConfig(),
         groups.get("blueprint", BlueprintConfig()),
     )
+
+
+def test_ray_gets_the_engine_and_the_gateway_a_file_to_look_for_it(tmp_path: Path) -> None:
+    launcher = RayLauncher(tmp_path, "head:6379", NODES)
+    model = Served(config({"model": "org/m"}), tmp_path / "downloaded", launcher.cores)
+    plan = plan_deployment([model], 8123, tmp_path, launcher)
+    address, command = plan.engines["engine-0"]
+    assert address == f"file:{tmp_path}/engine-0.address"
+    given = json.loads(command.arguments[-1])
+    assert given["ray_address"] == "head:6379"
+    engine = given["engine"]
+    # a hub id is every node's to find; one engine has at most the CPUs of the largest node
+    assert (engine["model"], engine["threads"], engine["ranks"]) == ("org/m", 8, 1)
+    assert "--listen" not in engine["flags"]
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    assert launcher.model(str(folder), folder) == str(folder)
+
+
+@pytest.mark.parametrize(
+    ("engine", "said"),
+    [
+        ({"cpu_threads": 9}, "needs 9 CPUs and 0 GPUs in one node"),
+        ({"device": "cuda", "tensor_parallel_size": 4}, "the largest, b: 8 CPUs and 2 GPUs"),
+    ],
+)
+def test_what_no_node_has_is_refused_with_what_the_largest_has(
+    tmp_path: Path, engine: dict[str, Any], said: str
+) -> None:
+    launcher = RayLauncher(tmp_path, "auto", NODES)
+    with pytest.raises(ConfigError) as caught:
+        plan_deployment([Served(config(engine), tmp_path)], 8123, tmp_path, launcher)
+    assert said in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("answer", "error", "said"),
+    [
+        ("{'missing': 'ray'}", ConfigError, "pip install scalellm"),
+        ("{'error': 'refused'}", ServeError, "no Ray cluster at x:1: refused"),
+        ("3", ServeError, "asking x:1 failed"),
+    ],
+)
+def test_a_cluster_that_is_not_there_is_said_before_anything_starts(
+    monkeypatch: pytest.MonkeyPatch, answer: str, error: type[Exception], said: str
+) -> None:
+    code = f"import json; print('noise'); print(json.dumps({answer}) if {answer} != 3 else 'x')"
+    monkeypatch.setattr(ray, "PYTHON", (sys.executable, "-c", code))
+    with pytest.raises(error, match=said):
+        find_nodes("x:1")
 
 
 def test_kubernetes_gets_values_with_what_was_asked() -> None:

@@ -46,11 +46,11 @@ def _model(config: ServeConfig) -> dict[str, Any]:
     if config.deployment.blueprint != "static" or shape.replica:
         raise ConfigError(
             "launcher: kubernetes has replicas of one shape for each model; allowed with "
-            "--blueprint auto and --replica: local"
+            "--blueprint auto and --replica: local, ray"
         )
     for name in _REFUSED:
         if getattr(gateway, name) != getattr(GatewayConfig(), name):
-            raise ConfigError(f"{name}: the chart has no value for it; allowed with it: local")
+            raise ConfigError(f"{name}: the chart has no value for it; allowed with it: local, ray")
     given = {
         entry.name: getattr(engine, entry.name)
         for entry in fields(EngineConfig)

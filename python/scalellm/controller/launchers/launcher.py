@@ -1,6 +1,8 @@
 """The interface between a deployment's plan and what starts its engines.
 
-    local    a process of this machine; listens on a Unix socket
+    local       a process of this machine; listens on a Unix socket
+    ray         a process on a node of a Ray cluster; listens on TCP, at an address in a file
+    kubernetes  starts nothing: Kubernetes does, from the chart's values (kubernetes.py)
 
 Whatever runs an engine, the root's child is a process of this machine: the engine itself, or one
 that stands for it. It reports through `--status-fd`, takes the engine's signals and ends when the
@@ -9,6 +11,7 @@ engine ends, so that restarts, backoff, drains and the end with the root are the
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol
 
 from scalellm.controller.child import Command
@@ -19,10 +22,12 @@ class Engine:
     """One engine that may be started."""
 
     name: str
+    number: int  # of the deployment's engines, from 0
     model: str  # as `scalellm engine` takes it
     flags: tuple[str, ...]  # every setting but --listen and --config, spelt out
     ranks: int
     threads: int  # on a CPU, of all its ranks
+    is_on_gpu: bool = False
 
 
 class Launcher(Protocol):
@@ -34,7 +39,10 @@ class Launcher(Protocol):
 
     @property
     def most_threads(self) -> int:
-        """Those that one engine can use."""
+        """Those that one engine gets without asking for a number."""
+
+    def model(self, asked: str, path: Path, /) -> str:
+        """What `scalellm engine` is told: `asked` by the user, or the folder that it is here."""
 
     def check(self, engines: Sequence[Engine]) -> None:
         """Raise ConfigError or ServeError for what cannot run, with what would fit.

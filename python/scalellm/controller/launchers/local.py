@@ -27,6 +27,9 @@ class LocalLauncher:
     def most_threads(self) -> int:
         return _MAX_THREADS
 
+    def model(self, _asked: str, path: Path, /) -> str:
+        return str(path)
+
     def check(self, engines: Sequence[Engine]) -> None:
         """Everything that a plan allows fits; cores are shared where there are too few."""
 
