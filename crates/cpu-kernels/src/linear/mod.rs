@@ -13,7 +13,7 @@
 //! select       some rows of a packed weight as one of their own
 //! ```
 //!
-//! A product is one job for the team: a task is a run of panels with all rows (of a large batch, a
+//! A product is one job for the team, in which threads take panels with all rows (of a large batch, a
 //! chunk of them), so that a weight is read from memory once.
 //!
 //! The bits of an output depend on its row, its channel and the layout, and on nothing else: sums
@@ -103,48 +103,50 @@ fn product(
     let tiles = Tiles::new(x.rows(), most_rows);
     let [values, scales, offsets] = activations::sizes(layout, x.rows());
     let schedule = Schedule::new(layout, tiles, values, team.threads());
-    // With one group a tile's sums are done with before the next tile.
-    let trees = if groups == 1 { 1 } else { schedule.chunk() };
-    let depth = Tree::depth(groups);
-    let thread_sums = trees * depth;
+    let thread_sums = Tree::depth(groups);
     let sums = team.threads() * thread_sums * size_of::<Sums>();
     let [values, scales, offsets, sums] = scratch.parts([values, scales, offsets, sums]);
     let x = Activations::prepare(team, *level, layout, x, tiles, [values, scales, offsets]);
     // SAFETY: aligned to 64, and any bytes are valid floats.
     let sums = RowsMut::of(unsafe { sums.align_to_mut::<Sums>().1 }, thread_sums);
-    team.run(schedule.tasks(), |index, thread| {
-        let task = schedule.task(index);
+    team.run(team.threads(), |_, thread| {
         // SAFETY: a thread is in one task at a time, and has a row of its own.
         let sums = unsafe { sums.part(thread, 0, thread_sums) };
-        for panel in task.panels.clone() {
-            let after = task.after(panel);
-            for group in 0..groups {
-                let block = weight.block(group, panel);
-                let ahead = if group + 1 < groups {
-                    weight.block(group + 1, panel)
-                } else {
-                    weight.block(0, after)
-                };
-                let mut ahead = ahead.chunks(ahead.len().div_ceil(task.tiles.len()));
-                for (index, tile) in task.tiles.clone().enumerate() {
-                    let slot = if groups == 1 { 0 } else { index * depth };
-                    let mut tree = Tree(&mut sums[slot..][..depth]);
+        let mut tree = Tree(sums);
+        while let Some(piece) = schedule.take(thread) {
+            let parts = piece.tiles.len();
+            for (part, tile) in piece.tiles.enumerate() {
+                for group in 0..groups {
+                    let ahead = match piece.next {
+                        _ if parts == 1 && group + 1 < groups => {
+                            weight.block(group + 1, piece.panel)
+                        }
+                        Some(next) if parts == 1 => weight.block(0, next),
+                        Some(next) => share(weight.block(group, next), part, parts),
+                        None => &[],
+                    };
                     let work = Work {
                         format,
                         group,
-                        block,
+                        block: weight.block(group, piece.panel),
                         tile: x.tile(tile, group),
-                        ahead: ahead.next().unwrap_or_default(),
+                        ahead,
                     };
                     kernel(&work, &mut tree);
-                    if group + 1 == groups {
-                        let (first, rows) = tiles.tile(tile);
-                        done(panel, thread, first, rows, tree.top());
-                    }
                 }
+                let (first, rows) = tiles.tile(tile);
+                done(piece.panel, thread, first, rows, tree.top());
             }
         }
     });
+}
+
+/// One of `parts` parts of some bytes, about as many in each.
+fn share(bytes: &[u8], part: usize, parts: usize) -> &[u8] {
+    let each = bytes.len().div_ceil(parts);
+    bytes
+        .get(part * each..)
+        .map_or(&[], |rest| &rest[..each.min(rest.len())])
 }
 
 /// The most rows of a tile, and what computes one.
