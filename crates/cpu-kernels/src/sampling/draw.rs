@@ -8,10 +8,14 @@
 //!    of a group's perturbed scores is distributed like its log-sum-exp with one noise (Gumbel's
 //!    max-stability).
 
+use std::f32::consts::LOG2_E;
+
 use super::noise::{bits, gumbel, gumbel_at_most};
-use super::peak::{at_least, count, find_peaks, first_of_peak, reached_by};
+use super::peak::{SCORES, above, count, find_peaks, first_of_peak, reached_by};
+use super::top_p::{Kept, last_by_mass};
 use crate::cpu::Cpu;
-use crate::exp::exp;
+use crate::exp::exp2;
+use crate::level::Level;
 use crate::rows::{Rows, RowsMut};
 use crate::vectorise::vectorised;
 
@@ -102,13 +106,10 @@ pub fn draw(cpu: &mut Cpu, scores: Rows<f32>, rows: &[Draw], tokens: &mut [Optio
             let id = if draw.temperature < GREEDY_BELOW {
                 id
             } else {
-                let scaled = Scaled {
-                    best,
-                    temperature: draw.temperature as f32,
-                };
+                let scaled = Scaled::new(best, draw.temperature as f32);
                 add_masses(level, scores, scaled, own.masses);
                 if draw.top_k > 0 || draw.top_p < 1.0 || draw.min_p > 0.0 {
-                    truncated(scores, draw, scaled, own)
+                    truncated(level, scores, draw, scaled, id, own)
                 } else {
                     by_group(scores, draw, scaled, own.masses)
                 }
@@ -120,15 +121,35 @@ pub fn draw(cpu: &mut Cpu, scores: Rows<f32>, rows: &[Draw], tokens: &mut [Optio
 
 /// (score - best) / temperature: at most 0.
 #[derive(Clone, Copy)]
-struct Scaled {
+pub(super) struct Scaled {
     best: f32,
     temperature: f32,
+    /// To the base of 2.
+    factor: f32,
 }
 
 impl Scaled {
+    pub(super) fn new(best: f32, temperature: f32) -> Self {
+        Self {
+            best,
+            temperature,
+            factor: LOG2_E / temperature,
+        }
+    }
+
     #[inline(always)]
-    fn of(self, score: f32) -> f32 {
+    pub(super) fn of(self, score: f32) -> f32 {
         (score - self.best) / self.temperature
+    }
+
+    pub(super) fn best(self) -> f32 {
+        self.best
+    }
+
+    /// e^scaled.
+    #[inline(always)]
+    pub(super) fn mass(self, score: f32) -> f32 {
+        exp2((score - self.best) * self.factor)
     }
 
     /// A score below which none has a scaled one of at least `least`, but for rounding, which is
@@ -148,11 +169,11 @@ vectorised! {
             let (whole, rest) = scores.as_chunks::<16>();
             for chunk in whole {
                 for (lane, &score) in lanes.iter_mut().zip(chunk) {
-                    *lane += exp(scaled.of(score));
+                    *lane += scaled.mass(score);
                 }
             }
             for (lane, &score) in lanes.iter_mut().zip(rest) {
-                *lane += exp(scaled.of(score));
+                *lane += scaled.mass(score);
             }
             *mass = lanes.iter().sum();
         }
@@ -167,120 +188,67 @@ fn by_group(scores: &[f32], draw: &Draw, scaled: Scaled, masses: &[f32]) -> usiz
     let first = group.id * GROUP;
     let mut id = Largest::default();
     for (index, &score) in (first..).zip(&scores[first..scores.len().min(first + GROUP)]) {
-        let weight = f64::from(scaled.of(score)).exp() as f32;
-        id.offer(
-            index,
-            f64::from(weight).ln(),
-            bits(draw.key, index as u64 + TOKEN_STREAM),
-        );
+        let noise = bits(draw.key, index as u64 + TOKEN_STREAM);
+        id.offer(index, scaled.of(score).into(), noise);
     }
     id.id
 }
 
-/// A candidate in one number: ascending numbers are descending scores, and ascending ids on ties.
-fn candidate(id: usize, scaled: f32) -> u64 {
-    u64::from(scaled.abs().to_bits()) << 32 | id as u64
-}
-
-fn id_of(candidate: u64) -> usize {
-    (candidate & u64::from(u32::MAX)) as usize
-}
-
-fn scaled_of(candidate: u64) -> f64 {
-    -f64::from(f32::from_bits((candidate >> 32) as u32))
-}
-
-fn mass_of(candidates: &[u64]) -> f64 {
-    candidates
-        .iter()
-        .map(|&candidate| scaled_of(candidate).exp())
-        .sum()
-}
-
-fn truncated(scores: &[f32], draw: &Draw, scaled: Scaled, own: Own) -> usize {
+/// `first` is the most likely id, which is kept whatever the row says.
+fn truncated(
+    level: Level,
+    scores: &[f32],
+    draw: &Draw,
+    scaled: Scaled,
+    first: usize,
+    own: Own,
+) -> usize {
     let vocab = scores.len();
     let least = draw.min_p.ln();
-    let mut total: f64 = own.masses.iter().map(|&mass| f64::from(mass)).sum();
-    let from = if draw.top_k > 0 {
-        reached_by(own.peaks, draw.top_k.min(vocab), own.others)
-    } else {
+    let total: f64 = own.masses.iter().map(|&mass| f64::from(mass)).sum();
+    let (from, kept) = if draw.top_k > 0 {
+        let from = reached_by(own.peaks, draw.top_k.min(vocab), own.others);
+        let found = Kept::gather(
+            scores,
+            own.peaks,
+            scaled,
+            from..=f32::INFINITY,
+            own.candidates,
+        );
+        (from, found.top(draw.top_k, draw.top_p))
+    } else if draw.top_p < 1.0 {
         // Ids with less than (1 - top_p) / vocab each cannot be needed to reach top_p.
         let needed = (total * (1.0 - draw.top_p).max(0.0) / vocab as f64).ln() - 1e-3;
-        scaled.score(needed.max(least - 1e-3))
-    };
-    let mut found = 0;
-    at_least(scores, own.peaks, from, |id, score| {
-        own.candidates[found] = candidate(id, scaled.of(score));
-        found += 1;
-    });
-    let mut left = &mut own.candidates[..found];
-    if draw.top_k > 0 {
-        left = keep_top_k(left, draw.top_k);
-        total = mass_of(left);
-    }
-    if draw.top_p < 1.0 {
-        left = keep_mass(left, draw.top_p * total);
-    }
-    let mut best = Largest::default();
-    let mut first = u64::MAX;
-    for &candidate in &*left {
-        first = first.min(candidate);
-        if scaled_of(candidate) >= least {
-            let id = id_of(candidate);
-            best.offer(
-                id,
-                scaled_of(candidate),
-                bits(draw.key, id as u64 + TOKEN_STREAM),
-            );
-        }
-    }
-    // The most likely id is kept whatever min_p says.
-    if best.value == f64::NEG_INFINITY {
-        id_of(first)
+        let from = scaled.score(needed.max(least - 1e-3));
+        let mass = draw.top_p * total;
+        let last = last_by_mass(level, scores, own.peaks, scaled, from, mass, own.candidates);
+        (from, last)
     } else {
-        best.id
-    }
-}
-
-/// Those that score no less than the k-th best.
-fn keep_top_k(candidates: &mut [u64], k: usize) -> &mut [u64] {
-    if k >= candidates.len() {
-        return candidates;
-    }
-    let (_, last, after) = candidates.select_nth_unstable(k - 1);
-    let score = *last >> 32;
-    let mut kept = k;
-    for index in 0..after.len() {
-        if candidates[k + index] >> 32 == score {
-            candidates.swap(kept, k + index);
-            kept += 1;
+        (scaled.score(least - 1e-3), Kept::ALL)
+    };
+    let mut best = Largest::default();
+    best.offer(first, 0.0, bits(draw.key, first as u64 + TOKEN_STREAM));
+    for (peak, first, scores) in above(scores, own.peaks, from) {
+        let most = most_bits(level, draw.key, first as u64 + TOKEN_STREAM);
+        if f64::from(scaled.of(peak)) + gumbel_at_most(most) <= best.value {
+            continue;
+        }
+        for (id, &score) in (first..).zip(scores) {
+            let scaled = scaled.of(score);
+            if kept.has(id, scaled) && f64::from(scaled) >= least {
+                let noise = bits(draw.key, id as u64 + TOKEN_STREAM);
+                best.offer(id, scaled.into(), noise);
+            }
         }
     }
-    &mut candidates[..kept]
+    best.id
 }
 
-/// The best ones, until those before the next have at least `mass`; at least one.
-fn keep_mass(candidates: &mut [u64], mass: f64) -> &mut [u64] {
-    // All before `low` are kept and have `before`; none from `high` on is.
-    let (mut low, mut high) = (0, candidates.len());
-    let mut before = 0.0;
-    while low < high {
-        let middle = low + (high - low) / 2;
-        candidates[low..high].select_nth_unstable(middle - low);
-        // The middle one is kept if those before it have less than `mass`.
-        let reached = before + mass_of(&candidates[low..middle]);
-        if reached < mass {
-            before = reached + scaled_of(candidates[middle]).exp();
-            low = middle + 1;
-        } else {
-            high = middle;
-        }
+vectorised! {
+    /// The most that any of `SCORES` counters from `first` on gets: none has larger noise.
+    fn most_bits(key: u64, first: u64) -> u64 {
+        (first..first + SCORES as u64).fold(0, |most, counter| most.max(bits(key, counter)))
     }
-    if low == 0 && !candidates.is_empty() {
-        candidates.select_nth_unstable(0);
-        low = 1;
-    }
-    &mut candidates[..low]
 }
 
 /// The largest sum of a score and its noise so far.

@@ -3,6 +3,7 @@
 //! ```text
 //! peak       the largest of each 64 scores: what most of a row is skipped by
 //! noise      a pure function of (seed, choice, output index) and a counter
+//! top_p      which ids top_k and top_p keep
 //! draw       temperature, top_k, top_p, min_p and the choice
 //! logprobs   log-probabilities, ranks and the most likely tokens
 //! ```
@@ -16,6 +17,7 @@ mod noise;
 mod peak;
 #[cfg(test)]
 mod tests;
+mod top_p;
 
 pub use draw::{Draw, draw};
 pub use logprobs::{TokenLogprobs, logprobs};

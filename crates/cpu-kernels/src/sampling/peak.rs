@@ -4,6 +4,7 @@ use crate::vectorise::vectorised;
 
 /// Scores of one peak.
 pub(super) const SCORES: usize = 64;
+const LANES: usize = 16;
 
 /// Peaks of a row of `vocab` scores.
 pub(super) fn count(vocab: usize) -> usize {
@@ -14,28 +15,40 @@ vectorised! {
     /// Write the largest of each 64 scores; false if there is NaN or infinity among them, or
     /// nothing but minus infinity.
     pub(super) fn find_peaks(scores: &[f32], peaks: &mut [f32]) -> bool {
-        let mut finite = true;
-        let mut best = f32::NEG_INFINITY;
-        for (scores, peak) in scores.chunks(SCORES).zip(peaks) {
-            let mut lanes = [f32::NEG_INFINITY; 16];
-            let mut below = [true; 16];
-            let (whole, rest) = scores.as_chunks::<16>();
-            for chunk in whole {
-                for ((lane, below), &score) in lanes.iter_mut().zip(&mut below).zip(chunk) {
-                    *lane = if score > *lane { score } else { *lane };
-                    *below &= score < f32::INFINITY;
-                }
-            }
-            for ((lane, below), &score) in lanes.iter_mut().zip(&mut below).zip(rest) {
-                *lane = if score > *lane { score } else { *lane };
-                *below &= score < f32::INFINITY;
-            }
-            *peak = lanes.into_iter().fold(f32::NEG_INFINITY, f32::max);
-            finite &= below.into_iter().all(|below| below);
-            best = best.max(*peak);
+        let mut unusable = [0; LANES];
+        let (whole, rest) = scores.as_chunks::<SCORES>();
+        for (scores, peak) in whole.iter().zip(&mut *peaks) {
+            *peak = largest(scores, &mut unusable);
         }
-        finite && best > f32::NEG_INFINITY
+        if let Some(peak) = peaks.get_mut(whole.len()) {
+            let mut last = [f32::NEG_INFINITY; SCORES];
+            last[..rest.len()].copy_from_slice(rest);
+            *peak = largest(&last, &mut unusable);
+        }
+        unusable == [0; LANES] && peaks.iter().any(|&peak| peak > f32::NEG_INFINITY)
     }
+}
+
+/// The largest score; lanes of `unusable` that had NaN or infinity become 1.
+#[inline(always)]
+fn largest(scores: &[f32; SCORES], unusable: &mut [u32; LANES]) -> f32 {
+    let larger = |a: f32, b: f32| if b > a { b } else { a };
+    let mut lanes = [f32::NEG_INFINITY; LANES];
+    for chunk in scores.as_chunks::<LANES>().0 {
+        for ((lane, unusable), &score) in lanes.iter_mut().zip(&mut *unusable).zip(chunk) {
+            *lane = larger(*lane, score);
+            *unusable |= u32::from(score.is_nan() | (score == f32::INFINITY));
+        }
+    }
+    // Halves by halves: a chain through all lanes would take as long as all the rest.
+    let mut width = LANES;
+    while width > 1 {
+        width /= 2;
+        for lane in 0..width {
+            lanes[lane] = larger(lanes[lane], lanes[lane + width]);
+        }
+    }
+    lanes[0]
 }
 
 /// The lowest id of the largest score, and the score.
@@ -49,6 +62,18 @@ pub(super) fn first_of_peak(scores: &[f32], peaks: &[f32]) -> (usize, f32) {
     (first + place, best)
 }
 
+/// Peaks of at least `least`, with the first id of each and its scores.
+pub(super) fn above<'a>(
+    scores: &'a [f32],
+    peaks: &'a [f32],
+    least: f32,
+) -> impl Iterator<Item = (f32, usize, &'a [f32])> {
+    let groups = peaks.iter().zip(scores.chunks(SCORES)).enumerate();
+    groups
+        .filter(move |(_, (peak, _))| **peak >= least)
+        .map(|(group, (&peak, scores))| (peak, group * SCORES, scores))
+}
+
 /// Call `each` with the ids, ascending, and scores of at least `least`.
 pub(super) fn at_least(
     scores: &[f32],
@@ -56,9 +81,8 @@ pub(super) fn at_least(
     least: f32,
     mut each: impl FnMut(usize, f32),
 ) {
-    for (group, _) in peaks.iter().enumerate().filter(|&(_, &peak)| peak >= least) {
-        let first = group * SCORES;
-        for (id, &score) in (first..).zip(&scores[first..scores.len().min(first + SCORES)]) {
+    for (_, first, scores) in above(scores, peaks, least) {
+        for (id, &score) in (first..).zip(scores) {
             if score >= least {
                 each(id, score);
             }
