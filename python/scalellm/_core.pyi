@@ -65,9 +65,10 @@ class EngineListener:
         times is (queued_us, first_scheduled_us, first_token_us, finished_us, preemptions, steps,
         prefill, decode), the last two as `note_step` has its phases.
         `load` is (running, waiting, backlog_tokens, kv_blocks_used, kv_blocks_total, step_ms,
-        overhead_ms, steps, preemptions, prefix_hit_tokens, prefix_query_tokens, step_cost), the
-        last one engine/step_time.py's four coefficients. Also call it (with no outputs) when idle,
-        at least every 200 ms: it is the sign of life of the loop."""
+        overhead_ms, steps, preemptions, (prefix_hit_tokens, prefix_query_tokens),
+        (draft_tokens, accepted_draft_tokens), step_cost), the last one engine/step_time.py's four
+        coefficients. Also call it (with no outputs) when idle, at least every 200 ms: it is the
+        sign of life of the loop."""
     def emit_kv(
         self, stored: Sequence[tuple[bytes, bytes]], removed: Sequence[bytes], snapshot: bool
     ) -> None:

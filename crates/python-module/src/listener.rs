@@ -377,8 +377,8 @@ fn to_load(load: &Bound<'_, PyTuple>) -> PyResult<proto::Load> {
         overhead_ms,
         steps,
         preemptions,
-        prefix_hit_tokens,
-        prefix_query_tokens,
+        (prefix_hit_tokens, prefix_query_tokens),
+        (draft_tokens, accepted_draft_tokens),
         (fixed_ms, token_ms, attended_ms, request_ms),
     ) = load.extract()?;
     Ok(proto::Load {
@@ -393,6 +393,8 @@ fn to_load(load: &Bound<'_, PyTuple>) -> PyResult<proto::Load> {
         preemptions,
         prefix_hit_tokens,
         prefix_query_tokens,
+        draft_tokens,
+        accepted_draft_tokens,
         step_cost: Some(proto::StepCost {
             fixed_ms,
             token_ms,

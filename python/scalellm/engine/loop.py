@@ -348,8 +348,8 @@ class EngineLoop:
             self._overhead_ms,
             self._steps,
             scheduler.num_preemptions,
-            scheduler.prefix_hit_tokens,
-            scheduler.prefix_query_tokens,
+            (scheduler.prefix_hit_tokens, scheduler.prefix_query_tokens),
+            (scheduler.num_drafts, scheduler.num_right_drafts),
             scheduler.step_time.coefficients,
         )
         self._listener.emit(outputs, load)

@@ -23,7 +23,7 @@ type Gauge = (
     fn(&Replica) -> f64,
 );
 
-const REPLICA_GAUGES: [Gauge; 14] = [
+const REPLICA_GAUGES: [Gauge; 16] = [
     (
         "running_requests",
         "gauge",
@@ -83,6 +83,18 @@ const REPLICA_GAUGES: [Gauge; 14] = [
         "counter",
         "Prompt tokens looked for in the prefix cache.",
         |r| r.load().prefix_query_tokens as f64,
+    ),
+    (
+        "draft_tokens_total",
+        "counter",
+        "Tokens that speculation guessed.",
+        |r| r.load().draft_tokens as f64,
+    ),
+    (
+        "accepted_draft_tokens_total",
+        "counter",
+        "Guessed tokens that were right.",
+        |r| r.load().accepted_draft_tokens as f64,
     ),
     (
         "in_flight_requests",
