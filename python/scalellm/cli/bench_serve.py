@@ -253,7 +253,7 @@ def levels_of(
     if closed_text is None and not rates and not arguments.bench_find_max:
         closed_text = _DEFAULT_CONCURRENCIES
     closed = tuple(
-        closed_level(int(number), arguments.bench_rounds, *amount, arguments.bench_ramp)
+        closed_level(int(number), arguments.bench_rounds, *amount, ramp_s=arguments.bench_ramp)
         for number in numbers("concurrency", closed_text, whole=True)
     )
     if arguments.bench_find_max:
