@@ -252,8 +252,16 @@ def levels_of(
         amount[0] = len(source.shapes)
     if closed_text is None and not rates and not arguments.bench_find_max:
         closed_text = _DEFAULT_CONCURRENCIES
+    requests, duration_s, warmup = amount
     closed = tuple(
-        closed_level(int(number), arguments.bench_rounds, *amount, ramp_s=arguments.bench_ramp)
+        closed_level(
+            int(number),
+            arguments.bench_rounds,
+            requests,
+            duration_s,
+            warmup,
+            arguments.bench_ramp,
+        )
         for number in numbers("concurrency", closed_text, whole=True)
     )
     if arguments.bench_find_max:
