@@ -175,6 +175,31 @@ def test_a_client_that_stalls_in_its_body_or_its_headers(strict: str) -> None:
     assert time.monotonic() - began_s < 10
 
 
+def test_clients_that_drip_are_closed_and_hold_up_nobody(strict: str) -> None:
+    """Slow loris: every byte comes before any single wait ends, the whole never does."""
+    head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {KEY}\r\n"
+    dripping = [raw_socket(strict) for _ in range(200)]
+    for number, client in enumerate(dripping):
+        length = b"Content-Length: 100000\r\n\r\n" if number % 2 else b"X-Slow: "
+        client.sendall(head.encode() + length)
+        client.setblocking(False)
+    ends_s = time.monotonic() + 30
+    while dripping:
+        assert time.monotonic() < ends_s, f"{len(dripping)} are still open"
+        assert ask(strict, "demo", max_tokens=1).status == http.client.OK
+        for client in list(dripping):
+            try:
+                client.send(b"x")
+                open_still = client.recv(65536) != b""
+            except BlockingIOError:
+                open_still = True
+            except ConnectionError:
+                open_still = False
+            if not open_still:
+                client.close()
+                dripping.remove(client)
+
+
 def everything(client: socket.socket) -> bytes:
     """What comes until the server closes."""
     found = b""

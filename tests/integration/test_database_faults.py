@@ -1,5 +1,6 @@
-"""A database that goes away and comes back under gateways that serve."""
+"""A database that goes away and comes back, and a disk that is full, under gateways that serve."""
 
+import resource
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -66,5 +67,30 @@ def test_a_database_that_goes_away_and_comes_back(
         )
         assert metric(gateway, "usage_lost_total") == 0
         assert served(gateway, unseen)
+    finally:
+        gateways.close()
+
+
+def test_a_full_disk_holds_usage_up_and_loses_none(tmp_path: Path) -> None:
+    """Its files may not grow any more: to SQLite, and to its log, the disk is full."""
+    url = f"sqlite:{tmp_path / 'accounts.db'}"
+    key_id, secret = new_key(url)
+    gateways = Gateways(tmp_path, url, 1, "database_timeout_s = 2.0")
+    (gateway,) = gateways.urls
+    pid = gateways.processes[0].pid
+    try:
+        assert served(gateway, secret)
+        until(lambda: used(url, key_id)["requests"] == 1)
+        _, most = resource.prlimit(pid, resource.RLIMIT_FSIZE)
+        resource.prlimit(pid, resource.RLIMIT_FSIZE, (4096, most))
+        answers = [served(gateway, secret) for _ in range(50)]
+        assert all(answers)
+        until(lambda: metric(gateway, "accounts_database_up") == 0)
+        assert metric(gateway, "usage_waiting") > 0
+        resource.prlimit(pid, resource.RLIMIT_FSIZE, (most, most))
+        until(lambda: metric(gateway, "usage_waiting") == 0)
+        until(lambda: metric(gateway, "accounts_database_up") == 1)
+        assert used(url, key_id)["requests"] == 51
+        assert metric(gateway, "usage_lost_total") == 0
     finally:
         gateways.close()
