@@ -8,7 +8,7 @@ use parking_lot::Mutex;
 use scalellm_engine_link::Replica;
 use scalellm_routing::{Breaker, Candidate, RetryBudget};
 
-use crate::fault_config::FaultConfig;
+use crate::config::FaultConfig;
 use crate::metrics::Metrics;
 use crate::refused_prompts::RefusedPrompts;
 

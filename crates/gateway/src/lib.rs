@@ -30,7 +30,6 @@ pub mod config;
 mod connection;
 pub mod error;
 mod fair_queue;
-mod fault_config;
 mod fault_metrics;
 mod faults;
 mod fleet;
@@ -66,8 +65,9 @@ mod tls;
 mod traces;
 mod written;
 
-pub use config::{Config, DatabaseDown, LogFormat, LogLevel, ModelConfig, UpstreamConfig};
+pub use config::{
+    Config, DatabaseDown, FaultConfig, LogFormat, LogLevel, ModelConfig, UpstreamConfig,
+};
 pub use error::GatewayError;
-pub use fault_config::FaultConfig;
 pub use log::Log;
 pub use serve::{Gateway, serve};

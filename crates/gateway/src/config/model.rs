@@ -1,0 +1,111 @@
+//! `[[models]]`: what is served, and who computes it.
+
+use std::path::PathBuf;
+use std::str::FromStr;
+
+use scalellm_engine_link::Address;
+use scalellm_routing::Policy;
+use serde::Deserialize;
+
+use super::UpstreamConfig;
+use crate::error::GatewayError;
+
+/// One served model and who computes it: replicas of our own, servers elsewhere, or these while none of those is ready.
+#[derive(Debug, Clone, PartialEq, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct ModelConfig {
+    pub name: String,
+    pub aliases: Vec<String>,
+    /// Folder with the tokenizer's files, for the replicas.
+    pub path: PathBuf,
+    /// `unix:/path` or `host:port`.
+    pub replicas: Vec<String>,
+    pub upstreams: Vec<UpstreamConfig>,
+    /// Of both, those that get no new requests; set through `/admin/v1` alone.
+    #[serde(skip)]
+    pub drained: Vec<String>,
+    /// Lowers the engines' own limit.
+    pub max_model_len: Option<u32>,
+    /// File with a chat template that replaces the folder's.
+    pub chat_template: Option<PathBuf>,
+    /// How a replica is chosen: `prefix`, `least-load`, `shape` or `session`.
+    pub routing: String,
+    /// Where a controller writes the shape of its replicas down, for `/admin/v1/blueprint`.
+    pub blueprint_file: Option<PathBuf>,
+}
+
+impl Default for ModelConfig {
+    fn default() -> Self {
+        ModelConfig {
+            name: String::new(),
+            aliases: Vec::new(),
+            path: PathBuf::new(),
+            replicas: Vec::new(),
+            upstreams: Vec::new(),
+            max_model_len: None,
+            chat_template: None,
+            drained: Vec::new(),
+            routing: Policy::Prefix.name().to_owned(),
+            blueprint_file: None,
+        }
+    }
+}
+
+impl ModelConfig {
+    /// How a replica is chosen.
+    ///
+    /// # Errors
+    /// `GatewayError::Config` names what is allowed.
+    pub fn policy(&self, index: usize) -> Result<Policy, GatewayError> {
+        self.routing
+            .parse()
+            .map_err(|error| GatewayError::Config(format!("models[{index}].routing: {error}")))
+    }
+
+    /// Checks what the types do not; `index` is the model's in the configuration.
+    ///
+    /// # Errors
+    /// `GatewayError::Config` names the key, what it got and what is allowed.
+    pub fn validate(&self, index: usize) -> Result<(), GatewayError> {
+        let path = format!("models[{index}]");
+        let bad = |message: String| Err(GatewayError::Config(format!("{path}.{message}")));
+        if self.replicas.is_empty() && self.upstreams.is_empty() {
+            return bad(format!(
+                "replicas: model {:?} has none, and no upstreams",
+                self.name
+            ));
+        }
+        if !self.replicas.is_empty() && self.path.as_os_str().is_empty() {
+            return bad(
+                "path: missing, needed is the folder of the replicas' tokenizer".to_owned(),
+            );
+        }
+        self.addresses(index)?;
+        self.policy(index)?;
+        for (number, upstream) in self.upstreams.iter().enumerate() {
+            upstream.validate(&format!("{path}.upstreams[{number}]"))?;
+        }
+        if self.max_model_len == Some(0) {
+            return bad("max_model_len: got 0, allowed is 1 or more".to_owned());
+        }
+        Ok(())
+    }
+
+    /// The replicas' addresses, parsed; `index` is the model's in the configuration.
+    ///
+    /// # Errors
+    /// `GatewayError::Config` names the bad one.
+    pub fn addresses(&self, index: usize) -> Result<Vec<Address>, GatewayError> {
+        self.replicas
+            .iter()
+            .enumerate()
+            .map(|(number, text)| {
+                Address::from_str(text).map_err(|e| {
+                    GatewayError::Config(format!(
+                        "models[{index}].replicas[{number}]: got {text:?} ({e}), allowed is unix:/path, host:port or file:/path"
+                    ))
+                })
+            })
+            .collect()
+    }
+}
