@@ -26,15 +26,18 @@ pub enum GroupBy {
     /// Of the request's start, in UTC.
     Day,
     Outcome,
+    /// What safety hooks did, as `ACTION:HOOK`.
+    Safety,
 }
 
 impl GroupBy {
-    const ALL: [GroupBy; 5] = [
+    const ALL: [GroupBy; 6] = [
         GroupBy::Key,
         GroupBy::Tenant,
         GroupBy::Model,
         GroupBy::Day,
         GroupBy::Outcome,
+        GroupBy::Safety,
     ];
 
     #[must_use]
@@ -49,6 +52,7 @@ impl GroupBy {
             GroupBy::Model => "model",
             GroupBy::Day => "day",
             GroupBy::Outcome => "outcome",
+            GroupBy::Safety => "safety",
         }
     }
 
@@ -60,6 +64,7 @@ impl GroupBy {
             GroupBy::Model => "model",
             GroupBy::Day => "CAST(started_at / 86400000 AS TEXT)",
             GroupBy::Outcome => "outcome",
+            GroupBy::Safety => "safety",
         }
     }
 }

@@ -44,6 +44,8 @@ pub struct Usage {
     pub status: i64,
     /// `ok`, `error`, `client_left`; [`RUNNING`] until it is known.
     pub outcome: &'static str,
+    /// What the model's safety hooks did, as `ACTION:HOOK`; "" for nothing.
+    pub safety: String,
 }
 
 /// A request that still runs, for the writer to look at.
@@ -251,6 +253,7 @@ async fn write(database: &Database, gateway: u64, rows: &[(u64, Usage)]) -> Resu
                 usage.status,
                 usage.outcome,
                 usage.replays,
+                usage.safety,
             ])
         })
         .collect();
@@ -270,16 +273,17 @@ async fn write(database: &Database, gateway: u64, rows: &[(u64, Usage)]) -> Resu
 fn insertion(database: &Database) -> String {
     format!(
         "INSERT INTO requests (id, request_id, key_id, tenant, model, route, started_at, duration_us, first_token_us, \
-         prompt_tokens, cached_tokens, output_tokens, status, outcome, replays) \
+         prompt_tokens, cached_tokens, output_tokens, status, outcome, replays, safety) \
          SELECT value ->> 0, value ->> 1, value ->> 2, value ->> 3, value ->> 4, value ->> 5, \
          CAST(value ->> 6 AS BIGINT), CAST(value ->> 7 AS BIGINT), CAST(value ->> 8 AS BIGINT), \
          CAST(value ->> 9 AS BIGINT), CAST(value ->> 10 AS BIGINT), CAST(value ->> 11 AS BIGINT), \
-         CAST(value ->> 12 AS BIGINT), value ->> 13, CAST(value ->> 14 AS BIGINT) \
+         CAST(value ->> 12 AS BIGINT), value ->> 13, CAST(value ->> 14 AS BIGINT), value ->> 15 \
          FROM {} WHERE true \
          ON CONFLICT (id) DO UPDATE SET duration_us = excluded.duration_us, \
          first_token_us = excluded.first_token_us, prompt_tokens = excluded.prompt_tokens, \
          cached_tokens = excluded.cached_tokens, output_tokens = excluded.output_tokens, status = excluded.status, \
-         outcome = excluded.outcome, replays = excluded.replays WHERE requests.outcome = 'running'",
+         outcome = excluded.outcome, replays = excluded.replays, \
+         safety = excluded.safety WHERE requests.outcome = 'running'",
         database.elements_of_json("$1")
     )
 }

@@ -186,6 +186,12 @@ impl Choice {
         (event, failure)
     }
 
+    /// Ends it from outside; what the engine may still be doing for it is cancelled.
+    pub fn stop(&mut self) {
+        self.attempt = None;
+        self.held.clear();
+    }
+
     /// Moves released text and its tokens' logprobs into the event; returns the stop string that was met.
     fn show(&mut self, event: &mut ChoiceEvent, piece: Piece) -> Option<String> {
         event.text.push_str(&piece.text);
@@ -225,9 +231,7 @@ impl Choice {
             reason,
             stop_reason,
         });
-        // Dropping the attempt cancels what the engine may still be doing for it.
-        self.attempt = None;
-        self.held.clear();
+        self.stop();
     }
 }
 

@@ -12,6 +12,7 @@ mod check;
 mod faults;
 mod fixed;
 mod model;
+pub mod safety;
 pub mod upstream;
 
 pub use faults::FaultConfig;

@@ -118,6 +118,17 @@ impl ApiError {
         })
     }
 
+    /// 400: what is asked or answered is not let through.
+    #[must_use]
+    pub fn content_filter(message: String) -> Box<ApiError> {
+        Box::new(ApiError::new(
+            StatusCode::BAD_REQUEST,
+            "invalid_request_error",
+            Some("content_filter"),
+            message,
+        ))
+    }
+
     #[must_use]
     pub fn unauthorized(message: &str) -> Box<ApiError> {
         Box::new(ApiError::new(

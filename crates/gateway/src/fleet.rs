@@ -16,6 +16,7 @@ use crate::faults::Faults;
 use crate::foreign::ForeignModel;
 use crate::metrics::Metrics;
 use crate::routing::{Placement, RouteWish, Routing};
+use crate::safety::Safety;
 use crate::served::Served;
 use crate::text::TextModel;
 
@@ -253,9 +254,16 @@ impl Fleet {
         };
         for (index, model) in config.models.iter().enumerate() {
             let before = before.and_then(|live| Before::of(live, config, model));
+            let (hooks, path) = model.hooks(index)?;
+            let checked = before
+                .as_ref()
+                .and_then(|before| before.served.safety.as_ref());
+            let safety = Safety::start(hooks, &path, checked)?;
             let served = match &before {
-                Some(before) => Served::next(before.served, &before.live.config, model, config),
-                None => Served::new(model, config, metrics),
+                Some(before) => {
+                    Served::next(before.served, &before.live.config, model, safety, config)
+                }
+                None => Served::new(model, safety, config, metrics),
             };
             fleet.served.push(Arc::clone(&served));
             if !model.replicas.is_empty() {

@@ -20,6 +20,7 @@ use crate::fleet::Model;
 use crate::record::RequestRecord;
 use crate::request::Params;
 use crate::routing::{RouteNote, RouteWish};
+use crate::safety::answer::Answers;
 use crate::stages::Stage;
 use crate::submit::submit;
 
@@ -54,6 +55,8 @@ pub struct Generation {
     error: Option<Box<ApiError>>,
     seen_first: bool,
     permit: Permit,
+    /// Checks of what is said.
+    answers: Option<Box<Answers>>,
 }
 
 impl Generation {
@@ -138,6 +141,7 @@ impl Generation {
                 .and_then(|choice| replica_name(model, choice));
         });
         Ok(Generation {
+            answers: Answers::of(&model.served, choices.len()),
             app: Arc::clone(app),
             record: Arc::clone(record),
             model: Arc::clone(model),
@@ -196,12 +200,27 @@ impl Generation {
                     .unwrap_or_else(|| ApiError::internal("a step without outputs"));
                 Err(self.fail(error))
             }
-            Ok(events) => {
+            Ok(mut events) => {
                 self.note_progress(&events);
-                Ok(events)
+                match self.check(&mut events).await {
+                    Ok(()) => Ok(events),
+                    Err(error) => Err(self.fail(error)),
+                }
             }
             Err(error) => Err(self.fail(error)),
         })
+    }
+
+    /// Leaves in the events what the model's hooks let out.
+    async fn check(&mut self, events: &mut [ChoiceEvent]) -> ApiResult<()> {
+        let Some(answers) = &mut self.answers else {
+            return Ok(());
+        };
+        let checked = answers.check(events, &self.record, &self.model.served);
+        for choice in checked.await? {
+            self.choices[choice].stop();
+        }
+        Ok(())
     }
 
     #[must_use]

@@ -10,6 +10,7 @@
 //! request/             JSON to checked fields               parse
 //! quota, metering      the key's budgets; what is used       (from admission to the end)
 //! admission, fair_queue  a place among the running requests admission
+//! safety/              a model's checks of requests and answers  safety (of the request)
 //! prompt, text_pool    template and ids, on own threads     text_queue, template, tokenise
 //! fleet, submit        model name to replica                route
 //! attempt, faults      the replica dies: on at another one   (until the last token)
@@ -53,6 +54,7 @@ mod request;
 mod respond;
 mod routes;
 mod routing;
+mod safety;
 mod serve;
 mod served;
 mod server;

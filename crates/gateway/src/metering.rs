@@ -98,5 +98,6 @@ fn usage(
         replays: progress.replays.into(),
         status,
         outcome,
+        safety: progress.safety.text().to_owned(),
     }
 }

@@ -61,6 +61,27 @@ impl Histogram {
     }
 }
 
+/// What the hooks of a model did, by hook and action.
+#[derive(Debug, Default)]
+pub struct SafetyCounts(Mutex<BTreeMap<(String, &'static str), u64>>);
+
+impl SafetyCounts {
+    pub fn count(&self, hook: &str, action: &'static str) {
+        let mut counts = self.0.lock();
+        *counts.entry((hook.to_owned(), action)).or_insert(0) += 1;
+    }
+
+    fn write(&self, out: &mut String, name: &str, model: &str) {
+        for ((hook, action), count) in self.0.lock().iter() {
+            let (model, hook) = (label(model), label(hook));
+            let _ = writeln!(
+                out,
+                "{name}{{model={model},hook={hook},action=\"{action}\"}} {count}"
+            );
+        }
+    }
+}
+
 /// What is counted for each served model.
 #[derive(Debug, Default)]
 pub struct ModelMetrics {
@@ -68,6 +89,7 @@ pub struct ModelMetrics {
     pub cached_tokens: AtomicU64,
     pub output_tokens: AtomicU64,
     pub times: ModelTimes,
+    pub safety: SafetyCounts,
 }
 
 #[derive(Debug)]
@@ -209,6 +231,12 @@ impl Metrics {
                 .iter()
                 .map(|(name, model)| (name.as_str(), &model.times)),
         );
+        let name = "scalellm_safety_decisions_total";
+        let help = "What safety hooks did; a text may be masked several times.";
+        family(out, name, "counter", help);
+        for (model, metrics) in &models {
+            metrics.safety.write(out, name, model);
+        }
         family(
             out,
             "scalellm_stage_seconds",

@@ -266,6 +266,7 @@ impl Drop for RequestEnd {
                         output_tokens = progress.output_tokens,
                         finish = progress.finish,
                         replays = progress.replays,
+                        safety = Some(progress.safety.text()).filter(|text| !text.is_empty()),
                         code = note.as_ref().and_then(|note| note.code),
                         error = note.as_ref().map(|note| note.message.as_str()),
                         stages = progress.times.server_timing(),

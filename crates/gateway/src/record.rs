@@ -12,6 +12,7 @@ use crate::error::ErrorNote;
 use crate::fleet::Model;
 use crate::metering::Metering;
 use crate::routing::{RouteNote, RouteWish};
+use crate::safety::Outcome;
 use crate::served::Served;
 use crate::stages::{Stage, StageTimes};
 use crate::traces::{Parent, TraceContext};
@@ -64,6 +65,8 @@ pub struct Progress {
     /// Known by whoever ended the response early; its status replaces the response's in log and metrics.
     pub failed: Option<(u16, ErrorNote)>,
     pub finish: Option<&'static str>,
+    /// What the model's hooks did.
+    pub safety: Outcome,
 }
 
 /// When tokens came, and what the gateway itself had worked on the output by then.

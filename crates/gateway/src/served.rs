@@ -7,6 +7,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use crate::admission::Admission;
 use crate::config::{Config, ModelConfig};
 use crate::metrics::{Metrics, ModelMetrics};
+use crate::safety::Safety;
 
 pub struct Served {
     pub name: Arc<str>,
@@ -14,11 +15,18 @@ pub struct Served {
     pub created_unix_s: u64,
     pub metrics: Arc<ModelMetrics>,
     pub admission: Arc<Admission>,
+    /// Checks of its requests and answers; `None` where there are none.
+    pub safety: Option<Arc<Safety>>,
 }
 
 impl Served {
     #[must_use]
-    pub fn new(model: &ModelConfig, config: &Config, metrics: &Metrics) -> Arc<Served> {
+    pub fn new(
+        model: &ModelConfig,
+        safety: Option<Arc<Safety>>,
+        config: &Config,
+        metrics: &Metrics,
+    ) -> Arc<Served> {
         let created_unix_s = SystemTime::now()
             .duration_since(UNIX_EPOCH)
             .unwrap_or_default()
@@ -29,6 +37,7 @@ impl Served {
             created_unix_s,
             metrics: metrics.model(&model.name),
             admission: Admission::new(config.max_queued, config.batch_share),
+            safety,
         })
     }
 
@@ -38,11 +47,13 @@ impl Served {
         old: &Arc<Served>,
         before: &Config,
         model: &ModelConfig,
+        safety: Option<Arc<Safety>>,
         config: &Config,
     ) -> Arc<Served> {
         let same_places =
             (before.max_queued, before.batch_share) == (config.max_queued, config.batch_share);
-        if same_places && old.aliases == model.aliases {
+        let same_safety = old.safety.as_ref().map(Arc::as_ptr) == safety.as_ref().map(Arc::as_ptr);
+        if same_places && same_safety && old.aliases == model.aliases {
             return Arc::clone(old);
         }
         let admission = match same_places {
@@ -55,6 +66,7 @@ impl Served {
             created_unix_s: old.created_unix_s,
             metrics: Arc::clone(&old.metrics),
             admission,
+            safety,
         })
     }
 

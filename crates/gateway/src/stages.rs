@@ -50,6 +50,8 @@ pub enum Stage {
     Body,
     Parse,
     Admission,
+    /// The model's checks of the request.
+    Safety,
     /// Waiting for one of the threads for text, and for its answer.
     TextQueue,
     Template,
@@ -79,12 +81,13 @@ pub enum Stage {
 }
 
 impl Stage {
-    pub const ALL: [Stage; 21] = [
+    pub const ALL: [Stage; 22] = [
         Stage::Accept,
         Stage::Auth,
         Stage::Body,
         Stage::Parse,
         Stage::Admission,
+        Stage::Safety,
         Stage::TextQueue,
         Stage::Template,
         Stage::Tokenise,
@@ -111,6 +114,7 @@ impl Stage {
             Stage::Body => "body",
             Stage::Parse => "parse",
             Stage::Admission => "admission",
+            Stage::Safety => "safety",
             Stage::TextQueue => "text_queue",
             Stage::Template => "template",
             Stage::Tokenise => "tokenise",

@@ -7,8 +7,8 @@ from typing import Any
 from scalellm.bench.profile_told import RequestTimes, StepTimes
 
 _BEFORE_FIRST = (
-    "accept", "auth", "body", "parse", "admission", "text_queue", "template", "tokenise", "route",
-    "link_out", "queue", "prefill", "emit", "link_back",
+    "accept", "auth", "body", "parse", "admission", "safety", "text_queue", "template", "tokenise",
+    "route", "link_out", "queue", "prefill", "emit", "link_back",
 )  # fmt: skip
 
 

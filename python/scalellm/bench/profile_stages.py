@@ -25,6 +25,7 @@ _BEFORE_ENGINE = (
     ("body", GATEWAY),
     ("parse", GATEWAY),
     ("admission", GATEWAY),
+    ("safety", GATEWAY),
     ("text_queue", GATEWAY),
     ("template", GATEWAY),
     ("tokenise", GATEWAY),

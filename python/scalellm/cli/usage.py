@@ -1,4 +1,4 @@
-"""`scalellm usage`: what was used, by key, tenant, model, day or outcome."""
+"""`scalellm usage`: what was used, by key, tenant, model, day, outcome or safety hook."""
 
 import argparse
 import json
@@ -11,7 +11,7 @@ from scalellm.cli.keys import parse_duration_s
 from scalellm.cli.table import table
 from scalellm.errors import ConfigError
 
-_GROUPS = ("key", "tenant", "model", "day", "outcome")
+_GROUPS = ("key", "tenant", "model", "day", "outcome", "safety")
 _SUMS = (
     "requests", "failed", "running", "prompt_tokens", "cached_tokens", "output_tokens", "replays",
 )  # fmt: skip

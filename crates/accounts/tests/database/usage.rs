@@ -33,6 +33,7 @@ fn usage(model: &str, output_tokens: i64, outcome: &'static str) -> Usage {
         replays: i64::from(outcome == "ok"),
         status: 200,
         outcome,
+        safety: String::new(),
     }
 }
 

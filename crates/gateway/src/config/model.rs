@@ -8,6 +8,7 @@ use scalellm_routing::Policy;
 use serde::Deserialize;
 
 use super::UpstreamConfig;
+use super::safety::{self, HookConfig};
 use crate::error::GatewayError;
 
 /// One served model and who computes it: replicas of our own, servers elsewhere, or these while none of those is ready.
@@ -32,6 +33,10 @@ pub struct ModelConfig {
     pub routing: String,
     /// Where a controller writes the shape of its replicas down, for `/admin/v1/blueprint`.
     pub blueprint_file: Option<PathBuf>,
+    /// Checks of requests and answers, in their order.
+    pub safety: Vec<HookConfig>,
+    /// The same, in tables `[[safety]]` of a file of their own.
+    pub safety_file: Option<PathBuf>,
 }
 
 impl Default for ModelConfig {
@@ -47,6 +52,8 @@ impl Default for ModelConfig {
             drained: Vec::new(),
             routing: Policy::Prefix.name().to_owned(),
             blueprint_file: None,
+            safety: Vec::new(),
+            safety_file: None,
         }
     }
 }
@@ -85,10 +92,27 @@ impl ModelConfig {
         for (number, upstream) in self.upstreams.iter().enumerate() {
             upstream.validate(&format!("{path}.upstreams[{number}]"))?;
         }
+        if !self.safety.is_empty() && self.safety_file.is_some() {
+            return bad("safety_file: got both it and safety, allowed is one of them".to_owned());
+        }
         if self.max_model_len == Some(0) {
             return bad("max_model_len: got 0, allowed is 1 or more".to_owned());
         }
         Ok(())
+    }
+
+    /// The hooks, and how errors are to call their place; `index` is the model's in the configuration.
+    ///
+    /// # Errors
+    /// `GatewayError::Config` with what is wrong with their file.
+    pub fn hooks(&self, index: usize) -> Result<(Vec<HookConfig>, String), GatewayError> {
+        match &self.safety_file {
+            None => Ok((self.safety.clone(), format!("models[{index}].safety"))),
+            Some(file) => {
+                let hooks = safety::read(file, &format!("models[{index}].safety_file"))?;
+                Ok((hooks, format!("{}: safety", file.display())))
+            }
+        }
     }
 
     /// The replicas' addresses, parsed; `index` is the model's in the configuration.

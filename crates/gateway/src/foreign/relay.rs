@@ -22,6 +22,7 @@ use crate::body::{self, ReadBody};
 use crate::error::{ApiError, ApiResult, ErrorNote};
 use crate::quota;
 use crate::record::{REQUEST_ID_HEADER, RequestRecord};
+use crate::safety;
 use crate::stages::Stage;
 use crate::traces::TRACEPARENT;
 
@@ -138,6 +139,10 @@ impl Relay<'_> {
         }
         admission::let_in(app, record).await?;
         let permit = admission::place(app, record, served, demand, deadline, places).await?;
+        if let Some(body) = safety::request::relayed(app, record, served, &self.body).await? {
+            self.asked = Asked::read(&body)?;
+            self.body = body;
+        }
         let prompt_tokens = self.body.len() as u64 / BYTES_PER_TOKEN;
         let output = u64::from(self.asked.max_tokens.unwrap_or(UNLIMITED_OUTPUT_TOKENS));
         let most = prompt_tokens + output * u64::from(choices);
@@ -260,7 +265,14 @@ impl Relay<'_> {
                 *counting = Some(stream.into_counting());
                 return Err(self.failed(upstream, &failure));
             }
-            return Ok(respond(&head, Body::new(stream)));
+            let body = Body::new(stream);
+            return Ok(respond(
+                &head,
+                match self.checked() {
+                    Some(checked) => checked.stream(body),
+                    None => body,
+                },
+            ));
         }
         let whole = exchange.collect(MAX_ANSWER_BYTES);
         let idle = upstream.timeouts.first_byte;
@@ -283,8 +295,22 @@ impl Relay<'_> {
             }
             counting.note(json.len() as u64 / BYTES_PER_TOKEN, usage);
         }
-        let json = answers.renamed(&json).map_or(json, Bytes::from);
+        let mut json = answers.renamed(&json).map_or(json, Bytes::from);
+        if let Some(checked) = self.checked() {
+            json = checked.whole(&json).await.map_err(|error| Failed {
+                answer: Box::new(Refusal::Ours(*error)),
+                elsewhere: false,
+            })?;
+        }
         Ok(respond(&head, Body::from(json)))
+    }
+
+    /// What checks the answer, if anything does.
+    fn checked(&self) -> Option<safety::relayed::Relayed> {
+        // A completion may have a choice for each of several prompts.
+        let choices = matches!(self.endpoint, Endpoint::Chat).then_some(self.asked.n);
+        let wants_usage = self.asked.stream && !self.asked.usage_is_ours;
+        safety::relayed::Relayed::of(&self.model.served, self.record, choices, wants_usage)
     }
 
     /// Waits for an upstream no longer than `limit`, and than the request may live.

@@ -84,7 +84,7 @@ fn groups(text: &str) -> ApiResult<Vec<GroupBy>> {
         .map(|name| {
             GroupBy::from_name(name).ok_or_else(|| {
                 let message = format!(
-                    "group_by: got {}, allowed are key, tenant, model, day, outcome",
+                    "group_by: got {}, allowed are key, tenant, model, day, outcome, safety",
                     crate::error::shown(name)
                 );
                 ApiError::field("group_by", message)

@@ -15,7 +15,7 @@ use crate::record::RequestRecord;
 use crate::request::chat::{ChatPrompt, ChatRequest};
 use crate::respond::chat::{ChatStream, whole};
 use crate::respond::{Head, sse, warn};
-use crate::{body, prompt, quota};
+use crate::{body, prompt, quota, safety};
 
 pub async fn create(
     State(app): State<Arc<App>>,
@@ -38,13 +38,14 @@ async fn answer(
     if let Some(response) = relayed(app, record, endpoint, &parts.headers, &body).await? {
         return Ok(response);
     }
-    let chat = body::parse(app, record, &body.bytes, ChatRequest::parse).await?;
+    let mut chat = body::parse(app, record, &body.bytes, ChatRequest::parse).await?;
     drop(body);
     let Admitted {
         model,
         limits,
         permit,
     } = admit(app, record, chat.model.as_deref(), &chat.params, 1).await?;
+    safety::request::chat(app, record, &model.served, &mut chat).await?;
     let field = if matches!(chat.prompt, ChatPrompt::Ids(_)) {
         "prompt_token_ids"
     } else {

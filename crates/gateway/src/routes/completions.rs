@@ -15,7 +15,7 @@ use crate::record::RequestRecord;
 use crate::request::completions::CompletionRequest;
 use crate::respond::completions::{CompletionStream, EchoedPrompt, whole};
 use crate::respond::{Head, sse, warn};
-use crate::{body, prompt, quota};
+use crate::{body, prompt, quota, safety};
 
 pub async fn create(
     State(app): State<Arc<App>>,
@@ -40,12 +40,12 @@ async fn answer(
     }
     let CompletionRequest {
         model: model_name,
-        prompts,
+        mut prompts,
         prompt_field,
         add_special_tokens,
         echo,
-        params,
-        warning,
+        mut params,
+        mut warning,
     } = body::parse(app, record, &body.bytes, CompletionRequest::parse).await?;
     drop(body);
     let Admitted {
@@ -53,6 +53,9 @@ async fn answer(
         limits,
         permit,
     } = admit(app, record, model_name.as_deref(), &params, prompts.len()).await?;
+    let texts = (prompt_field, prompts.as_mut_slice());
+    safety::request::completions(app, record, &model.served, texts, &mut params, &mut warning)
+        .await?;
     let ids = prompt::of_prompts(app, record, &model, prompts, add_special_tokens).await?;
     let (ids, echoed): (Vec<_>, Vec<_>) = if echo {
         prompt::texts_of(app, record, &model, ids, params.skip_special_tokens)

@@ -25,6 +25,12 @@ mod operations;
 // Marked so that the lints for tests hold for its helper functions too.
 #[cfg(test)]
 mod routing;
+// Marked so that the lints for tests hold for its helper functions too.
+#[cfg(test)]
+mod safety;
+// Marked so that the lints for tests hold for its helper functions too.
+#[cfg(test)]
+mod safety_relayed;
 mod streams;
 // Marked so that the lints for tests hold for its helper functions too.
 #[cfg(test)]
