@@ -182,6 +182,13 @@ class GatewayConfig:
     chat_template: str | None = setting(
         None, "File with a chat template to use instead of the model's", ("serve",)
     )
+    safety_file: str | None = setting(
+        None, "File with safety hooks, checks of requests and answers (docs/safety.md)", ("serve",)
+    )
+    tls_cert: str | None = setting(
+        None, "File with the certificate chain, in PEM; with it clients speak https", ("serve",)
+    )
+    tls_key: str | None = setting(None, "File with its private key, in PEM", ("serve",))
     max_body_bytes: int = setting(
         16 * 2**20, "Largest request body", ("serve",), minimum=1024, maximum=2**31
     )
@@ -216,6 +223,9 @@ class GatewayConfig:
 
     def __post_init__(self) -> None:
         check_fields(self)
+        if (self.tls_cert is None) != (self.tls_key is None):
+            given, missing = ("cert", "key") if self.tls_cert else ("key", "cert")
+            raise ConfigError(f"--tls-{missing}: missing, needed with --tls-{given}")
 
 
 @dataclass(frozen=True, slots=True)

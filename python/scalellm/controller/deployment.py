@@ -55,9 +55,14 @@ def plan_deployment(models: Sequence[Served], port: int, folder: Path, launcher:
         sections.append(_model_section(model, [addresses[n] for n in found.widths], state_file))
     file = folder / "gateway.toml"
     file.touch(mode=0o600)
-    file.write_text(gateway_toml(config, port, sections), encoding="utf-8")
+    has_tls = config.gateway.tls_cert is not None
+    url = f"{'https' if has_tls else 'http'}://{_in_url(config.gateway.host)}:{port}"
+    # The controller need not believe a certificate of whatever authority.
+    inner = folder / "gateway.sock" if has_tls else None
+    file.write_text(gateway_toml(config, port, sections, inner), encoding="utf-8")
     return Plan(
-        url=f"http://{_in_url(config.gateway.host)}:{port}",
+        url=url,
+        inner_url=f"unix:{inner}" if inner else url,
         model=",".join(model.name for model in models),
         gateway=Command((*PYTHON, "scalellm", "gateway", "--config", str(file))),
         controller=Command((*PYTHON, "scalellm.controller")),
@@ -130,13 +135,22 @@ def _model_section(model: Served, addresses: Sequence[str], state_file: Path) ->
     }
     if engine.max_model_len is not None:
         section["max_model_len"] = engine.max_model_len
-    if gateway.chat_template is not None:
-        section["chat_template"] = str(Path(gateway.chat_template).resolve())
+    for key, file in (
+        ("chat_template", gateway.chat_template),
+        ("safety_file", gateway.safety_file),
+    ):
+        if file is not None:
+            section[key] = str(Path(file).resolve())
     return section
 
 
-def gateway_toml(config: ServeConfig, port: int, models: Sequence[Mapping[str, object]]) -> str:
-    """The gateway's configuration file."""
+def gateway_toml(
+    config: ServeConfig,
+    port: int,
+    models: Sequence[Mapping[str, object]],
+    unix_socket: Path | None = None,
+) -> str:
+    """The gateway's configuration file; it listens at `unix_socket` too."""
     gateway, log = config.gateway, config.log
     top: dict[str, object] = {
         "host": gateway.host,
@@ -157,6 +171,11 @@ def gateway_toml(config: ServeConfig, port: int, models: Sequence[Mapping[str, o
         top["database_url"] = gateway.database_url
     if gateway.otlp_endpoint is not None:
         top["otlp_endpoint"] = gateway.otlp_endpoint
+    for key, file in (("tls_cert", gateway.tls_cert), ("tls_key", gateway.tls_key)):
+        if file is not None:
+            top[key] = str(Path(file).resolve())
+    if unix_socket is not None:
+        top["unix_socket"] = str(unix_socket)
     faults: dict[str, object] = {"replay": gateway.replay, "replay_wait_s": gateway.replay_wait_s}
     lines = [*_lines(top), "", "[faults]", *_lines(faults)]
     for model in models:

@@ -2,6 +2,7 @@
 
 import http.client
 import re
+import socket
 import urllib.parse
 from dataclasses import dataclass
 
@@ -28,14 +29,36 @@ class Answer:
     body: str
 
 
-def get(url: str, path: str, timeout_s: float = 2.0, api_key: str = "") -> Answer | None:
-    """GET `path` of the endpoint at `url`; None when it cannot be reached."""
-    parts = urllib.parse.urlsplit(url)
+class _UnixConnection(http.client.HTTPConnection):
+    """HTTP over a Unix socket."""
+
+    def __init__(self, path: str, timeout_s: float) -> None:
+        super().__init__("localhost", timeout=timeout_s)
+        self._path = path
+
+    def connect(self) -> None:
+        self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self.sock.settimeout(self.timeout)
+        self.sock.connect(self._path)
+
+
+def _connection(
+    parts: urllib.parse.SplitResult, timeout_s: float
+) -> tuple[http.client.HTTPConnection, str]:
+    """A connection that is not open yet, and what its paths begin with."""
+    if parts.scheme == "unix":
+        return _UnixConnection(parts.path, timeout_s), ""
     kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
-    connection = kind(parts.hostname or "127.0.0.1", parts.port, timeout=timeout_s)
+    host = parts.hostname or "127.0.0.1"
+    return kind(host, parts.port, timeout=timeout_s), parts.path.rstrip("/")
+
+
+def get(url: str, path: str, timeout_s: float = 2.0, api_key: str = "") -> Answer | None:
+    """GET `path` of the endpoint at `url`, perhaps unix:PATH; None when it cannot be reached."""
+    connection, base = _connection(urllib.parse.urlsplit(url), timeout_s)
     headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
     try:
-        connection.request("GET", parts.path.rstrip("/") + path, headers=headers)
+        connection.request("GET", base + path, headers=headers)
         response = connection.getresponse()
         body = response.read(MAX_ANSWER_BYTES)
         return Answer(response.status, body.decode("utf-8", "replace"))

@@ -47,6 +47,7 @@ class Plan:
     limits: Limits
     wanted: frozenset[str] | None = None  # the engines to begin with; None: all
     steering: Sequence[Mapping[str, Any]] = ()  # of each model whose engines may change: how
+    inner_url: str | None = None  # where the controller asks the gateway; None: at `url`
     drain_timeout_s: float = 30.0
     stop_timeout_s: float = 20.0  # for engines after SIGTERM; unloading a large model takes seconds
 
@@ -229,7 +230,7 @@ class Supervisor:
         self._send(
             {
                 "type": "plan",
-                "url": self._plan.url,
+                "url": self._plan.inner_url or self._plan.url,
                 "limits": asdict(self._plan.limits),
                 "serving": self._phase is Phase.SERVING,
                 "addresses": {name: found.address for name, found in self._replicas.items()},
