@@ -53,8 +53,10 @@ def test_clients_speak_https_and_hooks_check_what_they_say(tmp_path: Path) -> No
         assert json.loads(refused.value.read())["error"]["code"] == "content_filter"
         context.set_alpn_protocols(["h2", "http/1.1"])
         address = ("127.0.0.1", urllib.parse.urlsplit(serve.url).port)
-        with socket.create_connection(address, timeout=60) as tcp:
-            with context.wrap_socket(tcp) as tls:
-                assert tls.selected_alpn_protocol() == "h2"
+        with (
+            socket.create_connection(address, timeout=60) as tcp,
+            context.wrap_socket(tcp) as tls,
+        ):
+            assert tls.selected_alpn_protocol() == "h2"
     finally:
         serve.close()

@@ -44,6 +44,8 @@ pub struct Relayed {
     choices: Option<u32>,
     /// The client asked a stream for its usage.
     wants_usage: bool,
+    /// What every event of a stream repeats, from its first one.
+    head: Option<Value>,
 }
 
 struct Text {
@@ -85,6 +87,7 @@ impl Relayed {
             cut: false,
             choices,
             wants_usage,
+            head: None,
         })
     }
 
@@ -341,6 +344,14 @@ impl Events {
         }
         let mut answer = object(data)?;
         let mut kept = Vec::new();
+        relayed.head.get_or_insert_with(|| {
+            let mut head = answer.clone();
+            for name in ["choices", "usage"] {
+                head.as_object_mut()
+                    .and_then(|fields| fields.shift_remove(name));
+            }
+            head
+        });
         let had_choices = !choices_of(&mut answer).is_empty();
         for mut choice in choices_of(&mut answer).iter_mut().map(Value::take) {
             let index = choice["index"].as_u64().unwrap_or(0);
@@ -398,16 +409,12 @@ impl Relayed {
         open.dedup();
         open.retain(|index| !self.closed.contains(index));
         for index in open {
-            let mut choice = json!({"index": index, "delta": {}, "finish_reason": null});
+            let mut choice = json!({"index": index});
             self.check_choice(index, "delta", &mut choice, true).await?;
-            let said = choice["delta"] != json!({}) || choice["text"].is_string() || self.cut;
-            if said {
-                push(
-                    out,
-                    json!({"object": "chat.completion.chunk", "choices": [choice]})
-                        .to_string()
-                        .as_bytes(),
-                );
+            if choice.as_object().is_some_and(|fields| fields.len() > 1) {
+                let mut event = self.head.clone().unwrap_or_else(|| json!({}));
+                event["choices"] = json!([choice]);
+                push(out, event.to_string().as_bytes());
             }
         }
         Ok(())

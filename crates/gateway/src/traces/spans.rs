@@ -27,12 +27,13 @@ const SERVER: u8 = 2;
 const ERROR: u8 = 2;
 
 /// The gateway's stages before the first token, in order; those of the engine are its own spans.
-const BEFORE_FIRST: [Stage; 12] = [
+const BEFORE_FIRST: [Stage; 13] = [
     Stage::Accept,
     Stage::Auth,
     Stage::Body,
     Stage::Parse,
     Stage::Admission,
+    Stage::Safety,
     Stage::TextQueue,
     Stage::Template,
     Stage::Tokenise,
