@@ -75,6 +75,17 @@ pub async fn admit(
         .map(|ms| record.started + Duration::from_millis(ms.into()));
     let places = || model.places(&live.config);
     let permit = place(app, record, &model.served, demand, deadline, places).await?;
+    // While it waited its replicas may have gone, and others, or other hooks, may have come.
+    let (model, limits) = match app.live().fleet.newer(&model) {
+        Some((newer, limits)) => {
+            record.update(|progress| {
+                progress.model = Some(Arc::clone(&newer.served));
+                progress.own = Some(Arc::clone(&newer));
+            });
+            (newer, limits)
+        }
+        None => (model, limits),
+    };
     Ok(Admitted {
         model,
         limits,

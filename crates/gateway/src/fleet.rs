@@ -11,6 +11,7 @@ use scalellm_routing::Candidate;
 
 use crate::app::Live;
 use crate::config::{Config, ModelConfig};
+use crate::engine_name::engine_name;
 use crate::error::{ApiError, ApiResult, GatewayError};
 use crate::faults::Faults;
 use crate::foreign::ForeignModel;
@@ -132,9 +133,12 @@ impl Model {
         let states: Vec<String> = self
             .replicas
             .iter()
-            .map(|replica| match self.shares_tokenizer(replica) {
-                true => format!("{} is {}", replica.address(), state_name(replica.state())),
-                false => format!("{} has another tokenizer", replica.address()),
+            .map(|replica| {
+                let name = replica_name(replica);
+                match self.shares_tokenizer(replica) {
+                    true => format!("{name} is {}", state_name(replica.state())),
+                    false => format!("{name} has another tokenizer"),
+                }
             })
             .collect();
         let message = format!(
@@ -213,6 +217,12 @@ impl Model {
             .map(|(index, replica)| self.routing.candidate(index, replica))
             .collect()
     }
+}
+
+/// What clients are told of a replica.
+#[must_use]
+pub fn replica_name(replica: &Replica) -> String {
+    engine_name("replica", &replica.address().to_string())
 }
 
 #[must_use]
@@ -374,6 +384,14 @@ impl Fleet {
         let served = self.served_or_only(name)?;
         let own_is_ready = self.own(served).is_some_and(|model| model.is_ready());
         Ok(self.elsewhere(served).filter(|_| !own_is_ready))
+    }
+
+    /// What has taken the place of `model`, if something has whose limits are known.
+    #[must_use]
+    pub fn newer(&self, model: &Arc<Model>) -> Option<(Arc<Model>, Limits)> {
+        let newer = self.models.iter().find(|newer| newer.name == model.name)?;
+        let limits = newer.limits().filter(|_| !Arc::ptr_eq(newer, model))?;
+        Some((Arc::clone(newer), limits))
     }
 
     /// The replicas of our own that compute a model.

@@ -29,6 +29,7 @@ mod body;
 mod choice;
 pub mod config;
 mod connection;
+mod engine_name;
 pub mod error;
 mod fair_queue;
 mod fault_metrics;

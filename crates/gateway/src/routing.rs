@@ -59,7 +59,7 @@ impl RouteNote {
     #[must_use]
     pub fn new(replica: &Replica, choice: Choice) -> RouteNote {
         RouteNote {
-            replica: replica.address().to_string(),
+            replica: crate::fleet::replica_name(replica),
             choice,
         }
     }

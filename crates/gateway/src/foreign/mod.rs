@@ -106,6 +106,7 @@ impl ForeignModel {
             .zip(&self.drained)
             .map(|(upstream, drained)| {
                 json!({
+                    "name": upstream.told_as,
                     "url": upstream.name,
                     "state": upstream.state(),
                     "drained": drained,
@@ -162,7 +163,7 @@ impl ForeignModel {
                 } else {
                     upstream.state()
                 };
-                format!("{} is {state}", upstream.name)
+                format!("{} is {state}", upstream.told_as)
             })
             .collect();
         let message = format!(

@@ -139,7 +139,15 @@ impl Relay<'_> {
         }
         admission::let_in(app, record).await?;
         let permit = admission::place(app, record, served, demand, deadline, places).await?;
-        if let Some(body) = safety::request::relayed(app, record, served, &self.body).await? {
+        // While it waited its upstreams may have gone, and others, or other hooks, may have come.
+        let live = app.live();
+        let mut others = live.fleet.foreign.iter();
+        if let Some(now) = others.find(|now| now.served.name == self.model.served.name) {
+            self.model = Arc::clone(now);
+        }
+        let served = Arc::clone(&self.model.served);
+        record.update(|progress| progress.model = Some(Arc::clone(&served)));
+        if let Some(body) = safety::request::relayed(app, record, &served, &self.body).await? {
             self.asked = Asked::read(&body)?;
             self.body = body;
         }
@@ -370,7 +378,7 @@ impl Relay<'_> {
             .unwrap_or_default();
         let status = head.status;
         let ours = |error: Box<ApiError>| Box::new(Refusal::Ours(*error));
-        let told = format!("the upstream {} answered {status}", upstream.name);
+        let told = format!("the upstream {} answered {status}", upstream.told_as);
         let retry_after_s = head
             .headers
             .get(header::RETRY_AFTER)

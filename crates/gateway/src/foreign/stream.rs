@@ -297,7 +297,12 @@ impl Body for Stream {
 /// A failure as the client is told of it.
 #[must_use]
 pub fn error(upstream: &Upstream, failure: &Failure) -> Box<ApiError> {
-    let message = format!("the upstream {} failed: {failure}", upstream.name);
+    // Why it cannot be reached may tell its address: that is in the log.
+    let reason = match failure {
+        Failure::Connect(_) => "it cannot be reached".to_owned(),
+        other => other.to_string(),
+    };
+    let message = format!("the upstream {} failed: {reason}", upstream.told_as);
     match failure {
         Failure::Late(_) => ApiError::upstream_late(message),
         _ => ApiError::upstream_failed(message),

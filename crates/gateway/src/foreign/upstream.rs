@@ -14,6 +14,7 @@ use super::exchange::{Exchange, Failure};
 use super::link::{Link, Parts};
 use crate::config::UpstreamConfig;
 use crate::config::upstream::{Base, Timeouts};
+use crate::engine_name::engine_name;
 use crate::error::GatewayError;
 use crate::socket::Socket;
 use crate::tls::Tls;
@@ -32,6 +33,8 @@ const MAX_HEALTH_BYTES: usize = 1 << 20;
 pub struct Upstream {
     /// Its `url`, by which metrics and the log call it.
     pub name: String,
+    /// What clients are told in its place.
+    pub told_as: String,
     /// The model's name there.
     pub model: String,
     pub config: UpstreamConfig,
@@ -98,6 +101,7 @@ impl Upstream {
             .map_err(bad)?;
         let upstream = Arc::new(Upstream {
             name: config.url.clone(),
+            told_as: engine_name("upstream", &config.url),
             model: model.to_owned(),
             timeouts: config.timeouts(),
             host: HeaderValue::from_str(&base.authority).map_err(|error| bad(error.to_string()))?,

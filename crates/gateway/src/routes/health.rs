@@ -10,7 +10,7 @@ use serde_json::{Value, json};
 
 use crate::app::{App, Phase};
 use crate::error::ApiError;
-use crate::fleet::state_name;
+use crate::fleet::{replica_name, state_name};
 use crate::foreign::Upstream;
 use crate::respond;
 
@@ -57,13 +57,13 @@ pub async fn ready(
         .iter()
         .map(|model| {
             let replica = |r: &Arc<scalellm_engine_link::Replica>| {
-                json!({"address": r.address().to_string(), "state": state_name(r.state())})
+                json!({"name": replica_name(r), "state": state_name(r.state())})
             };
             json!({"name": &*model.name, "replicas": model.replicas.iter().map(replica).collect::<Vec<_>>()})
         })
         .chain(live.fleet.foreign.iter().map(|model| {
             let upstream = |u: &Arc<Upstream>| {
-                json!({"url": u.name, "state": u.state()})
+                json!({"name": u.told_as, "state": u.state()})
             };
             json!({"name": &*model.served.name, "upstreams": model.upstreams.iter().map(upstream).collect::<Vec<_>>()})
         }))

@@ -11,7 +11,7 @@ use serde_json::{Value, json};
 use crate::app::App;
 use crate::config::{Config, LogLevel, ModelConfig, UpstreamConfig};
 use crate::error::{ApiError, ApiResult};
-use crate::fleet::{Fleet, state_name};
+use crate::fleet::{Fleet, replica_name, state_name};
 use crate::record::RequestRecord;
 use crate::reload::Applied;
 use crate::respond;
@@ -26,6 +26,7 @@ fn listed(fleet: &Fleet) -> Value {
         let own = fleet.own(served).into_iter().flat_map(|model| {
             model.replicas.iter().map(|replica| {
                 json!({
+                    "name": replica_name(replica),
                     "address": replica.address().to_string(),
                     "state": state_name(replica.state()),
                     "drained": model.is_drained(replica),

@@ -167,6 +167,7 @@ async fn health_readiness_and_version_are_told() {
         .await;
     let unready = stack.get("/ready").await;
     assert_eq!(unready.error(503)["code"], "no_replica");
+    assert!(!unready.text().contains("unix:"), "{}", unready.text());
     assert_eq!(unready.header("retry-after"), "1");
     assert_eq!(stack.get("/health").await.status, 200);
 }

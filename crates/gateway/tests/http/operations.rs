@@ -14,7 +14,9 @@ use tokio::net::{TcpStream, UnixStream};
 use tokio::sync::Notify;
 use tokio_rustls::TlsConnector;
 
-use super::support::{Folder, Reply, Stack, engine, open, request, says, send, start_engine, user};
+use super::support::{
+    Folder, Reply, Stack, engine, open, request, says, send, start_engine, streamed_text, user,
+};
 use super::upstream::{Act, Mock, before, chunk, json as answer, last_chunk, stream_head};
 
 const WHOLE: &str = r#"{"choices":[{"message":{"content":"hi"}}]}"#;
@@ -206,6 +208,53 @@ async fn replicas_come_drain_and_go_while_a_request_runs() {
     // The request on the replica that goes is not lost.
     let text = response.into_body().collect().await.unwrap().to_bytes();
     assert!(text.ends_with(b"data: [DONE]\n\n"), "{text:?}");
+}
+
+#[tokio::test]
+async fn a_request_that_waits_goes_to_what_is_there_when_its_turn_comes() {
+    let slow = scalellm_fake_engine::Settings {
+        tbt_ms: 10_000.0,
+        ..engine()
+    };
+    let stack = Stack::start(vec![slow], |config| {
+        config.max_in_flight = 1;
+        // The replica that goes is let go of at once.
+        config.drain_timeout_s = 0.0;
+    })
+    .await;
+    let ask = |prompt: &str| {
+        let body = json!({"model": "bytes", "prompt": prompt, "stream": true, "ignore_eos": true});
+        request(
+            "POST",
+            "/v1/completions",
+            &[],
+            Bytes::from(body.to_string()),
+        )
+    };
+    let running = open(stack.address(), ask("x")).await;
+    let waiting = tokio::spawn(send(stack.address(), ask("y")));
+    stack
+        .wait_metric("scalellm_queued_requests{", "", 1.0)
+        .await;
+    let (first, second) = (stack.socket(0), stack.socket(1));
+    let _engine = start_engine(&second, says("second"));
+    let added = json!({"model": "bytes", "address": second});
+    admin(&stack.gateway, "POST", "/admin/v1/replicas", added)
+        .await
+        .ok();
+    stack
+        .wait_metric("scalellm_replica_state{", "state=\"ready\"", 2.0)
+        .await;
+    let path = format!("/admin/v1/replicas?model=bytes&address={first}");
+    admin(&stack.gateway, "DELETE", &path, Value::Null)
+        .await
+        .ok();
+    drop(running);
+    let events = waiting.await.unwrap().events();
+    assert!(
+        streamed_text(&events, 0).starts_with("second"),
+        "{events:?}"
+    );
 }
 
 #[tokio::test]

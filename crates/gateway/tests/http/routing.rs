@@ -147,7 +147,7 @@ async fn another_gateways_load_counts() {
             json!({"prompt": "hello", "max_tokens": 1}),
         )
         .await;
-        assert_eq!(value(&route, "replica"), stack.socket(1));
+        assert_eq!(value(&route, "replica"), stack.name(1).await);
     }
 }
 
@@ -162,7 +162,7 @@ async fn the_route_is_told_to_those_who_ask() {
     let mut streamed = body;
     streamed["stream"] = true.into();
     let told = route(&stack.gateway, &[], streamed).await;
-    assert_eq!(value(&told, "replica"), stack.socket(0));
+    assert_eq!(value(&told, "replica"), stack.name(0).await);
 }
 
 #[tokio::test]

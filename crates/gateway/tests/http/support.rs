@@ -197,6 +197,15 @@ impl Stack {
         )
     }
 
+    /// What clients are told of an engine; operators are told whose name it is.
+    pub async fn name(&self, engine: usize) -> String {
+        let listed = self.get("/admin/v1/replicas").await.ok();
+        let replicas = listed["models"][0]["replicas"].as_array().unwrap();
+        let is_it = |replica: &&Value| replica["address"] == self.socket(engine);
+        let name = replicas.iter().find(is_it).unwrap()["name"].as_str();
+        name.unwrap().to_owned()
+    }
+
     pub async fn get(&self, path: &str) -> Reply {
         send(self.address(), request("GET", path, &[], Bytes::new())).await
     }
