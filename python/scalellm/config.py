@@ -377,7 +377,7 @@ SETTINGS: Mapping[str, Setting] = MappingProxyType(
 MODELS_KEY = "models"
 OF_ONE_MODEL = frozenset(
     {*declared(EngineConfig), *declared(BlueprintConfig)} - {"listen"}
-    | {"replicas", "blueprint", "routing", "chat_template"}
+    | {"replicas", "blueprint", "routing", "chat_template", "safety_file"}
 )
 
 
