@@ -12,7 +12,7 @@ use std::f32::consts::LOG2_E;
 
 use super::noise::{bits, gumbel, gumbel_at_most};
 use super::peak::{SCORES, above, count, find_peaks, first_of_peak, reached_by};
-use super::top_p::{Kept, last_by_mass};
+use super::top_p::Kept;
 use crate::cpu::Cpu;
 use crate::exp::exp2;
 use crate::level::Level;
@@ -129,7 +129,7 @@ pub(super) struct Scaled {
 }
 
 impl Scaled {
-    pub(super) fn new(best: f32, temperature: f32) -> Self {
+    fn new(best: f32, temperature: f32) -> Self {
         Self {
             best,
             temperature,
@@ -142,13 +142,9 @@ impl Scaled {
         (score - self.best) / self.temperature
     }
 
-    pub(super) fn best(self) -> f32 {
-        self.best
-    }
-
     /// e^scaled.
     #[inline(always)]
-    pub(super) fn mass(self, score: f32) -> f32 {
+    fn mass(self, score: f32) -> f32 {
         exp2((score - self.best) * self.factor)
     }
 
@@ -208,21 +204,14 @@ fn truncated(
     let total: f64 = own.masses.iter().map(|&mass| f64::from(mass)).sum();
     let (from, kept) = if draw.top_k > 0 {
         let from = reached_by(own.peaks, draw.top_k.min(vocab), own.others);
-        let found = Kept::gather(
-            scores,
-            own.peaks,
-            scaled,
-            from..=f32::INFINITY,
-            own.candidates,
-        );
+        let found = Kept::gather(scores, own.peaks, scaled, from, own.candidates);
         (from, found.top(draw.top_k, draw.top_p))
     } else if draw.top_p < 1.0 {
         // Ids with less than (1 - top_p) / vocab each cannot be needed to reach top_p.
         let needed = (total * (1.0 - draw.top_p).max(0.0) / vocab as f64).ln() - 1e-3;
         let from = scaled.score(needed.max(least - 1e-3));
-        let mass = draw.top_p * total;
-        let last = last_by_mass(level, scores, own.peaks, scaled, from, mass, own.candidates);
-        (from, last)
+        let found = Kept::gather(scores, own.peaks, scaled, from, own.candidates);
+        (from, found.reach(draw.top_p * total))
     } else {
         (scaled.score(least - 1e-3), Kept::ALL)
     };

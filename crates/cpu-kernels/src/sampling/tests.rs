@@ -1,10 +1,7 @@
 use rand::rngs::StdRng;
 use rand::{RngExt, SeedableRng};
 
-use super::draw::Scaled;
 use super::noise::{bits, gumbel};
-use super::peak::{count, find_peaks};
-use super::top_p::last_by_mass;
 use super::*;
 use crate::cpu::Cpu;
 use crate::level::Level;
@@ -106,58 +103,6 @@ fn truncated_rows_get_what_sorting_everything_gives() {
                     let right = chosen(&scores[row * vocab..][..vocab], draw) as u32;
                     assert_eq!(found[row], Some(right), "{vocab} {spread} {draw:?}");
                 }
-            }
-        }
-    }
-}
-
-#[test]
-fn of_long_flat_rows_those_are_kept_that_sorting_everything_keeps() {
-    let mut random = StdRng::seed_from_u64(3);
-    let vocab = 20_000;
-    for (spread, coarse) in [(0.01, false), (1.0, false), (1.0, true), (6.0, false)] {
-        let mut score = || {
-            let x = random.random_range(-1.0_f32..=1.0);
-            spread
-                * if coarse {
-                    (x * 100.0).round() / 100.0
-                } else {
-                    x
-                }
-        };
-        let scores: Vec<f32> = (0..vocab).map(|_| score()).collect();
-        let best = scores.iter().copied().fold(f32::NEG_INFINITY, f32::max);
-        let scaled = Scaled::new(best, 0.8);
-        let total: f64 = scores.iter().map(|&x| f64::from(scaled.of(x)).exp()).sum();
-        for top_p in [0.0, 0.05, 0.5, 0.95, 0.9999] {
-            let draw = Draw {
-                temperature: 0.8,
-                top_p,
-                ..PLAIN
-            };
-            let mut right = kept(&scores, &draw);
-            right.sort_unstable();
-            for level in Level::available() {
-                let mut peaks = vec![0.0; count(vocab)];
-                assert!(find_peaks(level, &scores, &mut peaks));
-                let (from, mass) = (scores.iter().copied().fold(best, f32::min), top_p * total);
-                let mut room = vec![0; vocab];
-                let last = last_by_mass(level, &scores, &peaks, scaled, from, mass, &mut room);
-                let found = (0..vocab).filter(|&id| last.has(id, scaled.of(scores[id])));
-                let found: Vec<usize> = found.collect();
-                // Masses are added in f32, a few ids at a time: the last id may be another one.
-                let differ = found.len().abs_diff(right.len());
-                assert!(
-                    differ <= 1,
-                    "{spread} {top_p}: {} {}",
-                    found.len(),
-                    right.len()
-                );
-                let both = found
-                    .iter()
-                    .filter(|id| right.binary_search(id).is_ok())
-                    .count();
-                assert_eq!(both, found.len().min(right.len()));
             }
         }
     }
