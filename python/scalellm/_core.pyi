@@ -328,11 +328,17 @@ class Ranks:
     """The processes that compute a replica's steps together, as rank `rank` of `count` sees them.
 
     `file`: `bytes_for` zeros that all ranks map. Whatever waits for another rank raises
-    ConnectionAbortedError once any rank gave up.
+    ConnectionAbortedError once any rank gave up. `link_mb_s`: as if over so slow a link; 0: none.
     """
 
     def __init__(
-        self, file: int, rank: int, count: int, letter_bytes: int, slot_bytes: int
+        self,
+        file: int,
+        rank: int,
+        count: int,
+        letter_bytes: int,
+        slot_bytes: int,
+        link_mb_s: int = 0,
     ) -> None: ...
     @staticmethod
     def bytes_for(count: int, letter_bytes: int, slot_bytes: int) -> int: ...

@@ -101,6 +101,13 @@ class EngineConfig:
     enable_expert_parallel: bool = setting(
         False, "Divide a mixture's experts over those ranks, instead of each expert"
     )
+    link_mb_s: int = setting(
+        0,
+        "For tests and benchmarks: those processes exchange as over a link of so many MB/s; 0: by "
+        "memory alone",
+        minimum=0,
+        maximum=1_000_000,
+    )
     cpu_threads: int | None = setting(
         None,
         "Threads of one replica on a CPU, all its ranks together; default: all cores",
@@ -318,8 +325,9 @@ class BlueprintConfig:
         30.0, "Least time between two changes of shape", _SHAPED, minimum=0, maximum=86_400
     )
     hand_over_s: float = setting(
-        0.5,
-        "How long a replica of the old shape may finish its requests; then they go on at the new",
+        20.0,
+        "How long a replica of the old shape may take to hand its requests on, a few at a time; "
+        "what is left then goes on at the new ones at once",
         ("serve",),
         minimum=0,
         maximum=25,
@@ -329,8 +337,8 @@ class BlueprintConfig:
     )
     calibration: str | None = setting(
         None,
-        "Costs of steps by shape: a file, or the name of a shipped one; default: "
-        "cpu-qwen3-0.6b-int8, in a simulation node-8gpu",
+        "Costs of steps by shape: a file, or the name of a shipped one; default: measured at the "
+        "first start and kept, in a simulation node-8gpu",
         _SHAPED,
     )
 

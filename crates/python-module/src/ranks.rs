@@ -1,6 +1,7 @@
 //! `_core.Ranks`: the processes that compute a replica's steps together, as one of them sees them;
 //! and the operations in which they meet, for steps that run eagerly.
 
+use std::num::NonZeroU32;
 use std::os::fd::{BorrowedFd, RawFd};
 use std::sync::Arc;
 
@@ -10,7 +11,7 @@ use pyo3::prelude::*;
 use pyo3::types::PyBytes;
 use scalellm_cpu_kernels::bf16;
 use scalellm_cpu_kernels::linear::{self, Output, Packed};
-use scalellm_cpu_kernels::ranks::{self, MOST, RankLost, Region, Sizes};
+use scalellm_cpu_kernels::ranks::{self, Link, MOST, RankLost, Region, Sizes};
 use scalellm_cpu_kernels::rows::{Rows, RowsMut};
 
 use crate::kernels::{RowsAt, SliceAt, layout, on_cpu, refused, slice};
@@ -37,13 +38,16 @@ pub struct PyRanks {
 
 #[pymethods]
 impl PyRanks {
+    /// `link_mb_s`: as if over a link of so many MB/s; 0 is the shared memory's own speed.
     #[new]
+    #[pyo3(signature = (file, rank, count, letter_bytes, slot_bytes, link_mb_s = 0))]
     fn new(
         file: RawFd,
         rank: usize,
         count: usize,
         letter_bytes: usize,
         slot_bytes: usize,
+        link_mb_s: u32,
     ) -> PyResult<Self> {
         if rank >= count || count > MOST || file < 0 {
             return Err(refused(format!("rank {rank} of {count}, file {file}")));
@@ -58,7 +62,10 @@ impl PyRanks {
         let region =
             Region::map(file, sizes).map_err(|error| PyOSError::new_err(error.to_string()))?;
         let region = Arc::new(region);
-        let ranks = ranks::Ranks::new(Arc::clone(&region), rank);
+        let mut ranks = ranks::Ranks::new(Arc::clone(&region), rank);
+        if let Some(megabytes_s) = NonZeroU32::new(link_mb_s) {
+            ranks = ranks.over(Link { megabytes_s });
+        }
         Ok(Self {
             region,
             ranks: Arc::new(Mutex::new(ranks)),

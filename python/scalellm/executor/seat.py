@@ -36,7 +36,7 @@ _HEADER_NUMBERS = 5
 
 @dataclass(frozen=True, slots=True)
 class Sizes:
-    """Of what ranks share."""
+    """Of what ranks share, and the link that they are to share it by (EngineConfig.link_mb_s)."""
 
     ranks: int
     letter_bytes: int
@@ -44,6 +44,7 @@ class Sizes:
     tokens: int  # of a step, at most
     logit_rows: int
     vocab_size: int
+    link_mb_s: int
 
     @classmethod
     def of(
@@ -63,6 +64,7 @@ class Sizes:
             tokens=tokens,
             logit_rows=tokens if packed else 0,
             vocab_size=model.vocab_size,
+            link_mb_s=config.link_mb_s,
         )
 
     @property
@@ -94,7 +96,9 @@ class Seat:
         exchange: Exchange | None = None,
     ) -> "Seat":
         """Map the files `memory` and `logits`, which may be closed then. Raises OSError."""
-        ranks = _core.Ranks(memory, rank, sizes.ranks, sizes.letter_bytes, sizes.slot_bytes)
+        ranks = _core.Ranks(
+            memory, rank, sizes.ranks, sizes.letter_bytes, sizes.slot_bytes, sizes.link_mb_s
+        )
         address = ranks.address if exchange is None else 0
         rows: Tensor | None = None
         if sizes.logits_bytes:

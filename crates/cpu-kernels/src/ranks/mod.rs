@@ -15,6 +15,7 @@
 mod futex;
 mod region;
 
+use std::num::NonZeroU32;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -38,6 +39,41 @@ pub struct Ranks {
     letters: u32,
     /// Since `take_time`: waiting for others and adding their parts up.
     time: Duration,
+    /// Bytes of the part for the round to come.
+    part_bytes: usize,
+    link: Option<Link>,
+}
+
+/// A link between the ranks that is slower than the memory they share, to see what it would cost.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Link {
+    /// Also bytes a microsecond.
+    pub megabytes_s: NonZeroU32,
+}
+
+impl Link {
+    /// How long a part is on its way.
+    #[must_use]
+    pub fn takes(self, bytes: usize) -> Duration {
+        Duration::from_nanos(1000 * bytes as u64 / u64::from(self.megabytes_s.get()))
+    }
+
+    /// Until `bytes` have come that were sent at `sent`: asleep, but for the last of it.
+    fn wait(self, bytes: usize, sent: Instant) {
+        const WAKING: Duration = Duration::from_micros(150);
+        let takes = self.takes(bytes);
+        loop {
+            let left = takes.saturating_sub(sent.elapsed());
+            if left.is_zero() {
+                return;
+            }
+            if left > WAKING {
+                std::thread::sleep(left - WAKING);
+            } else {
+                std::hint::spin_loop();
+            }
+        }
+    }
 }
 
 impl Ranks {
@@ -52,6 +88,17 @@ impl Ranks {
             round: 0,
             letters: 0,
             time: Duration::ZERO,
+            part_bytes: 0,
+            link: None,
+        }
+    }
+
+    /// As if the ranks were joined by `link`; for tests and benchmarks.
+    #[must_use]
+    pub fn over(self, link: Link) -> Self {
+        Self {
+            link: Some(link),
+            ..self
         }
     }
 
@@ -72,6 +119,7 @@ impl Ranks {
     pub fn mine<'a, T: Copy>(&mut self, rows: usize, cols: usize) -> RowsMut<'a, T> {
         let slot = self.region.slot(self.round.wrapping_add(1), self.rank);
         self.fits::<T>(rows, cols);
+        self.part_bytes = rows * cols * size_of::<T>();
         // SAFETY: inside the slot, which no other rank reads before `meet` or any more (see above);
         // `&mut self` is held by one operation at a time.
         unsafe { RowsMut::from_raw(slot.cast(), rows, cols, cols) }
@@ -89,6 +137,9 @@ impl Ranks {
             if other != self.rank {
                 self.region.wait_for_part(other, self.round)?;
             }
+        }
+        if let Some(link) = self.link {
+            link.wait(self.part_bytes, began);
         }
         self.time += began.elapsed();
         Ok(())

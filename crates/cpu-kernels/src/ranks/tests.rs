@@ -60,6 +60,31 @@ fn every_round_gives_everybody_every_part() {
 }
 
 #[test]
+fn a_slow_link_takes_its_time_and_no_more_than_its_bytes() {
+    let link = Link {
+        megabytes_s: NonZeroU32::new(2).unwrap(),
+    };
+    assert_eq!(link.takes(64), Duration::from_micros(32));
+    assert_eq!(link.takes(0), Duration::ZERO);
+    on_ranks(sizes(2), |ranks| {
+        let alone = Ranks::new(Arc::clone(&ranks.region), ranks.rank());
+        let mut slow = alone.over(link);
+        for round in 0..3_u32 {
+            let began = Instant::now();
+            // SAFETY: the only slice of it.
+            unsafe { slow.mine::<u32>(1, 16).part(0, 0, 16) }.fill(round);
+            slow.meet().unwrap();
+            assert!(began.elapsed() >= link.takes(64));
+            assert!(
+                slow.parts::<u32>(1, 16)
+                    .iter()
+                    .all(|part| part.row(0) == [round; 16])
+            );
+        }
+    });
+}
+
+#[test]
 fn letters_arrive_whole_and_in_order() {
     let expected: Vec<Vec<u8>> = (0..100).map(|i| vec![i; usize::from(i)]).collect();
     on_ranks(sizes(3), |ranks| {
