@@ -53,6 +53,9 @@ pub struct Attempt {
     answered: bool,
     tries: u32,
     replays: u32,
+    /// Losses but for those by which a replica hands on, while it ends, what has got on there.
+    losses: u32,
+    ids_at_loss: usize,
     refusals: u32,
     failures: Failures,
     pause: Option<Pause>,
@@ -90,6 +93,8 @@ impl Attempt {
             answered: false,
             tries: 0,
             replays: 0,
+            losses: 0,
+            ids_at_loss: 0,
             refusals: 0,
             failures: Failures::default(),
             pause: None,
@@ -204,6 +209,10 @@ impl Attempt {
         let ids = self.submit.resume_ids.len();
         self.placement = None;
         self.failures.note(self.place, now);
+        // A deployment may change its shape any number of times while a request runs.
+        let handed_on = loss.cause == Cause::Drained && ids > self.ids_at_loss;
+        self.ids_at_loss = ids;
+        self.losses += u32::from(!handed_on);
         if !matches!(loss.cause, Cause::Drained | Cause::Lost(LostCause::Closed)) {
             model
                 .faults
@@ -221,13 +230,13 @@ impl Attempt {
             Some(("nonsense", "what it said is of no use".to_owned()))
         } else if !faults.replay && (ids > 0 || self.tries >= MAX_OFFERS) {
             Some(("off", "replays are off".to_owned()))
-        } else if self.replays >= faults.max_replays {
+        } else if self.losses > faults.max_replays {
             let limit = faults.max_replays;
             Some((
                 "limit",
                 format!("it has been moved max_replays, {limit}, times"),
             ))
-        } else if !model.faults.may_replay(now_ms) {
+        } else if !handed_on && !model.faults.may_replay(now_ms) {
             Some(("budget", "too much is being replayed already".to_owned()))
         } else {
             None
