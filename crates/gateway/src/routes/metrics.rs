@@ -208,9 +208,34 @@ pub async fn metrics(State(app): State<Arc<App>>) -> Response {
             );
         }
     }
+    write_step_costs(&mut out, &replicas);
     write_faults(&mut out, fleet);
     let kind = HeaderValue::from_static("text/plain; version=0.0.4; charset=utf-8");
     ([(header::CONTENT_TYPE, kind)], out).into_response()
+}
+
+/// What a step costs, as each engine fits it to its last steps.
+fn write_step_costs(out: &mut String, replicas: &[(String, &Arc<Replica>)]) {
+    let name = "scalellm_replica_step_cost_ms";
+    family(
+        out,
+        name,
+        "gauge",
+        "Of a step: fixed, for a token, a position attended to, and a request; fitted to the last steps.",
+    );
+    for (labels, replica) in replicas {
+        let Some(cost) = replica.load().step_cost else {
+            continue;
+        };
+        for (of, ms) in [
+            ("step", cost.fixed_ms),
+            ("token", cost.token_ms),
+            ("attended", cost.attended_ms),
+            ("request", cost.request_ms),
+        ] {
+            let _ = writeln!(out, "{name}{{{labels},of=\"{of}\"}} {ms}");
+        }
+    }
 }
 
 fn write_queues(out: &mut String, fleet: &Fleet) {

@@ -96,7 +96,10 @@ pub fn router(app: Arc<App>) -> Router {
         .route("/tokenize", post(text::tokenize))
         .route("/detokenize", post(text::detokenize))
         .route("/admin/v1/profile", get(profile::profile))
-        .route("/admin/v1/blueprint", get(blueprint::blueprint))
+        .route(
+            "/admin/v1/blueprint",
+            get(blueprint::blueprint).put(blueprint::wish),
+        )
         .route(
             "/admin/v1/keys",
             get(admin::list_keys).post(admin::create_key),

@@ -223,7 +223,7 @@ async fn change(
     Ok(listed(&app.live().fleet))
 }
 
-fn answer(result: ApiResult<Value>) -> Response {
+pub(super) fn answer(result: ApiResult<Value>) -> Response {
     match result {
         Ok(value) => respond::json(&value),
         Err(error) => error.into_response(),

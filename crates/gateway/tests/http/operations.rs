@@ -506,3 +506,41 @@ async fn the_endpoints_are_described() {
         }
     }
 }
+
+#[tokio::test]
+async fn an_operators_blueprint_is_checked_and_written_for_the_controller() {
+    let folder = Folder::new();
+    let state = folder.0.join("blueprint.json");
+    let wish = folder.0.join("blueprint.wish.json");
+    let path = "/admin/v1/blueprint";
+    let stack = Stack::start(vec![engine()], |config| {
+        config.models[0].blueprint_file = Some(state.clone());
+    })
+    .await;
+    let put = |body: Value| admin(&stack.gateway, "PUT", path, body);
+    let wide = json!({"blueprint": [{"tp": 2, "count": 1}]});
+    std::fs::write(&state, json!({"mode": "static"}).to_string()).unwrap();
+    let error = put(wide.clone()).await.error(400);
+    assert!(error["message"].as_str().unwrap().contains("is static"));
+    let candidates = json!({"candidates": [[{"tp": 1, "count": 2}], [{"tp": 2, "count": 1}]]});
+    std::fs::write(&state, candidates.to_string()).unwrap();
+    for (refused, named) in [
+        (
+            json!({"blueprint": [{"tp": 4, "count": 1}]}),
+            "one of [[{\"count\":2,\"tp\":1}]",
+        ),
+        (json!({"blueprint": []}), "got []"),
+        (json!({"blueprint": [{"tp": "2", "count": 1}]}), "string"),
+        (json!({"shape": null}), "unknown field"),
+    ] {
+        let error = put(refused).await.error(400);
+        let message = error["message"].as_str().unwrap();
+        assert!(message.contains(named), "{message}");
+        assert!(!wish.exists());
+    }
+    for body in [wide, json!({"blueprint": null})] {
+        assert_eq!(put(body.clone()).await.ok(), body);
+        let written = std::fs::read(&wish).unwrap();
+        assert_eq!(serde_json::from_slice::<Value>(&written).unwrap(), body);
+    }
+}
