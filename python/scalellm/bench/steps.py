@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 _RUN = 8  # equal steps that are one sample
 _ANSWER_S = 600.0
+_FREE_TOKENS = (0, 1, 2, 3, 4, 6, 8, 10, 12, 16, 20, 24)
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,11 +38,20 @@ class Load:
 
 SWEEP = (
     Load(1, 32, 24),
-    Load(1, 512, 24),
-    Load(4, 128, 24),
-    Load(16, 64, 24),
-    Load(16, 384, 16),
-    Load(48, 96, 16),
+    Load(1, 512, 16),
+    Load(4, 128, 16),
+    Load(4, 640, 12),
+    Load(8, 64, 16),
+    Load(16, 64, 16),
+    Load(32, 128, 12),
+    Load(48, 64, 12),
+)
+SHORT_SWEEP = (
+    Load(1, 32, 17),
+    Load(1, 384, 9),
+    Load(4, 96, 9),
+    Load(12, 64, 9),
+    Load(32, 64, 17),
 )
 
 
@@ -52,6 +62,7 @@ class Sample:
     tokens: float
     attended: float
     sequences: float
+    read: float
     step_ms: float
 
 
@@ -117,14 +128,25 @@ def _median(run: Sequence[tuple[StepShape, float]]) -> Sample:
         statistics.fmean(shape.tokens for shape, _ in run),
         statistics.fmean(shape.attended for shape, _ in run),
         statistics.fmean(shape.spans for shape, _ in run),
+        statistics.fmean(shape.read for shape, _ in run),
         statistics.median(taken for _, taken in run),
     )
 
 
 def fit(samples: Sequence[Sample]) -> StepCost:
-    """Least squares of relative errors with no coefficient below 0: those that would be are left
-    out, the most negative first."""
-    rows = np.array([[1.0, s.tokens, s.attended, s.sequences] for s in samples])
+    """Least squares of relative errors, for the number of free tokens with which they are least.
+
+    So many can be free only if computing them takes no longer than a step takes at least."""
+    costs = [_fit(samples, free_tokens) for free_tokens in _FREE_TOKENS]
+    costs = [cost for cost in costs if cost.base_ms >= cost.per_token_ms * cost.free_tokens]
+    return min(costs, key=lambda cost: sum(error * error for error in _errors(cost, samples)))
+
+
+def _fit(samples: Sequence[Sample], free_tokens: int) -> StepCost:
+    """No coefficient is below 0: those that would be are left out, the most negative first."""
+    rows = np.array(
+        [[1.0, max(0.0, s.tokens - free_tokens), s.attended, s.sequences, s.read] for s in samples]
+    )
     times = np.array([s.step_ms for s in samples])
     rows, ones = rows / times[:, None], np.ones(len(times))
     kept = list(range(rows.shape[1]))
@@ -135,11 +157,23 @@ def fit(samples: Sequence[Sample]) -> StepCost:
             found[kept] = part
             break
         kept.pop(int(part.argmin()))
-    base_ms, token_ms, attended_ms, sequence_ms = (float(value) for value in found)
-    return StepCost(base_ms, token_ms, attended_ms, sequence_ms)
+    base_ms, token_ms, attended_ms, sequence_ms, read_ms = (float(value) for value in found)
+    return StepCost(
+        base_ms,
+        token_ms,
+        attended_ms,
+        sequence_ms,
+        per_read_ms=read_ms,
+        free_tokens=free_tokens,
+    )
+
+
+def _errors(cost: StepCost, samples: Sequence[Sample]) -> list[float]:
+    return [
+        cost.step_ms(s.tokens, s.attended, s.sequences, s.read) / s.step_ms - 1 for s in samples
+    ]
 
 
 def misfit(cost: StepCost, samples: Sequence[Sample]) -> float:
-    """The median relative error of the line over the samples."""
-    errors = [abs(cost.step_ms(s.tokens, s.attended, s.sequences) / s.step_ms - 1) for s in samples]
-    return statistics.median(errors)
+    """The median relative error of the cost over the samples."""
+    return statistics.median(abs(error) for error in _errors(cost, samples))

@@ -69,11 +69,12 @@ class Plan:
         self.admitted: list[int] = []
         self.preempted: list[int] = []
         self._attended = 0.0
+        self._read = 0.0
         self._tokens = 0
 
     @property
     def shape(self) -> StepShape:
-        return StepShape(self._tokens, self._attended, len(self.spans))
+        return StepShape(self._tokens, self._attended, len(self.spans), self._read)
 
     def append(
         self, request: Request, tokens: int, now_us: int, drafts: Sequence[int] = ()
@@ -101,6 +102,7 @@ class Plan:
         self.tokens_left -= tokens
         self._tokens += tokens
         self._attended += tokens * start + tokens * (tokens + 1) / 2
+        self._read += start + tokens
 
     def step(self, step_time: StepTime) -> Step:
         shape = self.shape

@@ -27,10 +27,16 @@ class StepShape:
     tokens: int = 0
     attended: float = 0.0  # sum over tokens of the positions each attends to
     spans: int = 0
+    read: float = 0.0  # sum over spans of the positions whose keys and values are read
 
     def with_span(self, start: int, tokens: int) -> "StepShape":
         attended = tokens * start + tokens * (tokens + 1) / 2
-        return StepShape(self.tokens + tokens, self.attended + attended, self.spans + 1)
+        return StepShape(
+            self.tokens + tokens,
+            self.attended + attended,
+            self.spans + 1,
+            self.read + start + tokens,
+        )
 
 
 class StepTime:

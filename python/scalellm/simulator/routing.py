@@ -62,6 +62,6 @@ def _load(index: int, replica: SimulatedReplica) -> _core.ReplicaLoad:
         max_num_seqs=shape.max_num_seqs,
         tensor_parallel_size=shape.tp,
         block_size=shape.block_size,
-        cost=(cost.base_ms, cost.per_token_ms, cost.per_attended_ms, cost.per_sequence_ms),
+        cost=(cost.base_ms, cost.per_token_ms, cost.per_context_ms, cost.per_sequence_ms),
         own_requests=scheduler.num_running + scheduler.num_waiting,
     )

@@ -17,7 +17,7 @@ class CalibratedStepTime(StepTime):
     def predict_ms(self, shape: StepShape) -> float:
         if shape.tokens < 1:
             return 0.0
-        return self._cost.step_ms(shape.tokens, shape.attended, shape.spans)
+        return self._cost.step_ms(shape.tokens, shape.attended, shape.spans, shape.read)
 
     def largest_chunk(self, shape: StepShape, start: int, budget_ms: float) -> int:
         """Most tokens of one more span within the budget: the largest n of a growing cost."""

@@ -3,7 +3,7 @@
 While nobody arrives, ends or runs out of blocks, each running stream gets a token a step and each
 step costs a little more than the one before, by one more position to attend to for each stream:
 
-    k steps = k * first + slope * k * (k - 1) / 2        slope = per_attended * streams
+    k steps = k * first + slope * k * (k - 1) / 2        slope = per_context * streams
 """
 
 import math
@@ -73,8 +73,8 @@ class StretchScheduler(Scheduler):
             if steps == 0:
                 return None
         streams = len(running)
-        first_ms = cost.step_ms(streams, attended, streams)
-        return Stretch(start_ms, steps, first_ms, cost.per_attended_ms * streams)
+        first_ms = cost.step_ms(streams, attended, streams, attended)
+        return Stretch(start_ms, steps, first_ms, cost.per_context_ms * streams)
 
     def _blocks_for(self, steps: int) -> int:
         """Blocks to be taken for so many steps; the last token's position is not written."""

@@ -6,24 +6,28 @@ from scalellm.bench.steps import Sample, fit, misfit, samples_of
 from scalellm.controller.blueprint.cost import StepCost
 from scalellm.engine.step_time import StepShape
 
-TRUE = StepCost(20.0, 0.5, 1e-3, 0.25)
+TRUE = StepCost(20.0, 0.5, 1e-3, 0.25, per_read_ms=2e-3, free_tokens=6)
 
 
-def sample(tokens: int, attended: int, sequences: int) -> Sample:
-    return Sample(tokens, attended, sequences, TRUE.step_ms(tokens, attended, sequences))
+def sample(tokens: int, attended: int, sequences: int, read: int) -> Sample:
+    step_ms = TRUE.step_ms(tokens, attended, sequences, read)
+    return Sample(tokens, attended, sequences, read, step_ms)
 
 
 def test_the_coefficients_of_exact_steps_are_found() -> None:
-    shapes = [(1, 100, 1), (8, 800, 8), (64, 20_000, 64), (128, 8_256, 1), (200, 9_000, 16)]
+    decodes = [(n, n * context, n, n * context) for n in (1, 4, 8, 20, 64) for context in (50, 400)]
+    shapes = [*decodes, (128, 8_256, 1, 128), (200, 9_000, 16, 300), (600, 90_000, 2, 800)]
     samples = [sample(*shape) for shape in shapes]
     cost = fit(samples)
     assert misfit(cost, samples) == pytest.approx(0.0, abs=1e-9)
     assert cost.base_ms == pytest.approx(20.0)
     assert cost.per_attended_ms == pytest.approx(1e-3)
+    assert cost.per_read_ms == pytest.approx(2e-3)
+    assert cost.free_tokens == 6
 
 
 def test_no_coefficient_is_negative() -> None:
-    falling = [Sample(1, 1, 1, 30.0), Sample(2, 50, 2, 20.0), Sample(4, 400, 4, 10.0)]
+    falling = [Sample(1, 1, 1, 1, 30.0), Sample(2, 50, 2, 50, 20.0), Sample(4, 400, 4, 400, 10.0)]
     cost = fit(falling)
     assert min(cost.base_ms, cost.per_token_ms, cost.per_attended_ms, cost.per_sequence_ms) >= 0
 

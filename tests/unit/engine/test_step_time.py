@@ -25,7 +25,7 @@ def trained(rng: random.Random, noise: float = 0.0, steps: int = 200) -> StepTim
 
 
 def test_attended_positions_are_the_exact_sum() -> None:
-    assert StepShape().with_span(10, 3) == StepShape(3, 11.0 + 12.0 + 13.0, 1)
+    assert StepShape().with_span(10, 3) == StepShape(3, 11.0 + 12.0 + 13.0, 1, 13.0)
 
 
 @pytest.mark.parametrize(("noise", "tolerance"), [(0.0, 0.05), (0.2, 0.12)])

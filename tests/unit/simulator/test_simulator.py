@@ -91,9 +91,9 @@ def test_a_single_request_takes_what_its_steps_cost() -> None:
     cost = calibration.shapes[1].cost
     load = Closed(Synthetic(Fixed(100), Fixed(5)), 1, 1, None, 2048)
     (served,) = Cluster(load, calibration, ONE).run().served
-    prompt_ms = cost.step_ms(100, 100 * 101 / 2, 1)
+    prompt_ms = cost.step_ms(100, 100 * 101 / 2, 1, 100)
     assert served.ttft_ms == pytest.approx(calibration.front_ms + prompt_ms)
-    decodes = [cost.step_ms(1, 101 + at, 1) for at in range(4)]
+    decodes = [cost.step_ms(1, 101 + at, 1, 101 + at) for at in range(4)]
     assert served.tbt_ms == pytest.approx(sum(decodes) / 4)
 
 

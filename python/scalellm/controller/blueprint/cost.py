@@ -1,13 +1,15 @@
 """What a step costs on a replica of one shape: a few coefficients, read from a calibration file.
 
-    ms = base + per_token * tokens + per_attended * attended + per_sequence * sequences
-         + per_crowded * max(0, sequences - crowd)
+    ms = base + per_token * max(0, tokens - free_tokens) + per_attended * attended
+         + per_read * read + per_sequence * sequences + per_crowded * max(0, sequences - crowd)
 
-tokens      computed in the step: one for each stream, and those of prompts' chunks
-attended    sum over these tokens of the positions that each attends to
-sequences   streams and chunks in the step
-crowd       sequences up to which another one is nearly free (reading weights, or waiting for the
-            other devices, takes the time); 0 where the cost is one straight line
+tokens       computed in the step: one for each stream, and those of prompts' chunks
+free_tokens  tokens that are computed while the weights are read, which takes the time up to them
+attended     sum over tokens of the positions that each attends to: the attention's arithmetic
+read         sum over streams and chunks of the positions whose keys and values are read: memory
+sequences    streams and chunks in the step
+crowd        sequences up to which another one is nearly free (waiting for the other devices takes
+             the time); 0 where the cost is one straight line
 """
 
 import tomllib
@@ -32,24 +34,47 @@ class StepCost:
     per_sequence_ms: float = 0.0
     per_crowded_ms: float = 0.0
     crowd: int = 0
+    per_read_ms: float = 0.0
+    free_tokens: int = 0
 
-    def step_ms(self, tokens: float, attended: float, sequences: float) -> float:
-        crowded = max(0.0, sequences - self.crowd)
+    def step_ms(self, tokens: float, attended: float, sequences: float, read: float) -> float:
         return (
             self.base_ms
-            + self.per_token_ms * tokens
+            + self.per_token_ms * max(0.0, tokens - self.free_tokens)
             + self.per_attended_ms * attended
+            + self.per_read_ms * read
             + self.per_sequence_ms * sequences
-            + self.per_crowded_ms * crowded
+            + self.per_crowded_ms * max(0.0, sequences - self.crowd)
         )
+
+    @property
+    def per_context_ms(self) -> float:
+        """Of a stream's step, for each position of its context."""
+        return self.per_attended_ms + self.per_read_ms
 
     def decode_ms(self, sequences: float, context_tokens: float) -> float:
         """Of a step in which so many streams, each with so much context, get a token."""
-        return self.step_ms(sequences, sequences * context_tokens, sequences)
+        context = sequences * context_tokens
+        return self.step_ms(sequences, context, sequences, context)
+
+    def decode_lines(self, context_tokens: float) -> list[tuple[float, float]]:
+        """Straight lines in the number of streams, (at 0, slope), whose maximum `decode_ms` is."""
+        slope = self.per_context_ms * context_tokens + self.per_sequence_ms
+        lines = [(self.base_ms, slope)]
+        for each_ms, free in (
+            (self.per_token_ms, self.free_tokens),
+            (self.per_crowded_ms, self.crowd),
+        ):
+            if each_ms > 0.0:
+                lines += [(at - each_ms * free, by + each_ms) for at, by in lines]
+        return lines
 
     def prompt_ms(self, tokens: float) -> float:
-        """What a prompt adds to the steps that compute it."""
-        return self.per_token_ms * tokens + self.per_attended_ms * tokens * tokens / 2
+        """What a prompt adds to the steps that compute it, beside others."""
+        attended = tokens * tokens / 2
+        return (
+            self.per_token_ms * tokens + self.per_attended_ms * attended + self.per_read_ms * tokens
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,7 +154,7 @@ def _shape(found: dict[str, Any]) -> ShapeCost:
     numbers = [getattr(cost, entry.name) for entry in fields(cost)]
     if not all(isinstance(value, int | float) and value >= 0 for value in numbers):
         raise ValueError(f"tp = {shape.tp}: every coefficient must be a number, at least 0")
-    if cost.step_ms(1, 1, 1) <= 0:
+    if cost.decode_ms(1, 1) <= 0:
         raise ValueError(f"tp = {shape.tp}: a step must take time")
     return shape
 

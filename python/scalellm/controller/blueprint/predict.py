@@ -6,7 +6,7 @@ the steady state it holds as many streams as arrive while one lasts:
 
     n = r * O * step(n) / (1 - rho)          step(n): of n streams with the mean context
 
-The cost is a line that bends upwards once, so n is found in closed form. There is no such n beyond
+The cost is a line that bends upwards, so n is found in closed form. There is no such n beyond
 the rate at which all the replica's places are taken:
 
     capacity = n_max / (O * step(n_max) + n_max * prompt(I))
@@ -33,6 +33,11 @@ class Demand:
     @property
     def mean_prompt(self) -> float:
         return sum(self.prompt_tokens) / max(1, len(self.prompt_tokens))
+
+    @property
+    def context_tokens(self) -> float:
+        """Of the mean stream, halfway through its answer."""
+        return self.mean_prompt + self.output_tokens / 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,10 +103,6 @@ def _together(
     )
 
 
-def _context(demand: Demand) -> float:
-    return demand.mean_prompt + demand.output_tokens / 2
-
-
 def _prompt_ms(shape: ShapeCost, demand: Demand) -> float:
     costs = [shape.cost.prompt_ms(tokens) for tokens in demand.prompt_tokens]
     return sum(costs) / max(1, len(costs))
@@ -109,13 +110,13 @@ def _prompt_ms(shape: ShapeCost, demand: Demand) -> float:
 
 def _capacity(shape: ShapeCost, demand: Demand) -> float:
     """Requests a second of one replica whose places are all taken."""
-    streams = shape.streams(_context(demand))
-    decode_ms = demand.output_tokens * shape.cost.decode_ms(streams, _context(demand))
+    streams = shape.streams(demand.context_tokens)
+    decode_ms = demand.output_tokens * shape.cost.decode_ms(streams, demand.context_tokens)
     return 1e3 * streams / (decode_ms + streams * _prompt_ms(shape, demand))
 
 
 def _replica(shape: ShapeCost, demand: Demand, capacity: float, horizon_s: float) -> Outlook:
-    context, prompt_ms = _context(demand), _prompt_ms(shape, demand)
+    context, prompt_ms = demand.context_tokens, _prompt_ms(shape, demand)
     most = shape.streams(context)
     load = demand.requests_s / capacity
     steady = steady_streams(shape, demand) if load < 1 else most
@@ -149,17 +150,13 @@ def _steps_ms(shape: ShapeCost, tokens: float) -> float:
 
 def steady_streams(shape: ShapeCost, demand: Demand) -> float:
     """Streams that one replica holds in the steady state; infinite if there is none."""
-    cost, context = shape.cost, _context(demand)
+    cost, context = shape.cost, demand.context_tokens
     prompt_share = demand.requests_s * _prompt_ms(shape, demand) / 1e3
     if prompt_share >= 1.0:
         return math.inf
     turn = demand.requests_s * demand.output_tokens / 1e3 / (1.0 - prompt_share)
-    slope = cost.per_token_ms + cost.per_attended_ms * context + cost.per_sequence_ms
-    streams = _root(turn, cost.base_ms, slope)
-    if streams <= cost.crowd or cost.per_crowded_ms == 0.0:
-        return streams
-    base = cost.base_ms - cost.per_crowded_ms * cost.crowd
-    return _root(turn, base, slope + cost.per_crowded_ms)
+    # Where the cost is the maximum of lines, so is what each of them would hold.
+    return max(_root(turn, at_0, slope) for at_0, slope in cost.decode_lines(context))
 
 
 def _root(turn: float, base: float, slope: float) -> float:
