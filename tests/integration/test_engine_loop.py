@@ -520,6 +520,22 @@ def test_draining_has_a_bound() -> None:
         assert engine.reason(key) == "cancelled"  # and so may go on at another engine
 
 
+def test_handing_over_gives_every_request_back_and_ends() -> None:
+    executor = TableExecutor()
+    executor.before = lambda _batch: time.sleep(0.01)  # what a step is predicted to take
+    with running(executor) as engine:
+        keys = [engine.submit([n + 1], 190, ignore_eos=True) for n in range(4)]
+        while any(not engine.outputs[key] for key in keys):
+            engine.take()
+        engine.loop.hand_over()
+        engine.finish(*keys)
+        engine.thread.join(30)
+        assert not engine.thread.is_alive() and engine.listener.drained.is_set()
+        assert {engine.reason(key) for key in keys} == {"cancelled"}
+        # One after the other: the first had the fewest tokens when it was given back.
+        assert len({len(engine.ids(key)) for key in keys}) > 1
+
+
 def test_stop_cancels_everything_and_ends() -> None:
     with running(TableExecutor()) as engine:
         key = engine.submit([1], 190, ignore_eos=True)

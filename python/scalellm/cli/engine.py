@@ -13,6 +13,7 @@ from scalellm.cli.log import set_up_logging
 from scalellm.cli.model import check_folder, resolve_model
 from scalellm.cli.progress import Progress
 from scalellm.config import EngineConfig, LogConfig, build
+from scalellm.controller.child import HAND_OVER
 from scalellm.controller.cores import usable_cores
 from scalellm.errors import AddressInUseError, ConfigError, ServeError
 from scalellm.executor.followers import Followers
@@ -60,7 +61,7 @@ def run(arguments: argparse.Namespace) -> int:
     progress.done("listen", listener.address)
     loop = EngineLoop(executor, listener, config)
     stopping = Stopping(loop)
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in (signal.SIGTERM, signal.SIGINT, HAND_OVER):
         signal.signal(number, stopping)
     facts = {name: info[name] for name in ("dtype", "quantization", "device", "max_model_len")}
     kv_tokens = executor.num_blocks * executor.block_size
@@ -79,18 +80,23 @@ def run(arguments: argparse.Namespace) -> int:
 
 class Stoppable(Protocol):
     def drain(self) -> None: ...
+    def hand_over(self) -> None: ...
     def stop(self) -> None: ...
 
 
 class Stopping:
-    """Signal handler: the first drains, the second stops after the step that runs, a third ends
-    the process, whatever it does."""
+    """Signal handler: the first drains, or hands over; the second stops after the step that runs, a
+    third ends the process, whatever it does."""
 
     def __init__(self, loop: Stoppable) -> None:
         self._loop = loop
         self._signalled = False
 
-    def __call__(self, _number: int, _frame: FrameType | None) -> None:
+    def __call__(self, number: int, _frame: FrameType | None) -> None:
+        if number == HAND_OVER:
+            self._signalled = True
+            self._loop.hand_over()
+            return
         if self._signalled:
             self._loop.stop()
             for number in (signal.SIGTERM, signal.SIGINT):

@@ -14,6 +14,7 @@ from scalellm.controller.watchdog import kill_marked
 
 # -P: the working folder must not shadow modules of ours.
 PYTHON = (sys.executable, "-P", "-m")
+HAND_OVER = signal.SIGUSR1  # asks an engine to give its requests back and end
 _PR_SET_PDEATHSIG = 1
 _MARK_VARIABLE = "SCALELLM_CHILD"  # what it starts carries it on, into whatever group or session
 

@@ -21,6 +21,7 @@ from typing import Any, Protocol
 
 from scalellm.config import EngineConfig
 from scalellm.engine.calibration import REPEATS, Shape, build_batch
+from scalellm.engine.hand_over import HandOver
 from scalellm.engine.kv_cache import KVCache
 from scalellm.engine.logprobs import TokenLogprobs
 from scalellm.engine.phases import PhaseClock, PhaseTotals, phases_between
@@ -115,6 +116,8 @@ class EngineLoop:
         self._calibrations: deque[tuple[int, list[Shape]]] = deque()
         self._drain_wanted = False
         self._stop_wanted = False
+        self._hand_over_wanted = False
+        self._hand_over: HandOver | None = None
         self._draining_since: float | None = None
         self._emitted_at = -math.inf
         self._clock = PhaseClock()
@@ -127,6 +130,11 @@ class EngineLoop:
     def drain(self) -> None:
         """Refuse new requests, finish those there are, then end `run`. Safe in signal handlers."""
         self._drain_wanted = True
+
+    def hand_over(self) -> None:
+        """Drain, but give requests back at a pace, for other replicas. Safe in signal handlers."""
+        self._hand_over_wanted = True
+        self.drain()
 
     def stop(self) -> None:
         """Cancel everything and end `run`. Safe in signal handlers."""
@@ -220,7 +228,16 @@ class EngineLoop:
         ):
             self._end_all("cancelled", None)
             return True
+        if self._hand_over_wanted:
+            self._give_back()
         return False
+
+    def _give_back(self) -> None:
+        now_s = time.monotonic()
+        if self._hand_over is None:
+            self._hand_over = HandOver(now_s)
+        for key in list(self._hand_over.due(self.scheduler, now_s)):
+            self.scheduler.cancel(key, _now_us())
 
     def _end_all(self, reason: FinishReason, error: str | None) -> None:
         try:
