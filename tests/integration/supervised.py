@@ -148,7 +148,7 @@ class Tree:
     def controller_pid(self) -> int:
         """The root's child that runs the controller."""
         for pid in children(self.process.pid):
-            if b"scalellm.controller" in command_line(pid):
+            if b"\0scalellm.controller\0" in command_line(pid):  # a fork of the root has its text
                 return pid
         raise AssertionError("no controller")
 

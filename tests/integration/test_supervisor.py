@@ -82,11 +82,14 @@ def is_fork(pid: int, made: Tree) -> bool:
     )
 
 
-def test_a_killed_watchdog_is_replaced(tree: Callable[..., Tree]) -> None:
+@pytest.mark.parametrize("fault", [signal.SIGKILL, signal.SIGSTOP], ids=lambda one: one.name)
+def test_a_killed_or_stopped_watchdog_is_replaced(
+    tree: Callable[..., Tree], fault: signal.Signals
+) -> None:
     made = tree()
     made.wait_ready()
     (watchdog,) = [pid for pid in children(made.process.pid) if is_fork(pid, made)]
-    kill(watchdog)
+    os.kill(watchdog, fault)
     until(
         lambda: any(
             pid != watchdog and alive(pid) and is_fork(pid, made)
@@ -131,6 +134,17 @@ def test_a_killed_controller_is_restarted_and_adopts(tree: Callable[..., Tree]) 
     kill(engine)
     until(lambda: len(made.pids("engine-0")) == 2)  # and the new one does its work
     assert made.process.poll() is None
+
+
+def test_a_stopped_controller_is_killed_and_another_adopts(tree: Callable[..., Tree]) -> None:
+    made = tree(limits={"hung_after_s": 1.0})
+    made.wait_ready()
+    first = made.controller_pid()
+    os.kill(first, signal.SIGSTOP)
+    until(lambda: not alive(first))
+    until(lambda: has_controller(made))
+    assert "killing the controller: silent for" in made.errors()
+    assert len(made.pids("engine-0")) == 1
 
 
 def has_controller(made: Tree) -> bool:

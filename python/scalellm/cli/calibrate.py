@@ -26,7 +26,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--widths",
         default="1",
         metavar="N,N,...",
-        help="ranks of a replica, each with a core: one shape for each number; default: 1",
+        help="ranks of a replica, each with a device: one shape for each number; default: 1",
+    )
+    parser.add_argument(
+        "--devices",
+        type=int,
+        metavar="N",
+        help="into so many the cores are divided; default: one for each core",
+    )
+    parser.add_argument(
+        "--short", action="store_true", help="fewer steps of each kind: as at a first start"
     )
 
 
@@ -35,7 +44,11 @@ def run(arguments: argparse.Namespace) -> int:
     weights = config.load_format != "dummy"
     folder = resolve_model(config.model, config.revision, weights)
     check_folder(folder, needs_tokenizer=False, needs_weights=weights)
-    widths = _widths(arguments.widths, usable_cores())
+    cores = usable_cores()
+    devices = arguments.devices or cores
+    if not 1 <= devices <= cores:
+        raise ConfigError(f"--devices: got {devices}, allowed: 1 to {cores}")
+    widths = _widths(arguments.widths, devices)
 
     from scalellm.bench.machine import describe_machine
     from scalellm.bench.results import check_writable
@@ -45,8 +58,9 @@ def run(arguments: argparse.Namespace) -> int:
     shapes: dict[int, ShapeCost] = {}
     notes = []
     for width in widths:
-        shaped = replace(config, model_path=folder, tensor_parallel_size=width, cpu_threads=width)
-        shapes[width], misfit = _measure(shaped)
+        threads = width * (cores // devices)
+        shaped = replace(config, model_path=folder, tensor_parallel_size=width, cpu_threads=threads)
+        shapes[width], misfit = _measure(shaped, arguments.short)
         notes.append(f"TP {width}: the median step is {misfit:.1%} off the line")
         print(notes[-1], flush=True)
     machine = describe_machine()
@@ -59,7 +73,7 @@ def run(arguments: argparse.Namespace) -> int:
         _FRONT_MS,
         _SWITCH_MS,
     )
-    comment = "Measured by `scalellm calibrate`; each rank has one core.\n"
+    comment = f"Measured by `scalellm calibrate`; a device is {cores // devices} core(s).\n"
     text = calibration_toml(calibration, comment + "\n".join(notes))
     arguments.write.write_text(text, encoding="utf-8")
     return 0
@@ -75,8 +89,8 @@ def _widths(text: str, cores: int) -> list[int]:
     return found
 
 
-def _measure(config: EngineConfig) -> "tuple[ShapeCost, float]":
-    from scalellm.bench.steps import SWEEP, Recorder, fit, misfit, run_load, samples_of
+def _measure(config: EngineConfig, short: bool) -> "tuple[ShapeCost, float]":
+    from scalellm.bench.steps import SHORT_SWEEP, SWEEP, Recorder, fit, misfit, run_load, samples_of
     from scalellm.controller.blueprint.cost import ShapeCost
     from scalellm.engine.local import LocalEngine, LocalListener
     from scalellm.engine.loop import EngineLoop
@@ -90,10 +104,11 @@ def _measure(config: EngineConfig) -> "tuple[ShapeCost, float]":
     limits = loop.scheduler.limits
     kv_tokens, block_size = executor.num_blocks * executor.block_size, executor.block_size
     engine = LocalEngine(loop, listener, executor.close)
+    sweep = SHORT_SWEEP if short else SWEEP
     try:
-        run_load(engine, SWEEP[0], executor.vocab_size, seed=0)  # what allocates and compiles
+        run_load(engine, sweep[0], executor.vocab_size, seed=0)  # what allocates and compiles
         recorder.steps.clear()
-        for number, load in enumerate(SWEEP, start=1):
+        for number, load in enumerate(sweep, start=1):
             run_load(engine, load, executor.vocab_size, seed=number)
         samples: list[Sample] = list(samples_of(recorder.steps))
     finally:

@@ -6,6 +6,7 @@ import os
 import shutil
 from pathlib import Path
 
+from scalellm.cli.calibrated import calibrated
 from scalellm.cli.flags import add_settings, unknown_variables
 from scalellm.cli.model import check_folder, resolve_model
 from scalellm.cli.served import add_models, asked
@@ -17,7 +18,7 @@ from scalellm.controller.launchers.local import LocalLauncher
 from scalellm.controller.launchers.ray import RayLauncher, find_nodes
 from scalellm.controller.report import Report
 from scalellm.controller.runtime_folder import make_runtime_folder
-from scalellm.controller.shapes import WIDTHS, fitting_widths
+from scalellm.controller.shapes import WIDTHS, Place, auto_widths, fitting_widths
 from scalellm.controller.sharing import share
 from scalellm.controller.supervisor import Supervisor
 from scalellm.errors import ConfigError
@@ -62,7 +63,12 @@ def _resolve(config: ServeConfig, cores: int, report: Report) -> Served:
     path = resolve_model(config.engine.model, config.engine.revision, weights)
     check_folder(path, needs_tokenizer=True, needs_weights=weights)
     report.phase("resolve model", report.elapsed_s() - before_s, str(path))
-    return Served(config, path, cores, _widths(config, path))
+    widths = _widths(config, path)
+    is_ours = config.deployment.launcher == "local"  # elsewhere steps cost something else
+    if is_ours and config.deployment.blueprint == "auto" and config.blueprint.calibration is None:
+        shapes, devices = auto_widths(config, Place(widths, cores))
+        config = calibrated(config, path, shapes, devices, report)
+    return Served(config, path, cores, widths)
 
 
 def _widths(config: ServeConfig, model_path: Path) -> tuple[int, ...]:

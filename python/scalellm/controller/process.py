@@ -52,6 +52,7 @@ class Controller:
 
     def look(self) -> None:
         """Ask the gateway, then decide about each replica."""
+        self._order({"type": "alive"})
         if self._draining:
             return
         self._look_at_gateway()

@@ -75,6 +75,24 @@ def _check(config: ServeConfig) -> None:
         raise ConfigError("--device: got cuda, allowed with replicas of several shapes: cpu")
 
 
+def auto_widths(config: ServeConfig, place: Place) -> tuple[list[int], int]:
+    """The widths that `auto` may choose from, and the number of devices.
+
+    Raises ConfigError where there is nothing to choose."""
+    _check(config)
+    cores = config.engine.cpu_threads or place.cores or usable_cores()
+    devices = config.blueprint.devices or cores
+    if devices > cores:
+        raise ConfigError(f"--devices: got {devices}, allowed: at most {cores}, one for each core")
+    widths = [tp for tp in place.widths if tp <= devices]
+    if len(widths) < 2:
+        raise ConfigError(
+            f"--blueprint: auto needs two shapes to choose from; the model allows "
+            f"{_listed(place.widths)}, and there are {devices} devices"
+        )
+    return widths, devices
+
+
 def _auto(config: ServeConfig, cores: int, state_file: Path, place: Place) -> Shapes:
     shape, allowed = config.blueprint, place.widths
     calibration = read_calibration(shape.calibration or CALIBRATION)
@@ -129,11 +147,13 @@ def fitting_widths(heads: int, kv_heads: int) -> tuple[int, ...]:
 def initial_state(shapes: Shapes, mode: str) -> dict[str, Any]:
     """What `/admin/v1/blueprint` says before the controller has said anything."""
     blueprint = Blueprint.of_json({"tp": shapes.widths[name], "count": 1} for name in shapes.wanted)
+    candidates = {} if shapes.steering is None else {"candidates": shapes.steering["candidates"]}
     return {
         "mode": mode,
         "phase": "steady",
         "blueprint": blueprint.to_json(),
         "replicas": sorted(shapes.wanted),
+        **candidates,
     }
 
 

@@ -5,11 +5,13 @@
        '---------------------------'-------------------------------------------------------'
 
 The new shape starts beside the old one, which serves until every new replica is ready. Then the
-old replicas are told to end: they take no new requests, what they run has `hand_over_s` to end by
-itself, and what is left goes on at the new replicas from the tokens that its clients have.
+old replicas are told to hand over: they take no new requests, and give those that they run back at
+a pace (engine/hand_over.py); what is left after `hand_over_s` follows at once. All of it goes on at
+the new replicas, from the tokens that its clients have.
 
-Where it stands follows from the root's facts alone (which replicas are wanted, which are the
-target, which run), so that a restarted controller goes on.
+Where a switch stands follows from the root's facts alone (which replicas are wanted, which are the
+target, which run), and what the policy remembers from the state file, so that a restarted
+controller goes on.
 """
 
 import json
@@ -20,14 +22,16 @@ from pathlib import Path
 from typing import Any
 
 from scalellm.controller.blueprint.cost import parse_calibration
-from scalellm.controller.blueprint.journal import Policy
+from scalellm.controller.blueprint.journal import Policy, state_json, state_of_json
 from scalellm.controller.blueprint.measured import Measured
-from scalellm.controller.blueprint.policy import Settings
+from scalellm.controller.blueprint.policy import Settings, State
 from scalellm.controller.blueprint.shape import Blueprint, Group
 from scalellm.controller.gateway_view import Sample
 
 DECIDE_EVERY_S = 1.0
+WISH_SUFFIX = ".wish.json"  # of the state file's name: what an operator asked the gateway for
 _KILL_AFTER_S = 10.0  # beyond the hand-over, for an engine that does not end
+_ENDINGS = ("hand over", "stop", "kill")
 
 
 class Steering:
@@ -39,19 +43,37 @@ class Steering:
         self._hand_over_s = float(plan["hand_over_s"])
         self._order = order
         self._state_file = Path(plan["state_file"])
+        self._wish_file = self._state_file.with_suffix(WISH_SUFFIX)
         self._measured = Measured()
         self._decided_s = -DECIDE_EVERY_S
         self._ending_s: dict[str, tuple[float, int]] = {}  # since when, signals sent
         self._last: dict[str, Any] = {}
-        candidates = [Blueprint.of_json(found) for found in plan["candidates"]]
+        self._candidates = [Blueprint.of_json(found) for found in plan["candidates"]]
         journal = Path(plan["journal"]) if plan["journal"] else None
         self._policy = Policy(
             parse_calibration(plan["calibration"], "plan"),
             Settings(**plan["settings"]),
-            candidates,
+            self._candidates,
             time.monotonic(),
             journal,
+            self._remembered(),
         )
+
+    def _remembered(self) -> State | None:
+        """What the policy of the controller before this one knew; its clock is this one's too."""
+        try:
+            return state_of_json(json.loads(self._state_file.read_text(encoding="utf-8"))["policy"])
+        except (OSError, ValueError, KeyError, TypeError):
+            return None  # this is the first, or the file is lost: it begins anew
+
+    def _wish(self) -> Blueprint | None:
+        """The blueprint that an operator wants; None while the policy decides."""
+        try:
+            wish = json.loads(self._wish_file.read_text(encoding="utf-8"))["blueprint"]
+            blueprint = None if wish is None else Blueprint.of_json(wish)
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+        return blueprint if blueprint in self._candidates else None
 
     def look(
         self,
@@ -94,27 +116,32 @@ class Steering:
         target: Sequence[str],
         facts: Mapping[str, Mapping[str, Any]],
     ) -> None:
-        signals = self._measured.signals(now_s, samples, self._shape(target))
-        decision = self._policy.decide(signals)
-        self._last = {"signals": signals.to_json(), "decision": decision.to_json()}
-        if not decision.switch:
+        present = self._shape(target)
+        signals = self._measured.signals(now_s, samples, present)
+        self._last = {"signals": signals.to_json()}
+        wish = self._wish()
+        if wish is None:
+            decision = self._policy.decide(signals)
+            self._last["decision"] = decision.to_json()
+            best, reason = decision.blueprint, decision.reason
+        else:
+            self._last["wish"] = wish.to_json()
+            best, reason = wish, "an operator wants it"
+            if wish != present:
+                self._policy.moved(now_s, present)
+        new = self._replicas(best)
+        if best == present or any(facts[name]["given_up"] for name in new):
             return
-        new = self._replicas(decision.blueprint)
-        if any(facts[name]["given_up"] for name in new):
-            return
-        reason = f"{self._name(target)} -> {decision.blueprint}: {decision.reason}"
-        self._want([*target, *new], new, reason)
+        self._want([*target, *new], new, f"{present} -> {best}: {reason}")
 
     def _end(self, ending: Sequence[str], now_s: float) -> None:
-        """SIGTERM drains, the second one stops, SIGKILL is for what does not hear."""
+        """At once, after `hand_over_s`, and for what does not hear."""
         self._ending_s = {name: self._ending_s.get(name, (now_s, 0)) for name in ending}
         for name, (since_s, sent) in self._ending_s.items():
             due = 1 + (now_s - since_s >= self._hand_over_s)
             due += now_s - since_s >= self._hand_over_s + _KILL_AFTER_S
             if sent < due:
-                self._order(
-                    {"type": "end", "name": name, "reason": ("drain", "stop", "kill")[sent]}
-                )
+                self._order({"type": "end", "name": name, "reason": _ENDINGS[sent]})
                 self._ending_s[name] = (since_s, sent + 1)
 
     def _is_of_model(self, sample: Sample) -> bool:
@@ -156,6 +183,8 @@ class Steering:
             "phase": phase,
             "blueprint": self._shape(target).to_json(),
             "replicas": sorted(wanted),
+            "candidates": [found.to_json() for found in self._candidates],
+            "policy": state_json(self._policy.state),
             **self._last,
         }
         text = json.dumps(state)

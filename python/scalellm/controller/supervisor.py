@@ -23,16 +23,18 @@ from types import FrameType
 from typing import Any
 
 from scalellm.controller.channel import Lines, encode
-from scalellm.controller.child import Child, Command, Ending
-from scalellm.controller.policy import Exit, Limits, backoff_s
+from scalellm.controller.child import HAND_OVER, Child, Command, Ending
+from scalellm.controller.policy import Limits
 from scalellm.controller.replica import Replica
 from scalellm.controller.report import Report
+from scalellm.controller.restarted import Restarted
 from scalellm.controller.watchdog import MARK_VARIABLE, Watchdog, kill_marked
 from scalellm.errors import ServeError
 
 _STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+_ENDING_SIGNALS = {"hand over": HAND_OVER, "stop": signal.SIGTERM, "kill": signal.SIGKILL}
 _GATEWAY_GRACE_S = 5.0  # beyond the drain timeout, for the gateway to close its connections
-_CRASH_WINDOW_S = 60.0
+_LEAST_SILENCE_S = 6.0  # a look at a gateway that does not answer takes the controller seconds
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,25 +62,6 @@ class Phase(enum.IntEnum):
     ENDED = 4
 
 
-class Restarted:
-    """A child that the root restarts by itself: the gateway and the controller."""
-
-    def __init__(self, name: str) -> None:
-        self.name = name
-        self.child: Child | None = None
-        self.due_s: float | None = 0.0  # monotonic time of the next start; None: do not start
-        self._exits: list[float] = []
-
-    def ended(self, limits: Limits) -> int:
-        """Schedule the next start; returns how many times it ended lately."""
-        now = time.monotonic()
-        self.child = None
-        self._exits = [at for at in self._exits if now - at < _CRASH_WINDOW_S] + [now]
-        recent = [Exit(now - at, False, "") for at in self._exits]
-        self.due_s = now + backoff_s(recent, limits)
-        return len(recent)
-
-
 class Supervisor:
     """Owner of every process of one `serve`."""
 
@@ -96,6 +79,7 @@ class Supervisor:
             self._want(self._replicas, plan.wanted, plan.wanted)
         self._gateway = Restarted("gateway")
         self._controller = Restarted("controller")
+        self._controller_heard_s = 0.0  # it says something with every look
         self._link: socket.socket | None = None
         self._phase = Phase.STARTING
         self._exit_code = 0
@@ -144,6 +128,7 @@ class Supervisor:
     def _pause_s(self) -> float | None:
         """Until the next timer; None when nothing is due."""
         due = [self._gateway.due_s, self._controller.due_s, self._deadline_s]
+        due.append(self._controller_hung_at_s())
         pending = [at for at in due if at is not None]
         return max(0.0, min(pending) - time.monotonic()) if pending else None
 
@@ -155,6 +140,11 @@ class Supervisor:
         if self._controller.due_s is not None and now >= self._controller.due_s:
             self._controller.due_s = None
             self._start_controller()
+        hung_at_s = self._controller_hung_at_s()
+        if hung_at_s is not None and now >= hung_at_s:
+            self._report.event(f"killing the controller: silent for {self._silence_s():.0f} s")
+            self._close_link()
+            self._kill_controller()
         if self._deadline_s is not None and now >= self._deadline_s:
             self._deadline_s = None
             self._exit_code = 1
@@ -165,6 +155,16 @@ class Supervisor:
             else:
                 self._report.event("an engine did not end in time, killing what is left")
                 self._kill_all()
+
+    def _silence_s(self) -> float:
+        return time.monotonic() - self._controller_heard_s
+
+    def _controller_hung_at_s(self) -> float | None:
+        """When its silence will have lasted too long; None while there is nobody to hear."""
+        if self._link is None or self._phase >= Phase.DRAINING:
+            return None
+        silence_s = max(self._plan.limits.hung_after_s, _LEAST_SILENCE_S)
+        return self._controller_heard_s + silence_s
 
     # ------------------------------------------------------------ signals and endings
 
@@ -224,7 +224,7 @@ class Supervisor:
         self._controller.child = Child("controller", command, self._environment, (theirs.fileno(),))
         theirs.close()
         ours.setblocking(False)
-        self._link = ours
+        self._link, self._controller_heard_s = ours, time.monotonic()
         lines = Lines(ours.fileno())
         self._selector.register(ours, selectors.EVENT_READ, lambda: self._orders(lines))
         self._send(
@@ -253,7 +253,12 @@ class Supervisor:
             whole = self._link.send(encoded) == len(encoded)
         except OSError:
             whole = False
-        if not whole and self._controller.child is not None:  # it does not read: start another
+        if not whole:  # it does not read: start another
+            self._kill_controller()
+
+    def _kill_controller(self) -> None:
+        """Another one follows."""
+        if self._controller.child is not None:
             self._controller.child.signal(signal.SIGKILL)
 
     def _send_facts(self) -> None:
@@ -261,6 +266,7 @@ class Supervisor:
         self._send({"type": "facts", "replicas": facts})
 
     def _orders(self, lines: Lines) -> None:
+        self._controller_heard_s = time.monotonic()
         for order in lines.read():
             kind = order.get("type")
             if self._phase >= Phase.DRAINING:
@@ -303,8 +309,7 @@ class Supervisor:
             replica.child.signal(signal.SIGKILL)
             replica.ready = False
         elif kind == "end" and replica.child is not None:
-            # the first SIGTERM drains, the second stops
-            replica.child.signal(signal.SIGKILL if reason == "kill" else signal.SIGTERM)
+            replica.child.signal(_ENDING_SIGNALS.get(reason, signal.SIGKILL))
         elif kind == "give_up":
             replica.given_up = reason
             self._report.event(f"{replica.name} given up: {reason}")

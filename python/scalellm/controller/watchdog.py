@@ -36,8 +36,14 @@ class Watchdog:
         self._reaped = False
 
     def ended(self) -> bool:
-        """Whether somebody killed it: then make another."""
-        if not self._reaped and os.waitpid(self.pid, os.WNOHANG)[0]:
+        """Whether somebody killed it, or stopped it, which ends it: then make another."""
+        if self._reaped:
+            return True
+        found, status = os.waitpid(self.pid, os.WNOHANG | os.WUNTRACED)
+        if found and os.WIFSTOPPED(status):
+            os.kill(self.pid, signal.SIGKILL)
+            os.waitpid(self.pid, 0)
+        if found:
             self._reaped = True
             os.close(self._writing)
         return self._reaped

@@ -152,6 +152,17 @@ def test_a_measured_slowness_of_the_machine_moves_nothing() -> None:
     assert state.factors[8] > 2.0
 
 
+def test_engines_own_steps_correct_the_calibration_before_any_request_ends() -> None:
+    cost = NODE.shapes[8].cost
+    fitted = (1.5 * cost.base_ms, 0.0, 0.0, 1.5 * (cost.per_token_ms + cost.per_sequence_ms))
+    state = State(0.0)
+    for now_s in range(100):
+        found = replace(signals(WIDE, 4, 0.0, float(now_s)), step_cost=fitted, tbt_ms=1e3)
+        decision, state = decide(found, state, (NARROW, WIDE), NODE, Settings("latency"))
+        assert not decision.switch
+    assert state.factors[8] == pytest.approx(1.5, rel=0.05)
+
+
 def test_nothing_is_decided_before_anything_was_measured() -> None:
     nothing = Window().signals(5.0, WIDE, 0, 0, 0, 0.0)
     decision, _ = decide(nothing, State(0.0), (NARROW, WIDE), NODE, Settings())
@@ -265,7 +276,8 @@ def test_what_does_not_fit_is_refused_with_what_would() -> None:
 
 
 def test_a_calibration_reads_back_as_it_was_written() -> None:
-    shape = ShapeCost(2, StepCost(20.5, 1.25, 3e-5, 0.5, 0.25, 8), 64, 2048, 800.0, 32_768)
+    cost = StepCost(20.5, 1.25, 3e-5, 0.5, 0.25, 8, 4e-6, 5)
+    shape = ShapeCost(2, cost, 64, 2048, 800.0, 32_768)
     written = Calibration("a", "measured", 'b "c"', {2: shape}, 1.5, 250.0)
     assert parse_calibration(calibration_toml(written, "why\n\nso"), "test") == written
     for name in shipped():

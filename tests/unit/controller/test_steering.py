@@ -21,8 +21,9 @@ from scalellm.controller.blueprint.cost import calibration_toml, read_calibratio
 from scalellm.controller.blueprint.measured import Measured
 from scalellm.controller.blueprint.policy import Settings
 from scalellm.controller.blueprint.shape import Blueprint, uniform
+from scalellm.controller.blueprint.signals import Signals
 from scalellm.controller.gateway_view import Sample, parse_metrics
-from scalellm.controller.shapes import shapes_of
+from scalellm.controller.shapes import initial_state, shapes_of
 from scalellm.errors import ConfigError
 
 NODE = read_calibration("node-8gpu")
@@ -125,7 +126,7 @@ def test_the_new_shape_starts_first_and_the_old_one_ends_when_it_is_ready(made: 
     takes_over, drain = made.look(0.5), made.look(0.5)
     assert takes_over[0]["wanted"] == NARROW_NAMES
     assert kinds(drain) == [("end", "engine-tp8-0")]
-    assert drain[0]["reason"] == "drain"
+    assert drain[0]["reason"] == "hand over"
     assert [order["reason"] for order in made.look(0.5)] == ["stop"]
     assert [order["reason"] for order in made.look(11.0)] == ["kill"]
     made.facts["engine-tp8-0"].update(running=False, ready=False)
@@ -166,6 +167,46 @@ def test_a_restarted_controller_goes_on_where_the_last_one_was(made: Deployment)
     assert kinds(made.look(1.5)) == [("end", "engine-tp8-0")] * 2
 
 
+def test_a_restarted_controller_knows_how_long_the_shape_has_stood(made: Deployment) -> None:
+    made.load = (300, 100.0)
+    assert len(made.look(10.0)) == 1
+    made.start()
+    made.look(1.0)
+    made.facts["engine-tp8-0"].update(running=False, ready=False)
+    assert made.state()["phase"] == "handing over"
+    made.look(1.0)
+    made.restart_controller()
+    made.load = (2, 5.0)
+    assert made.look(15.0) == []  # min_stay_s is 30; a policy that begins would not wait
+    assert kinds(made.look(30.0)) == [("want", "")]
+
+
+def test_a_state_file_that_is_none_is_no_reason_to_stop(made: Deployment) -> None:
+    (made.folder / "blueprint.json").write_text('{"policy": 1}')
+    made.restart_controller()
+    made.load = (300, 100.0)
+    assert kinds(made.look(30.0)) == [("want", "")]
+
+
+def test_an_operators_wish_goes_before_the_policy_until_it_is_taken_back(made: Deployment) -> None:
+    wish = made.folder / "blueprint.wish.json"
+    made.load = (2, 5.0)
+    wish.write_text(json.dumps({"blueprint": NARROW.to_json()}))
+    (order,) = made.look(1.0)
+    assert set(order["target"]) == set(NARROW_NAMES)
+    made.start()
+    made.look(1.0)
+    made.facts["engine-tp8-0"].update(running=False, ready=False)
+    assert made.look(100.0) == []  # the policy would have gone back
+    assert made.state()["wish"] == NARROW.to_json()
+    for nonsense in ("", "[]", '{"blueprint": [{"tp": 3, "count": 1}]}', '{"blueprint": null}'):
+        wish.write_text(nonsense)
+        made.restart_controller()
+    (order,) = made.look(60.0)
+    assert order["target"] == WIDE_NAMES
+    assert [Blueprint.of_json(found) for found in made.state()["candidates"]] == [NARROW, WIDE]
+
+
 METRICS = """
 scalellm_replica_running_requests{replica="a"} 3
 scalellm_replica_waiting_requests{replica="a"} 1
@@ -179,6 +220,13 @@ gen_ai_server_time_to_first_token_seconds_count{model="demo"} {ended}
 gen_ai_server_time_per_output_token_seconds_bucket{model="demo",le="0.01"} 7
 gen_ai_server_time_per_output_token_seconds_bucket{model="demo",le="0.03"} {ended}
 gen_ai_server_time_per_output_token_seconds_bucket{model="demo",le="+Inf"} {ended}
+scalellm_replica_state{replica="a",state="ready"} 1
+scalellm_replica_state{replica="gone",state="lost"} 1
+scalellm_replica_step_cost_ms{replica="a",of="step"} 4
+scalellm_replica_step_cost_ms{replica="a",of="token"} 0.5
+scalellm_replica_step_cost_ms{replica="a",of="attended"} 0.001
+scalellm_replica_step_cost_ms{replica="a",of="request"} 0
+scalellm_replica_step_cost_ms{replica="gone",of="step"} 100
 """
 
 
@@ -200,6 +248,8 @@ def test_signals_are_differences_of_counters() -> None:
     assert found.prompt_tokens == (150.0,) * 5
     assert found.output_tokens == 40.0
     assert found.tbt_ms == pytest.approx((10 * 30) ** 0.5)
+    assert found.step_cost == (4.0, 0.5, 0.001, 0.0)
+    assert Signals.of_json(json.loads(json.dumps(found.to_json()))) == found
     idle = measured.signals(60.0, later, WIDE)
     assert (idle.arrivals_s, idle.output_tokens, idle.tbt_ms) == (0.0, 40.0, None)
     restarted = metrics(prompt=10, cached=0, output=10, ended=1)
@@ -233,6 +283,7 @@ def test_auto_declares_every_candidate_and_begins_with_one(tmp_path: Path) -> No
     assert shapes_of(throughput, tmp_path).wanted == set(NARROW_NAMES)
     assert found.steering is not None
     assert [Blueprint.of_json(plan) for plan in found.steering["candidates"]] == [NARROW, WIDE]
+    assert initial_state(found, "auto")["candidates"] == found.steering["candidates"]
 
 
 @pytest.mark.parametrize(

@@ -31,13 +31,15 @@ class Policy:
         candidates: Sequence[Blueprint],
         now_s: float,
         journal: Path | None = None,
+        state: State | None = None,
     ) -> None:
+        """`state`: that of an earlier policy over the same deployment, to go on with."""
         # As the journal's reader will see it: text keeps six digits of a coefficient.
         text = calibration_toml(calibration)
         self._calibration = parse_calibration(text, calibration.name)
         self._settings = settings
         self._candidates = tuple(candidates)
-        self._state = State(now_s)
+        self._state = State(now_s) if state is None else state
         self._journal = journal
         self._write(
             {
@@ -52,6 +54,10 @@ class Policy:
     def state(self) -> State:
         return self._state
 
+    def moved(self, now_s: float, left: Blueprint) -> None:
+        """The deployment left a blueprint, as somebody else decided."""
+        self._state = State(now_s, left=left, factors=self._state.factors)
+
     def decide(self, signals: Signals) -> Decision:
         before = self._state
         decision, self._state = decide(
@@ -60,7 +66,7 @@ class Policy:
         self._write(
             {
                 "signals": signals.to_json(),
-                "state": _state_json(before),
+                "state": state_json(before),
                 "decision": decision.to_json(),
             }
         )
@@ -92,7 +98,7 @@ def replay(path: Path) -> Iterator[tuple[Signals, dict[str, Any], Decision]]:
             if head is None:
                 raise ValueError("a decision before the journal's head")
             calibration, settings, candidates = head
-            signals, state = Signals.of_json(record["signals"]), _state(record["state"])
+            signals, state = Signals.of_json(record["signals"]), state_of_json(record["state"])
             told = dict(record["decision"])
         except (ValueError, KeyError, TypeError) as error:
             raise ConfigError(f"{path}, line {number}: not of a journal: {error}") from None
@@ -115,7 +121,7 @@ def _head(record: dict[str, Any]) -> tuple[Calibration, Settings, tuple[Blueprin
     return calibration, Settings(**record["settings"]), candidates
 
 
-def _state_json(state: State) -> dict[str, Any]:
+def state_json(state: State) -> dict[str, Any]:
     def shape(blueprint: Blueprint | None) -> Any:
         return None if blueprint is None else blueprint.to_json()
 
@@ -128,7 +134,9 @@ def _state_json(state: State) -> dict[str, Any]:
     }
 
 
-def _state(found: dict[str, Any]) -> State:
+def state_of_json(found: dict[str, Any]) -> State:
+    """Raises KeyError, TypeError or ValueError for what is none."""
+
     def shape(groups: Any) -> Blueprint | None:
         return None if groups is None else Blueprint.of_json(groups)
 

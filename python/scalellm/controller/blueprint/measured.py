@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from scalellm.controller.blueprint.shape import Blueprint
 from scalellm.controller.blueprint.signals import QUANTILES, Signals
-from scalellm.controller.gateway_view import Sample
+from scalellm.controller.gateway_view import Sample, replica_states
 
 _TTFT = "gen_ai_server_time_to_first_token_seconds"
 _TBT = "gen_ai_server_time_per_output_token_seconds"
@@ -17,6 +17,8 @@ _COUNTERS = (
     f"{_TTFT}_count",
 )
 _PROMPT, _CACHED, _OUTPUT, _ENDED = _COUNTERS
+_STEP_COST = "scalellm_replica_step_cost_ms"
+_TERMS = ("step", "token", "attended", "request")
 _LATELY_S = 5.0
 _GAUGES = ("running_requests", "waiting_requests", "backlog_tokens", "kv_blocks_used")
 
@@ -70,6 +72,7 @@ class Measured:
             self._output_tokens,
             _median_ms(_TTFT, first, reading),
             _median_ms(_TBT, first, reading),
+            _step_cost(samples),
         )
 
     def _lately_running(self, now_s: float) -> int:
@@ -80,6 +83,20 @@ class Measured:
 
 def _sum(samples: Sequence[Sample], name: str) -> float:
     return sum(sample.value for sample in samples if sample.name == name)
+
+
+def _step_cost(samples: Sequence[Sample]) -> tuple[float, ...] | None:
+    """The mean over the replicas that are there and have computed steps."""
+    states = replica_states(list(samples))
+    fitted: dict[str, dict[str, float]] = {}
+    for sample in samples:
+        if sample.name == _STEP_COST and states.get(sample.labels["replica"]) == "ready":
+            fitted.setdefault(sample.labels["replica"], {})[sample.labels["of"]] = sample.value
+    costs = [[found.get(term, 0.0) for term in _TERMS] for found in fitted.values()]
+    costs = [cost for cost in costs if any(cost)]
+    if not costs:
+        return None
+    return tuple(sum(terms) / len(costs) for terms in zip(*costs, strict=True))
 
 
 def _read(now_s: float, samples: Sequence[Sample], running: float, present: float) -> _Reading:

@@ -16,8 +16,9 @@ Scores, of which a gain is the relative improvement:
     throughput   requests a second of a closed loop of as many as are there now
     slo          expected share of requests that meet the objectives; a gain is the absolute one,
                  but where hardly any would meet them, how much nearer they come
-Measured TTFT and TBT correct the prediction: each shape has a factor that follows its measured TBT
-slowly; a shape that never ran is taken to be as far off as the others.
+What is measured corrects the prediction: each shape has a factor that follows, slowly, what its
+engines' own steps cost against the calibration at the present load (without that, the measured
+TBT); a shape that never ran is taken to be as far off as the others.
 """
 
 import math
@@ -25,7 +26,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-from scalellm.controller.blueprint.cost import Calibration
+from scalellm.controller.blueprint.cost import Calibration, StepCost
 from scalellm.controller.blueprint.predict import Demand, Outlook, predict
 from scalellm.controller.blueprint.shape import Blueprint
 from scalellm.controller.blueprint.signals import Signals
@@ -34,7 +35,7 @@ Objective = Literal["latency", "throughput", "slo"]
 OBJECTIVES: tuple[Objective, ...] = ("latency", "throughput", "slo")
 _SHARPNESS = 8.0  # how fast the share that meets an objective falls around it
 _FEW = 0.5  # share of requests that meet the objectives, below which distance counts
-_FOLLOW = 0.1  # weight of a measured TBT against those before
+_FOLLOW = 0.1  # weight of a measurement against those before
 _FACTORS = (0.25, 4.0)  # beyond, a measurement is not believed
 
 
@@ -99,7 +100,8 @@ def decide(
         blueprint: predict(blueprint, demand, calibration, settings.horizon_s)
         for blueprint in dict.fromkeys((*candidates, present))
     }
-    state = replace(state, factors=_follow(state.factors, signals, outlooks[present]))
+    measured = _measured(signals, demand, calibration, outlooks[present])
+    state = replace(state, factors=_follow(state.factors, present, measured))
     scores = {
         blueprint: _score(_corrected(outlook, blueprint, state.factors), demand, settings)
         for blueprint, outlook in outlooks.items()
@@ -181,15 +183,30 @@ def _gain(best: float, present: float, objective: Objective) -> float:
     return best / present - 1.0
 
 
-def _follow(factors: Mapping[int, float], signals: Signals, outlook: Outlook) -> dict[int, float]:
-    """Factors with the measured TBT of the present shape; nothing of a mix, whose parts differ."""
-    if signals.tbt_ms is None or len(signals.blueprint.groups) != 1:
-        return dict(factors)
-    measured = signals.tbt_ms / outlook.tbt_ms
+def _measured(
+    signals: Signals, demand: Demand, calibration: Calibration, outlook: Outlook
+) -> float | None:
+    """How many times as long as calibrated the present shape takes; None where nothing tells."""
+    if len(signals.blueprint.groups) != 1:
+        return None  # the parts of a mix differ
+    (group,) = signals.blueprint.groups
+    if signals.step_cost is not None and signals.running > 0:
+        streams, context = max(1.0, signals.running / group.count), demand.context_tokens
+        calibrated_ms = calibration.shapes[group.tp].cost.decode_ms(streams, context)
+        base_ms, token_ms, attended_ms, sequence_ms = signals.step_cost
+        fitted = StepCost(base_ms, token_ms, attended_ms, sequence_ms)
+        return fitted.decode_ms(streams, context) / calibrated_ms
+    return None if signals.tbt_ms is None else signals.tbt_ms / outlook.tbt_ms
+
+
+def _follow(
+    factors: Mapping[int, float], present: Blueprint, measured: float | None
+) -> dict[int, float]:
+    """Factors with what was measured of the present shape, if that can be believed."""
     low, high = _FACTORS
-    if not (math.isfinite(measured) and low <= measured <= high):
+    if measured is None or not (math.isfinite(measured) and low <= measured <= high):
         return dict(factors)
-    tp = signals.blueprint.groups[0].tp
+    tp = present.groups[0].tp
     before = factors.get(tp, 1.0)
     return {**factors, tp: before + _FOLLOW * (measured - before)}
 

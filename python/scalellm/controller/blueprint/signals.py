@@ -26,6 +26,7 @@ class Signals:
     output_tokens: float  # mean of an answer
     ttft_ms: float | None = None  # p50; None where nothing was measured
     tbt_ms: float | None = None  # p50
+    step_cost: tuple[float, ...] | None = None  # StepCost's first four, fitted to real steps
 
     def to_json(self) -> dict[str, Any]:
         return {**asdict(self), "blueprint": self.blueprint.to_json()}
@@ -35,7 +36,9 @@ class Signals:
         """Raises KeyError or TypeError for a record that is none."""
         fields = dict(found)
         fields["blueprint"] = Blueprint.of_json(fields["blueprint"])
-        fields["prompt_tokens"] = tuple(fields["prompt_tokens"])
+        for name in ("prompt_tokens", "step_cost"):
+            if fields.get(name) is not None:
+                fields[name] = tuple(fields[name])
         return cls(**fields)
 
     def at(self, now_s: float) -> "Signals":

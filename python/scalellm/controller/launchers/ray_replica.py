@@ -18,6 +18,7 @@ from types import FrameType
 from typing import Any
 
 from scalellm.controller.channel import encode
+from scalellm.controller.child import HAND_OVER
 from scalellm.controller.launchers.ray_cluster import connect
 from scalellm.controller.launchers.ray_engine import RayEngine
 
@@ -36,7 +37,7 @@ class Replica:
         self._status = b""
         self._signals: list[int] = []
         self._ray = connect(str(given["ray_address"]))
-        for number in (signal.SIGTERM, signal.SIGINT):  # Ray has put its own in place
+        for number in (signal.SIGTERM, signal.SIGINT, HAND_OVER):  # Ray has put its own in place
             signal.signal(number, self._signalled)
 
     def _signalled(self, number: int, _frame: FrameType | None) -> None:
