@@ -43,7 +43,9 @@ bench-gateway: setup
 	@$(BIN)/python benchmarks/bench_gateway.py $(ARGS)
 
 bench-blueprint: setup
-	@$(BIN)/python benchmarks/bench_blueprint.py $(ARGS)
+	@$(BIN)/python benchmarks/bench_switching.py $(ARGS)
+	@$(BIN)/python benchmarks/bench_simulator.py $(ARGS)
+	@$(BIN)/python benchmarks/bench_blueprint.py
 
 bench-cpu: setup
 	@$(BIN)/python benchmarks/bench_cpu.py $(ARGS)

@@ -34,6 +34,16 @@ _QWEN3_0_6B: Mapping[str, Any] = {
     "tie_word_embeddings": True,
     "dtype": "bfloat16",
 }
+# No published size: small enough for 64 streams on two cores.
+_QWEN3_0_14B = {
+    **_QWEN3_0_6B,
+    "vocab_size": 32768,
+    "hidden_size": 768,
+    "intermediate_size": 2048,
+    "num_hidden_layers": 16,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+}
 _MIXTRAL_8X7B: Mapping[str, Any] = {
     "architectures": ["MixtralForCausalLM"],
     "model_type": "mixtral",
@@ -71,6 +81,7 @@ _MIXTRAL_1B_ACTIVE = {
 }
 SHAPES: Mapping[str, Mapping[str, Any]] = {
     "qwen3-0.6b": _QWEN3_0_6B,
+    "qwen3-0.14b": _QWEN3_0_14B,
     "mixtral-8x7b": _MIXTRAL_8X7B,
     "mixtral-1b": _MIXTRAL_1B,
     "mixtral-1b-active": _MIXTRAL_1B_ACTIVE,

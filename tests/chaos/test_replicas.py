@@ -8,22 +8,20 @@ import logging
 import os
 import random
 import signal
-import threading
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 
 import pytest
 
 from ..e2e.wire import call, is_at_rest, load
 from ..integration.served import START_S, Serve
 from ..integration.supervised import children, command_line, kill, until
-from .workload import Answer, ask, requests
+from .crowd import Crowd
+from .workload import Answer, undisturbed_answers
 
 logger = logging.getLogger(__name__)
 
 CHAOS_S = float(os.environ.get("SCALELLM_CHAOS_S", "16"))
-STREAMS = 64
 # The controller gives a replica up that ends five times within two minutes.
 KILLS_OF_ONE, WITHIN_S = 4, 120.0
 
@@ -37,13 +35,7 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serve]:
 
 @pytest.fixture(scope="module")
 def undisturbed(pair: Serve) -> list[Answer]:
-    """The answer of every request of the workload, while nothing happens."""
-    answers = []
-    for body in requests():
-        answer, replays = ask(pair.url, body)
-        assert replays == 0
-        answers.append(answer)
-    return answers
+    return undisturbed_answers(pair.url)
 
 
 def engines(serve: Serve) -> dict[bytes, int]:
@@ -58,59 +50,6 @@ def engines(serve: Serve) -> dict[bytes, int]:
 
 def both_ready(serve: Serve) -> bool:
     return call(serve.url, "/metrics").body.decode().count('state="ready"} 1') == 2
-
-
-@dataclass
-class Crowd:
-    """Clients that ask one request after the other until told to leave."""
-
-    url: str
-    expected: list[Answer]
-    leave: threading.Event = field(default_factory=threading.Event)
-    finished: int = 0
-    replays: int = 0
-    wrong: list[str] = field(default_factory=list)
-    _lock: threading.Lock = field(default_factory=threading.Lock)
-    _threads: list[threading.Thread] = field(default_factory=list)
-
-    def __enter__(self) -> "Crowd":
-        for number in range(STREAMS):
-            thread = threading.Thread(target=self._client, args=(number,), daemon=True)
-            thread.start()
-            self._threads.append(thread)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.leave.set()
-        for thread in self._threads:
-            thread.join(START_S)
-            assert not thread.is_alive(), "a client still waits for its answer"
-
-    def _client(self, number: int) -> None:
-        workload = requests()
-        while not self.leave.is_set():
-            which = number % len(workload)
-            number += 1
-            problem, replays = "", 0
-            try:
-                answer, replays = ask(self.url, workload[which])
-                if answer != self.expected[which]:
-                    problem = f"{workload[which]}: {_difference(answer, self.expected[which])}"
-            except Exception as error:
-                problem = f"{workload[which]}: {type(error).__name__}: {error}"
-            with self._lock:
-                self.finished += 1
-                self.replays += replays
-                if problem:
-                    self.wrong.append(problem)
-
-
-def _difference(got: Answer, expected: Answer) -> str:
-    for index, choice in expected.choices.items():
-        other = got.choices.get(index)
-        if other != choice:
-            return f"choice {index} is {other}, not {choice}"
-    return f"{got} is not {expected}"
 
 
 class Killer:

@@ -99,6 +99,16 @@ def ask(url: str, body: dict[str, Any]) -> tuple[Answer, int]:
     return _put_together(events, usage), usage.get("replays", 0)
 
 
+def undisturbed_answers(url: str) -> list[Answer]:
+    """The answer of every request of the workload, while nothing happens."""
+    answers = []
+    for body in requests():
+        answer, replays = ask(url, body)
+        assert replays == 0
+        answers.append(answer)
+    return answers
+
+
 def _put_together(events: list[dict[str, Any]], usage: dict[str, Any]) -> Answer:
     choices: dict[int, Choice] = {}
     for event in events:

@@ -1,0 +1,161 @@
+"""How far simulated times are from a real deployment's, on this machine.
+
+    python benchmarks/bench_simulator.py                all parts, then docs/performance.md
+    python benchmarks/bench_simulator.py --part wide    one part; the rest another time
+
+For each static plan `scalellm calibrate --short` measures what steps cost; then the plan serves
+closed loops and Poisson arrivals, and `scalellm simulate`'s code plays the same requests with those
+costs. None of the loads is one of the calibration's. The load generator and the gateway run on the
+same two cores as the engines, which a simulation knows only as `front_ms`.
+"""
+
+import argparse
+import json
+import shlex
+import sys
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from blueprint.deployment import PLANS, calibrate, deployed, loaded, model_folder
+from document import write_section
+
+from scalellm.bench.plan import Level, Workload
+from scalellm.controller.blueprint.cost import Calibration, read_calibration
+from scalellm.controller.blueprint.shape import parse_groups
+from scalellm.simulator.compare import Setup, run_static, summary_of
+from scalellm.simulator.report import Objectives
+from scalellm.simulator.requests import Closed, Load, Open
+
+ROOT = Path(__file__).resolve().parent.parent
+PARTS = {"wide": "1 x TP 2", "narrow": "2 x TP 1"}
+WIDTHS = {"wide": "2", "narrow": "1"}
+LEVELS = (
+    Level(1, requests=5),
+    Level(4, requests=12),
+    Level(12, requests=24),
+    Level(32, requests=64),
+    Level(rate=1.0, duration_s=20.0),
+)
+WARM_UP = Level(4, requests=4)
+WITHIN = {"p50": 0.10, "p99": 0.25}
+Figures = Mapping[str, float]
+
+
+def figures(row: Mapping[str, Any]) -> Figures:
+    """Those that are compared, of a bench's row or a simulation's summary."""
+    return {
+        "tok/s p50": row["output_tok_s"],
+        **{
+            f"{name.split('_')[0].upper()} {rank}": row[name][rank]
+            for name in ("ttft_ms", "tbt_ms")
+            for rank in WITHIN
+        },
+    }
+
+
+def measure(plan: str, shape: str, folder: Path) -> list[Figures]:
+    model = model_folder(shape, folder)
+    log = folder / f"{plan.replace(' ', '-')}.log"
+    with deployed(model, plan, 0, log) as running:
+        loaded(running.url, [WARM_UP], Workload(seed=len(LEVELS)))
+        # One by one: a level's number decides what is drawn for it, and a simulation has but one.
+        return [
+            figures(loaded(running.url, [level], Workload(seed=seed)).rows[0])
+            for seed, level in enumerate(LEVELS)
+        ]
+
+
+def simulate(plan: str, calibration: Calibration) -> list[Figures]:
+    (groups,) = PLANS[plan]
+    blueprint = parse_groups([groups])
+    found = []
+    for seed, level in enumerate(LEVELS):
+        setup = Setup(calibration, partial(_load, level, seed), "prefix")
+        summary = summary_of(plan, run_static(setup, blueprint), Objectives(1e9, 1e9))
+        found.append(figures(summary.to_json()))
+    return found
+
+
+def _load(level: Level, seed: int) -> Load:
+    workload = Workload(seed=seed)
+    if level.concurrency is None:
+        return Open([(level, workload)], 1024)
+    return Closed(workload.requests, level.concurrency, level.requests, None, 1024, workload.seed)
+
+
+def off(simulated: Figures, real: Figures) -> Figures:
+    """How much more than measured was simulated, relatively."""
+    return {name: simulated[name] / value - 1 for name, value in real.items()}
+
+
+def misses(errors: Figures) -> list[str]:
+    return [name for name, error in errors.items() if abs(error) > WITHIN[name.split()[-1]]]
+
+
+def section(
+    real: Mapping[str, list[Figures]], calibrations: Mapping[str, Calibration], command: str
+) -> str:
+    note = next(iter(calibrations.values())).note
+    lines = [
+        (
+            "Simulated by measured, less one, after `scalellm calibrate` on the same machine "
+            f"({note}); 128 tokens in, 64 out. Goals: p50 and throughput within 10%, "
+            f"p99 within 25%; what misses them is in bold. With\n\n    {command}\n"
+        ),
+    ]
+    names = list(next(iter(real.values()))[0])
+    heads = ["plan", "load", "measured tok/s", *(name.removesuffix(" p50") for name in names[:1])]
+    lines.append("| " + " | ".join([*heads, *names[1:]]) + " |")
+    lines.append("|---|---|" + "---:|" * (len(names) + 1))
+    for plan, rows in real.items():
+        for level, measured, simulated in zip(
+            LEVELS, rows, simulate(plan, calibrations[plan]), strict=True
+        ):
+            errors = off(simulated, measured)
+            missed = misses(errors)
+            cells = [
+                f"**{error:+.0%}**" if name in missed else f"{error:+.0%}"
+                for name, error in errors.items()
+            ]
+            label = f"{level.label} at once" if level.rate is None else level.label
+            lines.append(
+                f"| {plan} | {label} | {measured['tok/s p50']:.1f} | " + " | ".join(cells) + " |"
+            )
+    return "\n".join(lines) + "\n"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    given = sys.argv[1:] if arguments is None else arguments
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--shape", default="qwen3-0.6b")
+    parser.add_argument("--folder", type=Path, default=Path.home() / ".cache/scalellm/simulator")
+    parser.add_argument("--part", choices=PARTS, action="append")
+    parser.add_argument("--docs", default=str(ROOT / "docs" / "performance.md"), help="or none")
+    options = parser.parse_args(given)
+    folder = options.folder / options.shape
+    folder.mkdir(parents=True, exist_ok=True)
+    files = {part: folder / f"part-{part}.json" for part in PARTS}
+    costs = {part: folder / f"calibration-{part}.toml" for part in PARTS}
+    for part, plan in PARTS.items():
+        if part in (options.part or ()) or not (options.part or files[part].is_file()):
+            calibrate(model_folder(options.shape, folder), 0, costs[part], WIDTHS[part])
+            found = measure(plan, options.shape, folder)
+            files[part].write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    if not all(file.is_file() for file in files.values()):
+        return 0
+    real = {
+        plan: json.loads(files[part].read_text(encoding="utf-8")) for part, plan in PARTS.items()
+    }
+    calibrations = {plan: read_calibration(str(costs[part])) for part, plan in PARTS.items()}
+    shown = shlex.join(["python", "benchmarks/bench_simulator.py", *given])
+    text = section(real, calibrations, shown)
+    print(text)
+    if options.docs != "none":
+        write_section(Path(options.docs), "simulator", text)
+    return 1 if "**" in text else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,59 @@
+"""Streams that outlive one change of shape after the other, each with the undisturbed answer.
+
+SCALELLM_SWITCHES says how many (2); a thorough run has 200. What happened is told with
+`--log-cli-level=info`.
+"""
+
+import logging
+import os
+from collections.abc import Iterator
+from http import HTTPStatus
+
+import pytest
+
+from ..e2e.wire import call, is_at_rest, load
+from ..integration.served import Serve
+from ..integration.supervised import until
+from .crowd import Crowd
+from .shapes import NARROW, WIDE, serve_two_shapes, state, switch, wish
+from .workload import undisturbed_answers
+
+logger = logging.getLogger(__name__)
+
+SWITCHES = int(os.environ.get("SCALELLM_SWITCHES", "2"))
+STREAMS = 32
+
+
+@pytest.fixture
+def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serve]:
+    made = serve_two_shapes(tmp_path_factory.mktemp("serve"))
+    yield made
+    made.close()
+
+
+@pytest.mark.slow
+@pytest.mark.needs("two-cores")
+@pytest.mark.timeout(120 + 60 * SWITCHES)
+def test_streams_outlive_forced_switches(served: Serve) -> None:
+    undisturbed = undisturbed_answers(served.url)
+    with Crowd(served.url, undisturbed, STREAMS) as crowd:
+        for number in range(SWITCHES):
+            switch(served, NARROW if number % 2 == 0 else WIDE)
+    logger.info("%d answers, %d replays", crowd.finished, crowd.replays)
+    assert not crowd.wrong, crowd.wrong[0]
+    assert crowd.finished > 0 and crowd.replays > 0
+    found = load(served.url)
+    assert found["replays_waiting"] == 0 and found.get("replays_failed_total", 0) == 0
+    until(lambda: is_at_rest(served.url))
+
+
+@pytest.mark.slow
+@pytest.mark.needs("two-cores")
+def test_a_wish_that_cannot_be_is_refused_with_what_can(served: Serve) -> None:
+    reply = call(
+        served.url, "/admin/v1/blueprint", {"blueprint": [{"tp": 4, "count": 1}]}, method="PUT"
+    )
+    assert reply.status == HTTPStatus.BAD_REQUEST
+    assert '"tp":2' in reply.error["message"]
+    wish(served, None)
+    assert state(served)["phase"] == "steady"
