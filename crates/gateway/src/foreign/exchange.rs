@@ -3,14 +3,12 @@
 use std::fmt;
 use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
-use std::task::{Context, Poll};
+use std::task::{Context, Poll, ready};
 
 use bytes::{Bytes, BytesMut};
-use hyper::Request;
-use hyper::body::Incoming;
-use hyper::http::response;
 
-use super::link::{Link, Parts};
+use super::head::Head;
+use super::link::Link;
 use super::upstream::Upstream;
 
 /// Why there is no answer, or no more of it.
@@ -38,7 +36,6 @@ impl fmt::Display for Failure {
 pub struct Exchange {
     /// `None` once the answer has ended.
     link: Option<Link>,
-    body: Incoming,
     upstream: Arc<Upstream>,
     _in_flight: InFlight,
 }
@@ -53,14 +50,15 @@ impl Drop for InFlight {
 
 impl Exchange {
     /// Sends a request and waits for the head of its answer. On a connection that was kept open the upstream may have
-    /// hung up meanwhile: then it goes out once more, on a new one.
+    /// hung up meanwhile: then it goes out once more, on a new one, if nothing of it was sent or `may_resend` agrees.
     ///
     /// # Errors
     /// There is no answer.
     pub async fn start(
         upstream: &Arc<Upstream>,
-        request: impl Fn() -> Request<Parts>,
-    ) -> Result<(response::Parts, Exchange), Failure> {
+        request: Vec<Bytes>,
+        may_resend: impl FnOnce() -> bool,
+    ) -> Result<(Head, Exchange), Failure> {
         upstream.counts.in_flight.fetch_add(1, Relaxed);
         let in_flight = InFlight(Arc::clone(upstream));
         let kept = upstream.take_idle();
@@ -68,15 +66,17 @@ impl Exchange {
             Some(link) => link,
             None => upstream.connect().await?,
         };
-        let mut answer = link.send(request()).await;
-        if answer.is_err() && link.used {
+        let mut answer = link.send(request.clone()).await;
+        if let Err(unanswered) = &answer
+            && link.used
+            && (unanswered.unsent || may_resend())
+        {
             link = upstream.connect().await?;
-            answer = link.send(request()).await;
+            answer = link.send(request).await;
         }
-        let (head, body) = answer.map_err(lost)?.into_parts();
+        let head = answer.map_err(|unanswered| Failure::Lost(unanswered.reason))?;
         let exchange = Exchange {
             link: Some(link),
-            body,
             upstream: Arc::clone(upstream),
             _in_flight: in_flight,
         };
@@ -88,21 +88,21 @@ impl Exchange {
         let Some(link) = &mut self.link else {
             return Poll::Ready(None);
         };
-        match link.poll_data(&mut self.body, cx) {
-            Poll::Ready(Some(Ok(data))) => Poll::Ready(Some(Ok(data))),
-            Poll::Ready(Some(Err(error))) => {
+        let data = ready!(link.poll_data(cx));
+        match data {
+            Some(Ok(data)) => Poll::Ready(Some(Ok(data))),
+            Some(Err(reason)) => {
                 self.link = None;
-                Poll::Ready(Some(Err(lost(error))))
+                Poll::Ready(Some(Err(Failure::Lost(reason))))
             }
-            Poll::Ready(None) => {
+            None => {
                 if let Some(mut link) = self.link.take()
-                    && link.is_ready(cx)
+                    && link.is_ready()
                 {
                     self.upstream.give_back(link);
                 }
                 Poll::Ready(None)
             }
-            Poll::Pending => Poll::Pending,
         }
     }
 
@@ -136,9 +136,4 @@ impl Exchange {
             whole.freeze()
         })
     }
-}
-
-fn lost(error: hyper::Error) -> Failure {
-    let source = std::error::Error::source(&error).map(|source| format!(": {source}"));
-    Failure::Lost(format!("{error}{}", source.unwrap_or_default()))
 }

@@ -23,6 +23,8 @@ use crate::served::Served;
 mod asked;
 mod events;
 mod exchange;
+mod framing;
+mod head;
 mod link;
 mod relay;
 mod stream;

@@ -5,15 +5,15 @@ use std::sync::atomic::Ordering::Relaxed;
 use std::time::{Duration, Instant};
 
 use axum::body::Body;
-use axum::http::{HeaderMap, HeaderName, HeaderValue, Method, StatusCode, header};
+use axum::http::{HeaderMap, HeaderName, HeaderValue, StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use bytes::Bytes;
-use hyper::http::response;
 
 use super::ForeignModel;
 use super::asked::Asked;
 use super::events::{Answers, Events};
 use super::exchange::{Exchange, Failure};
+use super::head::Head;
 use super::stream::{Counting, Deadline, Stream, error, late};
 use super::upstream::Upstream;
 use crate::admission::{self, Demand};
@@ -37,10 +37,11 @@ const UNLIMITED_OUTPUT_TOKENS: u32 = 1024;
 const BYTES_PER_TOKEN: u64 = 4;
 
 /// What of a client's headers goes on, beside those that the gateway makes.
-const SENT_ON: [HeaderName; 2] = [
+static SENT_ON: [HeaderName; 2] = [
     HeaderName::from_static(TRACEPARENT),
     HeaderName::from_static("tracestate"),
 ];
+const REQUEST_ID: HeaderName = HeaderName::from_static(REQUEST_ID_HEADER);
 const SENT_BACK: [HeaderName; 3] = [
     header::CONTENT_TYPE,
     header::CACHE_CONTROL,
@@ -223,19 +224,18 @@ impl Relay<'_> {
         counting: &mut Option<Counting>,
     ) -> Result<Response, Failed> {
         let start = Instant::now();
-        let body = self.asked.parts(&self.body, &upstream.model);
-        let request = || {
-            upstream.request(
-                Method::POST,
-                self.endpoint.path(),
-                self.headers_on(),
-                body.clone(),
-            )
-        };
+        let request = self.request(upstream);
         self.record.add(Stage::Route, start.elapsed());
         let first_byte = upstream.timeouts.first_byte;
         let sent = Instant::now();
-        let exchange = Exchange::start(upstream, request);
+        let may_resend = || {
+            let may = self.model.may_retry();
+            if may {
+                self.app.metrics.faults.retried();
+            }
+            may
+        };
+        let exchange = Exchange::start(upstream, request, may_resend);
         let (head, mut exchange) = self
             .within(first_byte, "first_byte_timeout_s", exchange)
             .await
@@ -365,12 +365,7 @@ impl Relay<'_> {
     }
 
     /// An answer that is not a success: what is the client's doing goes back as it is, what is not becomes ours.
-    async fn refused(
-        &self,
-        upstream: &Upstream,
-        head: &response::Parts,
-        exchange: &mut Exchange,
-    ) -> Failed {
+    async fn refused(&self, upstream: &Upstream, head: &Head, exchange: &mut Exchange) -> Failed {
         let body = exchange.collect(MAX_ERROR_BYTES);
         let body = self
             .within(upstream.timeouts.idle, "idle_timeout_s", body)
@@ -415,20 +410,24 @@ impl Relay<'_> {
         }
     }
 
-    fn headers_on(&self) -> HeaderMap {
-        let mut headers = HeaderMap::with_capacity(8);
-        headers.insert(
-            header::CONTENT_TYPE,
-            HeaderValue::from_static("application/json"),
-        );
-        if let Ok(id) = HeaderValue::from_str(&self.record.id) {
-            headers.insert(HeaderName::from_static(REQUEST_ID_HEADER), id);
-        }
-        copy(&SENT_ON, self.headers, &mut headers);
-        if let Some(value) = self.record.trace.and_then(|trace| trace.header()) {
-            headers.insert(HeaderName::from_static(TRACEPARENT), value);
-        }
-        headers
+    /// What is sent to an upstream, in parts.
+    fn request(&self, upstream: &Upstream) -> Vec<Bytes> {
+        let mut parts = self.asked.parts(&self.body, &upstream.model);
+        let made: [(&HeaderName, &[u8]); 2] = [
+            (&header::CONTENT_TYPE, b"application/json"),
+            (&REQUEST_ID, self.record.id.as_bytes()),
+        ];
+        let trace = self.record.trace.and_then(|trace| trace.header());
+        let given = SENT_ON.iter().filter_map(|name| {
+            let ours = trace.as_ref().filter(|_| *name == TRACEPARENT);
+            let value = ours.or_else(|| self.headers.get(name))?;
+            Some((name, value.as_bytes()))
+        });
+        let headers: Vec<_> = made.into_iter().chain(given).collect();
+        let body_bytes = parts.iter().map(Bytes::len).sum();
+        let path = self.endpoint.path();
+        parts.insert(0, upstream.head("POST", path, &headers, body_bytes));
+        parts
     }
 }
 
@@ -440,7 +439,7 @@ fn copy(names: &[HeaderName], from: &HeaderMap, to: &mut HeaderMap) {
     }
 }
 
-fn respond(head: &response::Parts, body: Body) -> Response {
+fn respond(head: &Head, body: Body) -> Response {
     let mut response = body.into_response();
     *response.status_mut() = head.status;
     copy(&SENT_BACK, &head.headers, response.headers_mut());

@@ -5,13 +5,14 @@ use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
-use hyper::header::{ACCEPT_ENCODING, AUTHORIZATION, HOST, HeaderValue};
-use hyper::{HeaderMap, Method, Request};
+use hyper::header::{
+    ACCEPT_ENCODING, AUTHORIZATION, CONTENT_LENGTH, CONTENT_TYPE, HOST, HeaderName, HeaderValue,
+};
 use parking_lot::Mutex;
 use tokio::task::AbortHandle;
 
 use super::exchange::{Exchange, Failure};
-use super::link::{Link, Parts};
+use super::link::Link;
 use crate::config::UpstreamConfig;
 use crate::config::upstream::{Base, Timeouts};
 use crate::engine_name::engine_name;
@@ -40,8 +41,9 @@ pub struct Upstream {
     pub config: UpstreamConfig,
     pub timeouts: Timeouts,
     base: Base,
-    host: HeaderValue,
     authorization: Option<HeaderValue>,
+    /// The same ones in every request, as they are sent.
+    own_headers: Vec<u8>,
     tls: Option<Tls>,
     idle: Mutex<Vec<(Link, Instant)>>,
     health: Health,
@@ -104,7 +106,7 @@ impl Upstream {
             told_as: engine_name("upstream", &config.url),
             model: model.to_owned(),
             timeouts: config.timeouts(),
-            host: HeaderValue::from_str(&base.authority).map_err(|error| bad(error.to_string()))?,
+            own_headers: own_headers(&base.authority, authorization.as_ref()),
             authorization,
             tls,
             base,
@@ -159,36 +161,46 @@ impl Upstream {
         }
     }
 
-    /// A request for `path` below its URL, with its key.
+    /// The head of a request for `path` below its URL, with its key.
     #[must_use]
-    pub fn request(
+    pub fn head(
         &self,
-        method: Method,
+        method: &str,
         path: &str,
-        headers: HeaderMap,
-        body: Vec<Bytes>,
-    ) -> Request<Parts> {
-        let mut request = Request::new(Parts::new(body));
-        *request.method_mut() = method;
-        // Both halves were parsed as parts of a URL before.
-        *request.uri_mut() = format!("{}{path}", self.base.path)
-            .parse()
-            .unwrap_or_default();
-        *request.headers_mut() = headers;
-        let headers = request.headers_mut();
-        headers.insert(HOST, self.host.clone());
-        headers.insert(ACCEPT_ENCODING, HeaderValue::from_static("identity"));
-        if let Some(authorization) = &self.authorization {
-            headers.insert(AUTHORIZATION, authorization.clone());
+        headers: &[(&HeaderName, &[u8])],
+        body_bytes: usize,
+    ) -> Bytes {
+        let mut head = Vec::with_capacity(512);
+        for part in [method, " ", &self.base.path, path, " HTTP/1.1\r\n"] {
+            head.extend_from_slice(part.as_bytes());
         }
-        request
+        head.extend_from_slice(&self.own_headers);
+        for (name, value) in headers {
+            write_header(&mut head, name, value);
+        }
+        if body_bytes > 0 {
+            write_header(
+                &mut head,
+                &CONTENT_LENGTH,
+                body_bytes.to_string().as_bytes(),
+            );
+        }
+        head.extend_from_slice(b"\r\n");
+        Bytes::from(head)
+    }
+
+    /// A request that posts JSON to `path` below its URL, with its key, in parts.
+    #[must_use]
+    pub fn post_json(&self, path: &str, body: Bytes) -> Vec<Bytes> {
+        let kind: (&HeaderName, &[u8]) = (&CONTENT_TYPE, b"application/json");
+        vec![self.head("POST", path, &[kind], body.len()), body]
     }
 
     /// An idle connection that is still open.
     pub fn take_idle(&self) -> Option<Link> {
         loop {
             let (mut link, since) = self.idle.lock().pop()?;
-            if since.elapsed() < IDLE_FOR && link.is_ready_now() {
+            if since.elapsed() < IDLE_FOR && link.is_ready() {
                 return Some(link);
             }
         }
@@ -202,9 +214,7 @@ impl Upstream {
             let socket = Socket::connect(&self.base.host, self.base.port, self.tls.as_ref())
                 .await
                 .map_err(|error| Failure::Connect(error.to_string()))?;
-            Link::new(socket)
-                .await
-                .map_err(|error| Failure::Connect(error.to_string()))
+            Ok(Link::new(socket))
         };
         tokio::time::timeout(self.timeouts.connect, connecting)
             .await
@@ -233,9 +243,9 @@ impl Upstream {
     /// Asks whether it is well.
     async fn probe(self: &Arc<Self>) -> Result<(), String> {
         let path = &self.config.health_path;
-        let request = || self.request(Method::GET, path, HeaderMap::new(), Vec::new());
+        let request = vec![self.head("GET", path, &[], 0)];
         let asking = async {
-            let (head, mut exchange) = Exchange::start(self, request).await?;
+            let (head, mut exchange) = Exchange::start(self, request, || true).await?;
             exchange.collect(MAX_HEALTH_BYTES).await?;
             Ok::<_, Failure>(head.status)
         };
@@ -249,6 +259,24 @@ impl Upstream {
         }
         Ok(())
     }
+}
+
+/// `authority` was parsed as part of a URL, so there is no line's end in it.
+fn own_headers(authority: &str, authorization: Option<&HeaderValue>) -> Vec<u8> {
+    let mut lines = Vec::new();
+    write_header(&mut lines, &HOST, authority.as_bytes());
+    write_header(&mut lines, &ACCEPT_ENCODING, b"identity");
+    if let Some(authorization) = authorization {
+        write_header(&mut lines, &AUTHORIZATION, authorization.as_bytes());
+    }
+    lines
+}
+
+fn write_header(lines: &mut Vec<u8>, name: &HeaderName, value: &[u8]) {
+    lines.extend_from_slice(name.as_str().as_bytes());
+    lines.extend_from_slice(b": ");
+    lines.extend_from_slice(value);
+    lines.extend_from_slice(b"\r\n");
 }
 
 impl Drop for Upstream {

@@ -8,8 +8,6 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
-use hyper::header::{CONTENT_TYPE, HeaderValue};
-use hyper::{HeaderMap, Method};
 use serde::Deserialize;
 use serde_json::json;
 
@@ -80,14 +78,9 @@ impl Classifier {
             question["model"] = model.as_str().into();
         }
         let body = Bytes::from(question.to_string());
-        let request = || {
-            let kind = HeaderValue::from_static("application/json");
-            let headers = HeaderMap::from_iter([(CONTENT_TYPE, kind)]);
-            self.upstream
-                .request(Method::POST, "/moderations", headers, vec![body.clone()])
-        };
+        let request = self.upstream.post_json("/moderations", body);
         let asking = async {
-            let (head, mut exchange) = Exchange::start(&self.upstream, request).await?;
+            let (head, mut exchange) = Exchange::start(&self.upstream, request, || true).await?;
             let answer = exchange.collect(MAX_ANSWER_BYTES).await?;
             Ok((head.status, answer))
         };

@@ -8,7 +8,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::time::Duration;
 
-use axum::http::{HeaderMap, HeaderValue, Method, StatusCode, header};
+use axum::http::StatusCode;
 use bytes::Bytes;
 use parking_lot::Mutex;
 use tokio::sync::{mpsc, watch};
@@ -223,15 +223,9 @@ impl Exporter {
     }
 
     async fn post(&self, body: Bytes) -> Result<(), Refused> {
-        let request = || {
-            let mut headers = HeaderMap::with_capacity(4);
-            let json = HeaderValue::from_static("application/json");
-            headers.insert(header::CONTENT_TYPE, json);
-            self.collector
-                .request(Method::POST, PATH, headers, vec![body.clone()])
-        };
+        let request = self.collector.post_json(PATH, body);
         let posting = async {
-            let (head, mut exchange) = Exchange::start(&self.collector, request).await?;
+            let (head, mut exchange) = Exchange::start(&self.collector, request, || true).await?;
             exchange.collect(MAX_ANSWER_BYTES).await?;
             Ok::<_, Failure>(head.status)
         };

@@ -259,6 +259,25 @@ async fn a_connection_that_the_upstream_has_closed_costs_no_request() {
 }
 
 #[tokio::test]
+async fn requests_that_are_sent_again_stay_within_the_budget_for_retries() {
+    let count = Arc::new(AtomicUsize::new(0));
+    // Every connection breaks at its second request.
+    let mock = Mock::start(move |_| match count.fetch_add(1, Ordering::SeqCst) % 2 {
+        0 => vec![json(WHOLE)],
+        _ => vec![Act::Reset],
+    })
+    .await;
+    let stack = gateway(vec![mock.upstream()]).await;
+    let mut failed = 0;
+    for _ in 0..20 {
+        failed += usize::from(ask(&stack, "{}").await.status == 502);
+    }
+    let retries = stack.metric("scalellm_retries_total", "").await;
+    assert_eq!(mock.seen().len(), 20 + retries as usize);
+    assert!(failed > 0 && retries <= 10.0 + 0.2 * 20.0, "{retries}");
+}
+
+#[tokio::test]
 async fn what_fails_before_the_first_byte_is_tried_elsewhere() {
     let good = Mock::start(|seen| match seen.body.contains("\"stream\":true") {
         true => stream(&[HI, DONE]),
