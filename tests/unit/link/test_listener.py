@@ -100,7 +100,7 @@ def test_a_socket_left_by_a_dead_engine_is_replaced(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("address", "info", "message"),
     [
-        ("nonsense", INFO, "unix:PATH or HOST:PORT"),
+        ("nonsense", INFO, "unix:PATH, HOST:PORT or file:PATH"),
         ("127.0.0.1:99999", INFO, "port"),
         ("127.0.0.1:0", {**INFO, "vocabulary": 3}, "vocabulary"),
         ("127.0.0.1:0", {**INFO, "vocab_size": 0}, "vocab_size is 0"),
