@@ -527,7 +527,7 @@ async fn an_operators_blueprint_is_checked_and_written_for_the_controller() {
     for (refused, named) in [
         (
             json!({"blueprint": [{"tp": 4, "count": 1}]}),
-            "one of [[{\"count\":2,\"tp\":1}]",
+            r#"one of [[{"tp":1,"count":2}]"#,
         ),
         (json!({"blueprint": []}), "got []"),
         (json!({"blueprint": [{"tp": "2", "count": 1}]}), "string"),
