@@ -37,7 +37,7 @@ TEMPLATES = {
 def strict(shared_server: Serve, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """URL of a gateway with a key, short timeouts, and a model for each of the templates."""
     folder = tmp_path_factory.mktemp("gateway")
-    (replica,) = call(shared_server.url, "/ready").json()["models"][0]["replicas"]
+    (replica,) = call(shared_server.url, "/admin/v1/replicas").json()["models"][0]["replicas"]
     port = free_port()
     lines = [
         f"port = {port}",
