@@ -8,9 +8,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from scalellm.controller.gateway_view import get, parse_metrics, replica_states
+
 from ..e2e.wire import call, connect, load
 from ..integration.gateways import MODEL, TBT_MS, Engine, Gateway
-from ..integration.supervised import free_port
+from ..integration.supervised import free_port, until
 from .black_hole import BlackHole
 
 # What a machine under load may add to a stated time.
@@ -54,6 +56,7 @@ def test_a_replica_behind_a_black_hole_is_left_within_its_silence(tmp_path: Path
                 expected = [i for e in events(url, body) if e != "[DONE]" for i in ids(e)]
             assert len(expected) == TOKENS
             with gateway(tmp_path, both) as url:
+                until(lambda: ready_replicas(url) == len(ports))
                 streams = [events(url, body) for _ in range(STREAMS)]
                 got = [ids(next(stream)) for stream in streams]
                 hole.swallow()
@@ -68,6 +71,13 @@ def test_a_replica_behind_a_black_hole_is_left_within_its_silence(tmp_path: Path
     finally:
         for engine in engines:
             engine.close()
+
+
+def ready_replicas(url: str) -> int:
+    """A gateway is ready when one of its replicas is."""
+    answer = get(url, "/metrics")
+    assert answer is not None
+    return list(replica_states(parse_metrics(answer.body)).values()).count("ready")
 
 
 def ids(event: Any) -> list[int]:
