@@ -60,7 +60,13 @@ class BlackHole:
     ) -> None:
         client, _ = self._listener.accept()
         self.accepted += 1
-        server = None if self._target is None else socket.create_connection(self._target)
+        server = None
+        if self._target is not None:
+            try:
+                server = socket.create_connection(self._target)
+            except ConnectionRefusedError:  # it does not listen yet: so its client is told
+                client.close()
+                return
         others[client] = server
         if server is not None:
             others[server] = client
