@@ -6,10 +6,13 @@
     python benchmarks/cross_check.py --levels 1,8 --repeats 5 --docs docs/benchmarking.md
 
 Both ask for the same lengths at the same concurrency, in turns; vLLM's runs in the environment of
-bench_peers.py. Medians of each run's median; the exit code is 1 where they are over 5% apart.
+bench_peers.py. A server that is started here has half of the cores and its clients the other half:
+one of them is written in Python, and what it takes from its server it would measure as the server's
+time. Medians of each run's median; the exit code is 1 where they are over 5% apart.
 """
 
 import argparse
+import itertools
 import json
 import os
 import shlex
@@ -109,6 +112,11 @@ def table(found: dict[int, tuple[list[Run], list[Run]]]) -> tuple[str, bool]:
     return "\n".join(lines) + "\n", agree
 
 
+def keep_to(cores: set[int]) -> None:
+    """Of this process and of those that it starts; no matter where there is one core."""
+    os.sched_setaffinity(0, cores or os.sched_getaffinity(0))
+
+
 @contextmanager
 def served(options: argparse.Namespace, folder: Path) -> Generator[Server, None, None]:
     if options.url is not None:
@@ -152,13 +160,20 @@ def main(arguments: Sequence[str], command: str | None = None) -> int:
     found: dict[int, tuple[list[Run], list[Run]]] = {}
     with ExitStack() as stack:
         folder = Path(stack.enter_context(TemporaryDirectory()))
+        cores = sorted(os.sched_getaffinity(0))
+        stack.callback(keep_to, set(cores))
+        if options.url is None:
+            keep_to(set(cores[: len(cores) // 2]))
         server = stack.enter_context(served(options, folder))
+        if options.url is None:
+            keep_to(set(cores[len(cores) // 2 :]))
         program = vllm.bench_program(options.cache.expanduser().resolve(), folder / "vllm.log")
-        for repeat in range(options.repeats):
+        seeds = itertools.count()  # prompts sent twice would be found in the server's cache
+        for _ in range(options.repeats):
             for level in levels:
                 theirs, own = found.setdefault(level.concurrency or 0, ([], []))
-                theirs.append(vllms(server, level, 2 * repeat, program, folder))
-                own.append(ours(server, level, 2 * repeat + 1))
+                theirs.append(vllms(server, level, next(seeds), program, folder))
+                own.append(ours(server, level, next(seeds)))
                 print(f"{level.label} open: {theirs[-1]} {own[-1]}", file=sys.stderr)
     text, agree = table(found)
     print(text)
