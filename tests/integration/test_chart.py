@@ -1,5 +1,6 @@
 """The Helm chart: what it renders, and what it refuses."""
 
+import argparse
 import json
 import subprocess
 import tomllib
@@ -8,6 +9,10 @@ from typing import Any
 
 import pytest
 import yaml
+
+from scalellm.cli import serve
+from scalellm.cli.served import asked
+from scalellm.config import ServeConfig
 
 CHART = Path(__file__).parents[2] / "deploy/helm/scalellm"
 EVERYTHING = {
@@ -27,6 +32,16 @@ EVERYTHING = {
             "resources": {"requests": {"cpu": "4"}},
         },
         {"name": "demo", "model": "demo", "replicas": 2, "revision": "main"},
+        {
+            "name": "shifting",
+            "model": "demo",
+            "blueprint": "auto",
+            "devices": 2,
+            "cpuThreads": 4,
+            "args": ["--objective", "slo"],
+            "autoscaling": {"enabled": True, "maxReplicas": 2},
+        },
+        {"name": "mixed", "model": "demo", "shapes": ["tp=2", "tp=1,count=2"], "devices": 4},
     ],
     "image": {"repository": "mirror/scalellm", "tag": "1"},
     "imagePullSecrets": [{"name": "pull"}],
@@ -42,6 +57,7 @@ EVERYTHING = {
     },
     "metrics": {"podMonitor": {"enabled": True, "labels": {"release": "prometheus"}}},
 }
+WIDE, FEW = {"tensorParallelSize": 2}, {"cpuThreads": 2}
 CUSTOM = ("ScaledObject", "PodMonitor")  # kinds that others define
 
 
@@ -101,12 +117,17 @@ def test_helm_has_nothing_to_complain_of(tmp_path: Path) -> None:
 def test_the_gateway_knows_every_engine_there_may_be(tmp_path: Path) -> None:
     found = gateway_toml(render(tmp_path, EVERYTHING))
     assert (found["max_queued"], found["database_down"], found["port"]) == (7, "closed", 8000)
-    big, demo = found["models"]
+    big, demo, shifting, mixed = found["models"]
     name = "llm-scalellm-big"
     assert big["replicas"] == [
         f"{name}-{at}.{name}.serving.svc.cluster.local:9000" for at in (0, 1, 2)
     ]
     assert len(demo["replicas"]) == 2
+    shifts = "llm-scalellm-shifting"
+    assert [found["url"] for found in shifting["upstreams"]] == [
+        f"http://{shifts}-{at}.{shifts}.serving.svc.cluster.local:9000/v1" for at in (0, 1)
+    ]
+    assert len(mixed["upstreams"]) == 1 and "replicas" not in mixed
     assert (big["name"], big["path"], big["max_model_len"]) == (
         "org/Big-Model",
         "/tokenizers/big",
@@ -127,6 +148,39 @@ def test_engines_are_started_as_the_values_say(tmp_path: Path) -> None:
     for probe in ("startupProbe", "livenessProbe", "readinessProbe"):
         assert engine[probe]["grpc"]["port"] == 9000
     assert engine["securityContext"]["readOnlyRootFilesystem"] is True
+
+
+def test_a_pod_with_shapes_is_a_whole_deployment(tmp_path: Path) -> None:
+    objects = render(tmp_path, EVERYTHING)
+    sets = of_kind(objects, "StatefulSet")
+    for name, flags in (
+        ("shifting", {"--blueprint=auto", "--devices=2", "--cpu-threads=4", "--objective", "slo"}),
+        ("mixed", {"--blueprint=static", "--replica=tp=2", "--replica=tp=1,count=2"}),
+    ):
+        (pod,) = sets[f"llm-scalellm-{name}"]["spec"]["template"]["spec"]["containers"]
+        assert pod["args"][:2] == ["serve", "demo"]
+        assert flags <= {*pod["args"]}
+        assert not any(flag.startswith(("--listen", "--tensor")) for flag in pod["args"])
+        understood = arguments_of(pod["args"])
+        assert understood.gateway.port == 9000
+        assert understood.deployment.blueprint == ("auto" if name == "shifting" else "static")
+        for probe in ("startupProbe", "livenessProbe", "readinessProbe"):
+            assert pod[probe]["httpGet"]["port"] == "http" == pod["ports"][0]["name"]
+    (trigger,) = of_kind(objects, "ScaledObject")["llm-scalellm-shifting"]["spec"]["triggers"]
+    assert "sum(scalellm_upstream_in_flight_requests{" in trigger["metadata"]["query"]
+    (deployment,) = of_kind(objects, "Deployment").values()
+    fetched = deployment["spec"]["template"]["spec"]["initContainers"]
+    assert [found["name"] for found in fetched] == ["tokenizer-big", "tokenizer-demo"]
+
+
+def arguments_of(arguments: list[str]) -> ServeConfig:
+    """What the command line makes of a container's arguments."""
+    command, *rest = arguments
+    assert command == "serve"
+    parser = argparse.ArgumentParser()
+    serve.add_arguments(parser)
+    (only,) = asked(parser.parse_args(rest)).models
+    return only
 
 
 def test_secrets_are_in_the_secret_alone(tmp_path: Path) -> None:
@@ -155,6 +209,20 @@ def test_secrets_are_in_the_secret_alone(tmp_path: Path) -> None:
         (
             {"models": [{"name": "a", "model": "a", "tensorParallelSize": 4, "cpuThreads": 2}]},
             "4 ranks and cpuThreads 2",
+        ),
+        ({"models": [{"name": "a", "model": "a", "blueprint": "auto"}]}, "no devices to divide"),
+        ({"models": [{"name": "a", "model": "a", "shapes": ["tp=3"]}]}, "shapes"),
+        (
+            {"models": [{"name": "a", "model": "a", "blueprint": "auto", "shapes": ["tp=2"]}]},
+            "allowed is one of them",
+        ),
+        (
+            {"models": [{"name": "a", "model": "a", "blueprint": "auto", "devices": 2} | WIDE]},
+            "tensorParallelSize beside shapes",
+        ),
+        (
+            {"models": [{"name": "a", "model": "a", "shapes": ["tp=2"], "devices": 4} | FEW]},
+            "4 devices and cpuThreads 2",
         ),
         ({"gateway": {"config": {"api_keys": "x"}}}, "api_keys"),
         ({"gateway": {"ingress": {"enabled": True}}}, "gateway.ingress.host"),

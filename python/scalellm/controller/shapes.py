@@ -43,7 +43,7 @@ def shapes_of(config: ServeConfig, state_file: Path, place: Place | None = None)
     place = place or Place()
     shape, widths, prefix = config.blueprint, place.widths, place.prefix
     cores = config.engine.cpu_threads or place.cores or usable_cores()
-    _check(config)
+    check_together(config)
     if config.deployment.blueprint == "auto":
         return _auto(config, cores, state_file, place)
     if shape.replica:
@@ -61,7 +61,8 @@ def shapes_of(config: ServeConfig, state_file: Path, place: Place | None = None)
     return Shapes(names, dict.fromkeys(names, each), frozenset(names), None)
 
 
-def _check(config: ServeConfig) -> None:
+def check_together(config: ServeConfig) -> None:
+    """Raises ConfigError for settings that exclude each other."""
     shape, is_auto = config.blueprint, config.deployment.blueprint == "auto"
     if (shape.replica or is_auto) and config.engine.tensor_parallel_size != 1:
         given = "--blueprint auto" if is_auto else "--replica"
@@ -79,7 +80,7 @@ def auto_widths(config: ServeConfig, place: Place) -> tuple[list[int], int]:
     """The widths that `auto` may choose from, and the number of devices.
 
     Raises ConfigError where there is nothing to choose."""
-    _check(config)
+    check_together(config)
     cores = config.engine.cpu_threads or place.cores or usable_cores()
     devices = config.blueprint.devices or cores
     if devices > cores:

@@ -82,7 +82,7 @@ def test_no_command_prints_help_and_says_usage() -> None:
         (("serve", "/no/such/folder"), 2, "model folder /no/such/folder does not exist"),
         (("serve", "--port", "banana"), 2, "port: got 'banana' (flag --port)"),
         (("serve", "--launcher", "slurm"), 2, "allowed: local, ray, kubernetes"),
-        (("serve", "--launcher", "kubernetes", "--replica", "tp=2"), 2, "of one shape"),
+        (("serve", "--launcher", "kubernetes", "--replica", "tp=2"), 2, "devices: missing"),
         (("serve", "--config", "/no/such.toml"), 2, "config: no file '/no/such.toml'"),
         (("engine", "/no/such/folder"), 2, "model folder /no/such/folder does not exist"),
         (("gateway", "--config", "/no/such.toml"), 2, "No such file"),

@@ -115,11 +115,31 @@ def test_kubernetes_gets_values_with_what_was_asked() -> None:
     assert "hush" not in json.dumps(found)
 
 
+def test_kubernetes_gets_whole_deployments_where_shapes_were_asked_for() -> None:
+    auto = DeploymentConfig(blueprint="auto")
+    slo = BlueprintConfig(devices=4, objective="slo", calibration="node-8gpu")
+    mixed = BlueprintConfig(devices=4, replica=("tp=1", "tp=2", "tp=1"))
+    first, second = helm_values([config(deployment=auto, blueprint=slo), config(blueprint=mixed)])[
+        "models"
+    ]
+    assert (first["blueprint"], first["devices"], first["cpuThreads"]) == ("auto", 4, 4)
+    assert first["args"] == ["--objective", "slo", "--calibration", "node-8gpu"]
+    assert second["shapes"] == ["tp=2,count=1", "tp=1,count=2"]
+    assert "blueprint" not in second
+
+
 @pytest.mark.parametrize(
     ("groups", "said"),
     [
-        ({"deployment": DeploymentConfig(blueprint="auto")}, "replicas of one shape"),
-        ({"blueprint": BlueprintConfig(replica=("tp=1",))}, "replicas of one shape"),
+        ({"deployment": DeploymentConfig(blueprint="auto")}, "devices: missing"),
+        ({"blueprint": BlueprintConfig(replica=("tp=4",), devices=2)}, "needs 4 devices"),
+        (
+            {
+                "deployment": DeploymentConfig(blueprint="auto"),
+                "blueprint": BlueprintConfig(devices=2, calibration="mine.toml"),
+            },
+            "calibration: a file of this machine",
+        ),
         ({"gateway": GatewayConfig(replay=False)}, "replay: the chart has no value for it"),
     ],
 )

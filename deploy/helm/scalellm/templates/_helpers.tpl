@@ -15,6 +15,15 @@
 {{ include "scalellm.name" .root }}-{{ include "scalellm.modelId" .model }}
 {{- end -}}
 
+{{/* "true" for a model whose pods are whole deployments, each with a shape of its own: `scalellm serve`. */}}
+{{- define "scalellm.isShaped" -}}
+{{- if or (eq (.blueprint | default "static") "auto") .shapes }}true{{ end -}}
+{{- end -}}
+
+{{- define "scalellm.portName" -}}
+{{ if include "scalellm.isShaped" . }}http{{ else }}grpc{{ end }}
+{{- end -}}
+
 {{/* How many engines of a model there may ever be: the gateway knows all their names. */}}
 {{- define "scalellm.mostReplicas" -}}
 {{- $scaling := .autoscaling | default dict -}}

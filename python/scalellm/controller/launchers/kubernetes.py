@@ -4,13 +4,15 @@ What was asked of `serve` becomes values of the Helm chart (deploy/helm/scalellm
 same parts: gateways, engines, and how they find each other.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import fields
 from typing import Any
 
-from scalellm.config import EngineConfig, GatewayConfig, ServeConfig
+from scalellm.config import BlueprintConfig, EngineConfig, GatewayConfig, ServeConfig
+from scalellm.controller.blueprint.cost import shipped
+from scalellm.controller.blueprint.shape import check_fits, parse_groups
 from scalellm.controller.launchers.flags import flags_of
-from scalellm.controller.shapes import served_name
+from scalellm.controller.shapes import WIDTHS, check_together, served_name
 from scalellm.errors import ConfigError
 
 _OWN_VALUES = {  # settings of an engine that are not among its `args`
@@ -19,6 +21,7 @@ _OWN_VALUES = {  # settings of an engine that are not among its `args`
 }
 _GATEWAY_KEYS = ("max_body_bytes", "max_in_flight", "max_queued", "request_timeout_s")
 _REFUSED = ("chat_template", "replay", "replay_wait_s")  # the chart has no value for them
+_OWN_SHAPE = ("devices", "replica")  # settings of a blueprint that are not among `args`
 
 
 def helm_values(configs: Sequence[ServeConfig]) -> dict[str, Any]:
@@ -42,29 +45,20 @@ def helm_values(configs: Sequence[ServeConfig]) -> dict[str, Any]:
 
 
 def _model(config: ServeConfig) -> dict[str, Any]:
-    engine, shape, gateway = config.engine, config.blueprint, config.gateway
-    if config.deployment.blueprint != "static" or shape.replica:
-        raise ConfigError(
-            "launcher: kubernetes has replicas of one shape for each model; allowed with "
-            "--blueprint auto and --replica: local, ray"
-        )
+    engine, gateway = config.engine, config.gateway
     for name in _REFUSED:
         if getattr(gateway, name) != getattr(GatewayConfig(), name):
             raise ConfigError(f"{name}: the chart has no value for it; allowed with it: local, ray")
-    given = {
-        entry.name: getattr(engine, entry.name)
-        for entry in fields(EngineConfig)
-        if entry.name not in _OWN_VALUES
-        and getattr(engine, entry.name) != getattr(EngineConfig(), entry.name)
-    }
-    threads = engine.cpu_threads or max(2, engine.tensor_parallel_size)
+    shape, more = _shape(config)
+    threads = engine.cpu_threads or shape.get("devices") or max(2, engine.tensor_parallel_size)
     values: dict[str, Any] = {
         "name": served_name(engine),
         "model": engine.model,
         "replicas": config.deployment.replicas,
         "tensorParallelSize": engine.tensor_parallel_size,
+        **shape,
         "routing": gateway.routing,
-        "args": flags_of(given),
+        "args": flags_of(_changed(engine, EngineConfig(), _OWN_VALUES) | more),
         "cpuThreads": threads,
         "resources": {"requests": {"cpu": str(threads)}},
     }
@@ -73,3 +67,33 @@ def _model(config: ServeConfig) -> dict[str, Any]:
     if engine.max_model_len is not None:
         values["maxModelLen"] = engine.max_model_len
     return values
+
+
+def _shape(config: ServeConfig) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Values of a model whose pods are whole deployments, and settings for its `args`; else none.
+
+    Raises ConfigError for what such a pod could not be."""
+    mode, asked = config.deployment.blueprint, config.blueprint
+    if mode == "static" and not asked.replica:
+        return {}, {}
+    check_together(config)
+    devices = asked.devices or config.engine.cpu_threads
+    if devices is None:
+        raise ConfigError("devices: missing; needed to say how many each pod divides")
+    if asked.replica:
+        blueprint = parse_groups(asked.replica)
+        check_fits(blueprint, devices, WIDTHS, "--replica")
+        shapes = [f"tp={group.tp},count={group.count}" for group in blueprint.groups]
+        return {"shapes": shapes, "devices": devices}, {}
+    if asked.journal is not None or asked.calibration not in (None, *shipped()):
+        name = "calibration" if asked.journal is None else "journal"
+        raise ConfigError(f"{name}: a file of this machine is not in the pods; leave it out")
+    return {"blueprint": mode, "devices": devices}, _changed(asked, BlueprintConfig(), _OWN_SHAPE)
+
+
+def _changed(given: Any, usual: Any, left_out: Collection[str]) -> dict[str, Any]:
+    """The settings that are not as they are by themselves."""
+    names = (entry.name for entry in fields(usual) if entry.name not in left_out)
+    return {
+        name: getattr(given, name) for name in names if getattr(given, name) != getattr(usual, name)
+    }
