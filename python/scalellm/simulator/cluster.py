@@ -25,7 +25,7 @@ from scalellm.engine.step import Output
 from scalellm.errors import ConfigError
 from scalellm.simulator.replica import SimulatedReplica
 from scalellm.simulator.requests import Load, Send
-from scalellm.simulator.routing import MAX_REPLICAS, Routing
+from scalellm.simulator.routing import Routing
 
 PLACES_PER_SLOT = 2.0  # as the gateway's own
 MAX_QUEUED = 1024
@@ -102,13 +102,14 @@ class Cluster:
         exact: bool = False,
     ) -> None:
         """`policy` may change the blueprint; `exact` computes every step by itself."""
-        if len(blueprint.replicas) > MAX_REPLICAS:
-            raise ConfigError(f"{blueprint}: at most {MAX_REPLICAS} replicas can be simulated")
         self._load = load
         self._calibration = calibration
         self._policy = policy
         self._exact = exact
         self._routing = Routing(routing)
+        most = self._routing.most_replicas
+        if len(blueprint.replicas) > most:
+            raise ConfigError(f"{blueprint}: {routing} tells at most {most} replicas apart")
         self._blueprint = blueprint
         self._replicas = self._make(blueprint)
         self._places = self._count_places()

@@ -3,10 +3,11 @@
 from collections.abc import Sequence
 
 from scalellm import _core
+from scalellm.controller.blueprint.shape import MAX_DEVICES
 from scalellm.engine.request import Request
 from scalellm.simulator.replica import SimulatedReplica
 
-MAX_REPLICAS = 128  # that the router's index of prefixes tells apart
+_MAX_INDEXED = 128  # replicas that the router's index of prefixes tells apart
 POLICIES = ("least-load", "prefix", "shape", "session")
 _NEED_PREFIXES = ("prefix", "session")
 
@@ -17,6 +18,10 @@ class Routing:
     def __init__(self, policy: str) -> None:
         self._router = _core.Router(policy)
         self._by_prefix = policy in _NEED_PREFIXES
+
+    @property
+    def most_replicas(self) -> int:
+        return _MAX_INDEXED if self._by_prefix else MAX_DEVICES
 
     def pick(self, replicas: Sequence[SimulatedReplica], request: Request, now_ms: float) -> int:
         """The place of the replica for a request that is sent now."""

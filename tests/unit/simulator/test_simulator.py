@@ -3,7 +3,6 @@
 import json
 import math
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,6 +15,7 @@ from scalellm.controller.blueprint.cost import Calibration, ShapeCost, StepCost,
 from scalellm.controller.blueprint.policy import Settings
 from scalellm.controller.blueprint.shape import Blueprint, Group, uniform
 from scalellm.engine.step_time import StepShape
+from scalellm.errors import ConfigError
 from scalellm.simulator.cluster import Cluster, Run
 from scalellm.simulator.compare import Setup, run_auto, run_static, summary_of
 from scalellm.simulator.report import Objectives
@@ -210,7 +210,9 @@ def test_bad_input_is_refused_by_name(
     assert named in out
 
 
-def test_more_replicas_than_the_router_knows_are_refused() -> None:
-    many = replace(small(), shapes=small().shapes)
-    with pytest.raises(Exception, match="at most 128"):
-        Cluster(open_load(MIXED, 1.0, 1.0)(), many, Blueprint((Group(1, 129),)))
+def test_more_replicas_than_the_index_of_prefixes_tells_apart_need_another_routing() -> None:
+    many, load = Blueprint((Group(1, 1024),)), open_load(MIXED, 20.0, 1.0)
+    with pytest.raises(ConfigError, match="prefix tells at most 128"):
+        Cluster(load(), small(), many, routing="prefix")
+    run = Cluster(load(), small(), many, routing="least-load").run()
+    assert run.served and not any(one.failed for one in run.served)
