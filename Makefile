@@ -43,9 +43,9 @@ bench-gateway: setup
 	@$(BIN)/python benchmarks/bench_gateway.py $(ARGS)
 
 bench-blueprint: setup
-	@$(BIN)/python benchmarks/bench_switching.py $(ARGS)
-	@$(BIN)/python benchmarks/bench_simulator.py $(ARGS)
-	@$(BIN)/python benchmarks/bench_blueprint.py
+	@missed=0; $(BIN)/python benchmarks/bench_switching.py $(ARGS) || missed=1; \
+	    $(BIN)/python benchmarks/bench_simulator.py || missed=1; \
+	    $(BIN)/python benchmarks/bench_blueprint.py || missed=1; exit $$missed
 
 bench-cpu: setup
 	@$(BIN)/python benchmarks/bench_cpu.py $(ARGS)

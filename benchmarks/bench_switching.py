@@ -6,8 +6,8 @@
 
 Two device slots of one core each: one replica of two ranks against two of one. First both static
 plans, which tell whether this machine has a crossover: the wide replica quicker for one stream, the
-narrow ones making more tokens for 64. Where it has none, ranks exchange over a link of LINK_MB_S,
-as if over a slow network, which makes one, and everything is measured again with that.
+narrow ones making more tokens for 64, both by CLEAR. Where it has none, ranks exchange over a link
+of LINK_MB_S, as if over a slow network, which makes one, and all is measured again with that.
 
 Each part is one deployment under all three levels, its outcome a file of --folder, so that parts
 can be measured one at a time. The load generator and the gateway run on the same two cores.
@@ -38,6 +38,7 @@ NAMES = {"wide": "1 x TP 2", "narrow": "2 x TP 1", "auto": AUTO}
 FEW, MANY = 1, 64
 SECONDS = {"static": (10.0, 30.0, 6.0), "auto": (12.0, 45.0, 30.0)}
 SHORT_SECONDS = {"static": (3.0, 5.0, 2.0), "auto": (8.0, 20.0, 12.0)}
+CLEAR = 1.25  # times as good: the policy moves for 1.11, and back for this
 LEAST_OF_BEST = 0.9
 MOST_PAUSE_MS = 1500.0
 Found = Mapping[str, Any]
@@ -97,10 +98,10 @@ def measure(part: str, folder: Path, seconds: Sequence[float]) -> Found:
 
 
 def has_crossover(wide: Found, narrow: Found) -> bool:
-    """Whether each plan is the better one at one of the levels."""
+    """Whether each plan is clearly the better one at one of the levels."""
     return bool(
-        wide["levels"][0]["tbt_ms"] < narrow["levels"][0]["tbt_ms"]
-        and narrow["levels"][1]["tok_s"] > wide["levels"][1]["tok_s"]
+        CLEAR * wide["levels"][0]["tbt_ms"] <= narrow["levels"][0]["tbt_ms"]
+        and narrow["levels"][1]["tok_s"] >= CLEAR * wide["levels"][1]["tok_s"]
     )
 
 
@@ -153,7 +154,7 @@ def failures(found: Mapping[str, Found]) -> list[str]:
         if crosses and len(auto["switches"]) != 2:
             told.append(f"{link}: {len(auto['switches'])} switches, one each way was due")
         if not crosses and len(auto["switches"]) > 2:
-            told.append(f"{link}: {len(auto['switches'])} switches where none pays")
+            told.append(f"{link}: {len(auto['switches'])} switches, at most one a step was due")
         for what, settled, _ in ratios(found, link):
             if not settled >= LEAST_OF_BEST:
                 told.append(f"{link}: {what} is {settled:.2f} of the better plan's")
@@ -190,12 +191,13 @@ def section(found: Mapping[str, Found], command: str) -> str:
     crosses = has_crossover(first, found["memory-narrow"])
     lines.append(
         "\nIn memory this machine "
-        + ("has a crossover." if crosses else "has no crossover: one plan is better at both.")
-    )
-    if not crosses:
-        lines.append(
-            f"Over a link of {LINK_MB_S} MB/s (`--link-mb-s`, which is there for this) it has one."
+        + (
+            f"has a crossover: each plan is {CLEAR} times as good as the other at its level."
+            if crosses
+            else f"has no clear crossover (each plan {CLEAR} times as good as the other at its "
+            f"level), so ranks exchanged over a link of {LINK_MB_S} MB/s (`--link-mb-s`), too."
         )
+    )
     for link in LINKS:
         if f"{link}-auto" in found:
             lines.append(_sentence(found, link))

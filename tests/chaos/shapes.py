@@ -31,7 +31,8 @@ def serve_two_shapes(folder: Path, *more: str) -> Serve:
     return Serve(
         folder,
         *("--blueprint", "auto", "--devices", "2", "--cpu-threads", "2"),
-        *("--calibration", str(calibration), "--kv-cache-memory", "128MiB", *more),
+        *("--calibration", str(calibration), "--kv-cache-memory", "128MiB"),
+        *("--hand-over-s", "3", *more),
     )
 
 

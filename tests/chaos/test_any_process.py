@@ -1,6 +1,7 @@
 """Any process of the tree is killed, stopped or slowed at random under load, and all heals.
 
-SCALELLM_CHAOS_S is for how long (16 s); five minutes make a thorough run. A request completes with
+SCALELLM_CHAOS_S is for how long (16 s); five minutes make a thorough run; SCALELLM_CHAOS_SEED (1)
+says in which order. A request completes with
 the answer that it would have had, or its connection breaks because the gateway was what ended, or
 it ends with one error that says why. What happened is told with `--log-cli-level=info`.
 """
@@ -27,6 +28,7 @@ from .workload import undisturbed_answers
 logger = logging.getLogger(__name__)
 
 CHAOS_S = float(os.environ.get("SCALELLM_CHAOS_S", "16"))
+SEED = int(os.environ.get("SCALELLM_CHAOS_SEED", "1"))
 STREAMS = 16
 # What keeps ending is given up, five times within one minute or two.
 FAULTS_OF_ONE, WITHIN_S = 3, 120.0
@@ -100,6 +102,7 @@ class Chaos:
         self._serve = serve
         self._random = random.Random(seed)
         self.done: list[tuple[float, str, str]] = []
+        self.healed_s: list[float] = []
 
     def explains(self, error: Exception) -> bool:
         """Whether a request may end so: told once why, or with the gateway's connection."""
@@ -138,8 +141,8 @@ class Chaos:
         if fault is not slow:
             until(lambda: not alive(pid), HEALED_S)
         until(self._is_whole, HEALED_S)
-        healed_s = time.monotonic() - began_s
-        logger.info("%s %s: whole again after %.1f s", fault.__name__, name, healed_s)
+        self.healed_s.append(time.monotonic() - began_s)
+        logger.info("%s %s: whole again after %.1f s", fault.__name__, name, self.healed_s[-1])
 
     def _is_whole(self) -> bool:
         if set(processes(self._serve)) != set(FAULTS):
@@ -155,18 +158,31 @@ class Chaos:
 @pytest.mark.slow
 @pytest.mark.needs("two-cores")
 @pytest.mark.timeout(240 + 2 * CHAOS_S)
-def test_any_process_may_be_killed_stopped_or_slowed(served: Serve) -> None:
+def test_any_process_may_be_killed_stopped_or_slowed(
+    served: Serve, record_property: Callable[[str, object], None]
+) -> None:
     # Held: slowed processes have costs that give the policy a reason to move, and there would be no
     # rank to disturb.
     switch(served, WIDE)
     undisturbed = undisturbed_answers(served.url)
-    chaos = Chaos(served, seed=1)
+    chaos = Chaos(served, SEED)
     with Crowd(served.url, undisturbed, STREAMS, chaos.explains) as crowd:
         chaos.run(CHAOS_S)
     logger.info(
         "%d faults, %d answers, %d replays, %d ended with an error or their connection",
         *(len(chaos.done), crowd.finished, crowd.replays, crowd.forgiven),
     )
+    for name, value in (
+        ("seconds", CHAOS_S),
+        ("streams", STREAMS),
+        ("faults", len(chaos.done)),
+        ("healed_s", max(chaos.healed_s)),
+        ("answers", crowd.finished - crowd.forgiven),
+        ("moves", crowd.replays),
+        ("told", crowd.forgiven),
+        ("wrong", len(crowd.wrong)),
+    ):
+        record_property(name, value)
     assert not crowd.wrong, crowd.wrong[0]
     assert crowd.finished > crowd.forgiven
     assert served.process.poll() is None, served.errors()

@@ -6,7 +6,8 @@ SCALELLM_SWITCHES says how many (2); a thorough run has 200. What happened is to
 
 import logging
 import os
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from http import HTTPStatus
 
 import pytest
@@ -34,12 +35,27 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serve]:
 @pytest.mark.slow
 @pytest.mark.needs("two-cores")
 @pytest.mark.timeout(120 + 60 * SWITCHES)
-def test_streams_outlive_forced_switches(served: Serve) -> None:
+def test_streams_outlive_forced_switches(
+    served: Serve, record_property: Callable[[str, object], None]
+) -> None:
     undisturbed = undisturbed_answers(served.url)
+    began_s = time.monotonic()
     with Crowd(served.url, undisturbed, STREAMS) as crowd:
         for number in range(SWITCHES):
             switch(served, NARROW if number % 2 == 0 else WIDE)
+            logger.info("%d switches, %d wrong answers", number + 1, len(crowd.wrong))
+            if crowd.wrong:
+                break
     logger.info("%d answers, %d replays", crowd.finished, crowd.replays)
+    for name, value in (
+        ("switches", SWITCHES),
+        ("streams", STREAMS),
+        ("answers", crowd.finished),
+        ("moves", crowd.replays),
+        ("wrong", len(crowd.wrong)),
+        ("seconds", round(time.monotonic() - began_s)),
+    ):
+        record_property(name, value)
     assert not crowd.wrong, crowd.wrong[0]
     assert crowd.finished > 0 and crowd.replays > 0
     found = load(served.url)

@@ -75,7 +75,7 @@ def test_without_a_crossover_a_slow_link_has_to_make_one() -> None:
     assert bench_switching.lacking(found) == []
     assert bench_switching.failures(found) == []
     text = bench_switching.section(found, "the command")
-    assert "has no crossover" in text
+    assert "has no clear crossover" in text
     for wrong, named in (
         (levels(5.2, 790.0, switches=0), "0 switches"),
         (levels(5.2, 600.0, switches=2), "tokens/s is 0.75"),
@@ -83,8 +83,12 @@ def test_without_a_crossover_a_slow_link_has_to_make_one() -> None:
     ):
         (problem,) = bench_switching.failures(found | {"link-auto": wrong})
         assert named in problem
+    (problem,) = bench_switching.failures(found | {"link-wide": levels(5.0, 700.0)})
+    assert "makes no crossover either" in problem
 
 
 def test_a_crossover_needs_no_link() -> None:
-    found = {"memory-wide": levels(4.0, 800.0), "memory-narrow": levels(7.0, 900.0)}
+    found = {"memory-wide": levels(4.0, 700.0), "memory-narrow": levels(7.0, 900.0)}
     assert bench_switching.lacking(found) == ["memory-auto"]
+    found["memory-wide"] = levels(4.0, 890.0)  # within what a policy should not move for
+    assert bench_switching.lacking(found)[1:] == ["link-wide", "link-narrow", "link-auto"]
