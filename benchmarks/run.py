@@ -38,7 +38,7 @@ _ACCURACY = ("--part", "delays", "--part", "direct", "--part", "stall")
 _QUICK = ("--timeout", "60", "--fewest", "2")
 _FAST = "scalellm-int8,openvino-best"
 _SLOW = "scalellm,llama.cpp-q8_0,vllm-w8a8,transformers"
-_MIXTRAL = "scalellm-int8,scalellm,openvino-best,transformers"
+_MIXTRAL = "scalellm-int8,openvino-best,llama.cpp-q8_0,vllm-bf16,scalellm,transformers"
 
 # Takes the seconds that are left, the flags of --fresh, and the command; gives an exit code.
 Step = Callable[[float, Sequence[str], str], int]

@@ -75,6 +75,7 @@ impl Exchange {
 #[derive(Default)]
 struct Observed {
     sent_ns: Option<u64>,
+    resent: bool,
     send_lag_ns: u64,
     first_ns: Option<u64>,
     last_ns: Option<u64>,
@@ -184,6 +185,7 @@ impl Client {
                 turn: conversation.turn,
                 origin_ns: scheduled_ns.or(observed.sent_ns).unwrap_or(begin_ns),
                 sent_ns: observed.sent_ns,
+                resent: observed.resent,
                 first_token_ns: observed.first_ns,
                 last_token_ns: observed.last_ns,
                 end_ns: observed.end_ns.unwrap_or_else(|| self.clock.now_ns()),
@@ -245,8 +247,10 @@ impl Client {
         }
     }
 
-    /// Hands the request to an idle connection or a new one. Only a request of which nothing was
-    /// written is tried again.
+    /// Hands the request to an idle connection or a new one. It is sent again where nothing of it
+    /// was written, and where a connection that was kept from an earlier request ended without a
+    /// word: a server may let go of an idle one at any time (RFC 9112, section 9.3.1). Its wait
+    /// counts from the first time, and the report counts the second kind.
     async fn send(
         &self,
         mut request: Request<Full<Bytes>>,
@@ -259,18 +263,26 @@ impl Client {
             };
             let ready_ns = self.clock.now_ns();
             connection.expect_send();
+            let again = (!is_new).then(|| request.clone());
             let outcome = connection.sender.try_send_request(request).await;
-            observed.sent_ns = connection.sent_ns();
-            if let Some(sent_ns) = observed.sent_ns {
+            let sent_ns = connection.sent_ns();
+            if let Some(sent_ns) = sent_ns {
                 observed.send_lag_ns += sent_ns.saturating_sub(ready_ns);
             }
-            match outcome {
+            observed.sent_ns = observed.sent_ns.or(sent_ns);
+            let mut error = match outcome {
                 Ok(response) => return Ok((connection, response)),
-                Err(mut error) => match error.take_message() {
-                    Some(unsent) if !is_new => request = unsent,
-                    _ => return Err(http_failure(&error.into_error())),
-                },
+                Err(error) => error,
+            };
+            let is_unsent = error.take_message().is_some();
+            let failure = http_failure(&error.into_error());
+            let is_unanswered =
+                failure.kind == FailureKind::Reset && connection.read_ns() < ready_ns;
+            match again {
+                Some(again) if is_unsent || is_unanswered => request = again,
+                _ => return Err(failure),
             }
+            observed.resent |= !is_unsent;
         }
     }
 

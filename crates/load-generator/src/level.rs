@@ -344,6 +344,7 @@ fn unsent(prompt: u32, due_ns: u64, now_ns: u64, limit: usize) -> Record {
         turn: 0,
         origin_ns: due_ns,
         sent_ns: None,
+        resent: false,
         first_token_ns: None,
         last_token_ns: None,
         end_ns: now_ns,

@@ -69,6 +69,8 @@ pub struct Record {
     pub origin_ns: u64,
     /// First byte of the request written; absent when none was.
     pub sent_ns: Option<u64>,
+    /// A server's end of a kept connection came instead of an answer, and it was sent again.
+    pub resent: bool,
     pub first_token_ns: Option<u64>,
     pub last_token_ns: Option<u64>,
     pub end_ns: u64,

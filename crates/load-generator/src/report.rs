@@ -36,6 +36,8 @@ pub struct LevelReport {
     pub timed_out: usize,
     /// Open when the run was stopped.
     pub cancelled: usize,
+    /// Sent again, since a connection that was kept for them ended without an answer.
+    pub resent: usize,
     /// Unix time that the records' `start_ms` counts from.
     pub started_us: u64,
     /// First send (or scheduled send) to last end.
@@ -120,6 +122,7 @@ impl LevelReport {
             failed,
             timed_out,
             cancelled,
+            resent: records.iter().filter(|record| record.resent).count(),
             started_us,
             duration_s: microseconds(duration_s),
             output_tok_s: microseconds(per_second(output_tokens as f64)),

@@ -97,6 +97,9 @@ def notes(result: Result) -> list[Text]:
             example = " ".join(str(failure["example"]).split())[:160]
             text = f"{where}{failure['count']} failed by {kind}, e.g. {example}"
             lines.append(Text(text, style="red"))
+        if row.get("resent"):
+            text = f"{where}{row['resent']} sent again: the server had ended a kept connection"
+            lines.append(Text(text, style="yellow"))
         generator = row["generator"]
         if generator["bottleneck"]:
             text = f"{where}the load generator was the bottleneck: {generator['bottleneck_reason']}"

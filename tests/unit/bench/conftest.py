@@ -22,6 +22,7 @@ class Behaviour:
 
     models: list[str] = field(default_factory=lambda: ["tiny"])
     owned_by: str = "somebody"
+    closes_unsaid: bool = False
     has_tokenize: bool = True
     template_tokens: int = 0  # special tokens and chat template around the text
     letters_a_token: int = 100  # a word of more letters is several tokens
@@ -131,6 +132,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.event(json.dumps({"choices": [], "usage": usage}))
         self.event("[DONE]")
         self.wfile.write(b"0\r\n\r\n")
+        self.close_connection = behaviour.closes_unsaid
 
     def event(self, data: str) -> None:
         text = f"data: {data}\n\n".encode()

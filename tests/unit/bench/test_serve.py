@@ -93,6 +93,16 @@ def test_chunks_counted_as_tokens_are_said_so(endpoint) -> None:
     assert any("no token counts" in str(line) for line in notes(result))
 
 
+def test_requests_sent_again_are_no_failures_and_are_said(endpoint) -> None:
+    endpoint.behaviour.closes_unsaid = True
+    result = bench(endpoint, Level(concurrency=1, requests=4))
+    (row,) = result.rows
+    assert (row["completed"], row["failed"]) == (4, 0)
+    # Whether the generator saw the end before it sent again is a race.
+    said = [str(line) for line in notes(result) if "sent again" in str(line)]
+    assert len(said) == (row["resent"] > 0)
+
+
 def test_a_wrong_model_is_counted_with_the_endpoints_words(endpoint) -> None:
     level = (Level(concurrency=2, requests=3),)
     options = Options(endpoint.url, level, Workload(output_tokens=2), model="other")

@@ -68,8 +68,12 @@ fn a_refusal_counts_as_status_with_its_message_and_keeps_the_connection() {
 
 #[test]
 fn broken_connections_count_as_reset_before_and_inside_the_answer() {
-    assert_fails_as("reset", "", vec![Step::Reset]);
-    assert_fails_as("reset", "", vec![Step::Close]);
+    for fault in [Step::Reset, Step::Close] {
+        let server = Server::start(move |_| vec![fault.clone()]);
+        let row = server.measure(json!({"concurrency": 1, "requests": 3}));
+        assert_eq!(row["failures"]["reset"]["count"], 3, "{row}");
+        assert_eq!(row["resent"], 0, "{row}");
+    }
     assert_fails_as(
         "reset",
         "",
@@ -85,6 +89,31 @@ fn broken_connections_count_as_reset_before_and_inside_the_answer() {
         "",
         vec![head("text/event-stream"), token(), Step::Close],
     );
+}
+
+#[test]
+fn a_kept_connection_that_ends_unanswered_costs_no_request_but_is_counted() {
+    for fault in [Step::Reset, Step::Close] {
+        let server = Server::start(move |request| match request.number % 2 {
+            0 => good_stream(0, 0, 2),
+            _ => vec![Step::Wait(30), fault.clone()],
+        });
+        let row = server.measure(json!({"concurrency": 1, "requests": 4}));
+        assert_eq!((&row["completed"], &row["failed"]), (&json!(4), &json!(0)));
+        assert_eq!(row["resent"], 3, "{row}");
+        // The wait counts from the first time it was sent.
+        assert!(
+            row["ttft_ms"]["max"].as_f64().expect("max") >= 30.0,
+            "{row}"
+        );
+    }
+}
+
+#[test]
+fn a_kept_connection_that_ends_inside_the_answers_head_counts_as_reset() {
+    let row = half_meet(vec![bytes("HTTP/1.1 200 OK\r\ncont"), Step::Close]);
+    assert_eq!(row["failures"]["reset"]["count"], 2, "{row}");
+    assert_eq!(row["resent"], 0, "{row}");
 }
 
 #[test]
