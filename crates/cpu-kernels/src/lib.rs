@@ -13,6 +13,7 @@
 //! ceiling   what the processor can do at most, to measure kernels against; pages: huge ones
 //! norm, rotary, activation, embedding, moe      what lies between linears
 //! vectorise one body, compiled for each level; bfloat, exp, share: what such bodies are made of
+//! runs      who computes which pieces of a job, where what comes next is to be fetched ahead
 //! ```
 //!
 //! Activations are bf16, rows of a batch's tokens; sums are kept in f32 or i32. Every operation
@@ -35,6 +36,7 @@ pub mod plan;
 pub mod ranks;
 pub mod rotary;
 pub mod rows;
+mod runs;
 pub mod sampling;
 pub mod scratch;
 mod share;

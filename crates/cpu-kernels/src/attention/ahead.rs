@@ -1,7 +1,7 @@
 //! Brings what will be read next closer, while something else is computed.
 
 /// Bytes of a cache line.
-const LINE: usize = 64;
+pub(super) const LINE: usize = 64;
 
 /// Some pieces of memory, fetched line by line in their order into the second-level cache (into the
 /// first, which a tile alone fills, it is no better than nothing).

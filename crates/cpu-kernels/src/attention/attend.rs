@@ -3,7 +3,7 @@
 //! ```text
 //! span of a few rows      a unit for each split of 512 keys; states are added in a second job
 //! span of many rows       a unit for each 64 rows; its splits one after the other
-//! task                    a unit and a kv head
+//! piece                   a unit and a kv head
 //! ```
 
 use std::f32::consts::LOG2_E;
@@ -21,6 +21,7 @@ use super::tile::{add_split, finish};
 use super::{avx512, avx512_int8};
 use crate::cpu::Cpu;
 use crate::rows::{Rows, RowsMut};
+use crate::runs::Runs;
 use crate::vectorise::vectorised;
 
 /// Keys of one split, beginning at a multiple of it in the sequence.
@@ -66,6 +67,9 @@ struct Unit<'a> {
     /// Where the states go if splits are units of their own: the place of the first one's.
     states: Option<usize>,
 }
+
+/// What a thread computes at once: a unit for one kv head.
+type Piece<'a, 'b> = (&'b Unit<'a>, usize);
 
 /// What every task of a call reads.
 struct Job<'a> {
@@ -129,19 +133,13 @@ pub fn attend(
     let [own_bytes, state_bytes] = cpu.scratch.parts([4 * own * threads, 4 * stride * states]);
     let own = numbers(own_bytes, own);
     let states = numbers(state_bytes, stride);
-    // As many heads as leave every thread a choice of tasks: what is read next is fetched ahead.
-    let enough = |heads: &usize| {
-        kv_heads.is_multiple_of(*heads) && units.len() * (kv_heads / heads) >= 16 * threads
-    };
-    let heads = (1..=kv_heads).rev().find(enough).unwrap_or(1);
-    let tasks_of_unit = kv_heads / heads;
-    team.run(units.len() * tasks_of_unit, |task, thread| {
-        let first = task % tasks_of_unit * heads;
-        // SAFETY: one task at a time has this thread's numbers.
+    let pieces = Runs::new(units.len() * kv_heads, threads);
+    let piece = |index: usize| (&units[index / kv_heads], index % kv_heads);
+    team.run(threads, |_, thread| {
+        // SAFETY: a thread is in one task at a time, and has numbers of its own.
         let own = unsafe { own.part(thread, 0, own.cols()) };
-        for head in first..first + heads {
-            let next = (head + 1 < first + heads).then_some(head + 1);
-            job.run(&units[task / tasks_of_unit], head, next, own, &states);
+        while let Some((index, next)) = pieces.take(thread) {
+            job.run(piece(index), next.map(piece), own, &states);
         }
     });
     team.run(divided.len() * kv_heads, |task, _| {
@@ -215,9 +213,8 @@ impl Job<'_> {
 
     fn run(
         &self,
-        unit: &Unit,
-        head: usize,
-        next_head: Option<usize>,
+        (unit, head): Piece,
+        next: Option<Piece>,
         own: &mut [f32],
         states: &RowsMut<f32>,
     ) {
@@ -236,12 +233,11 @@ impl Job<'_> {
             }
         }
         for split in unit.splits.clone() {
-            let heads = (head, next_head);
             if split == unit.splits.start {
-                self.add_keys(unit, heads, split, queries, tile, sums);
+                self.add_keys((unit, head), next, split, queries, tile, sums);
                 continue;
             }
-            self.add_keys(unit, heads, split, queries, tile, later);
+            self.add_keys((unit, head), next, split, queries, tile, later);
             add_states(self.source.level, sums, later, self.stride());
         }
         for (row, sum) in sums.chunks_exact_mut(self.stride()).enumerate() {
@@ -310,11 +306,11 @@ impl Job<'_> {
         first..unit.tokens.end.min(unit.splits.end * SPLIT)
     }
 
-    /// The states of a unit's rows after one split, for the first of `heads`; the second is next.
+    /// The states of a piece's rows after one split; `next` will probably be computed after it.
     fn add_keys(
         &self,
-        unit: &Unit,
-        heads: (usize, Option<usize>),
+        (unit, head): Piece,
+        next: Option<Piece>,
         split: usize,
         whole: &[f32],
         numbers: &mut [f32],
@@ -330,15 +326,18 @@ impl Job<'_> {
         );
         for base in (first / TILE * TILE..end).step_by(TILE) {
             let seen = first.max(base) - base..end.min(base + TILE) - base;
-            let tile = self.source.tile(unit.span, heads.0, base, seen, numbers);
-            let ahead = |head, base| self.source.ahead(unit.span, head, base, all.end);
-            let mut ahead = match heads.1 {
-                _ if base + TILE < all.end => ahead(heads.0, base + TILE),
-                Some(head) => ahead(head, all.start / TILE * TILE),
+            let tile = self.source.tile(unit.span, head, base, seen, numbers);
+            let ahead = |(unit, head): Piece, base| {
+                let end = self.seen(unit).end;
+                self.source.ahead(unit.span, head, base, end)
+            };
+            let mut ahead = match next {
+                _ if base + TILE < all.end => ahead((unit, head), base + TILE),
+                Some(next) => ahead(next, self.seen(next.0).start / TILE * TILE),
                 None => Ahead::default(),
             };
             for (place, states) in states.chunks_mut(ROWS * self.stride()).enumerate() {
-                let mut group = self.group(unit, heads.0, place * ROWS, base, whole, states);
+                let mut group = self.group(unit, head, place * ROWS, base, whole, states);
                 self.add_tile(&mut group, &tile, &mut ahead);
             }
         }

@@ -2,6 +2,7 @@
 
 use half::bf16;
 
+use super::ahead::{Ahead, LINE};
 use super::batch::{Batch, Span};
 use super::layout::{Cache, KvType};
 use crate::bfloat::{ROUND, widen};
@@ -10,6 +11,7 @@ use crate::level::Level;
 use crate::norm::normalise_in_place;
 use crate::rotary::turn;
 use crate::rows::{Rows, RowsMut};
+use crate::runs::Runs;
 use crate::vectorise::vectorised;
 
 /// RMS norms of every head's query and key (Qwen3 has them), weights [head_dim].
@@ -70,11 +72,22 @@ pub fn store(
     batch.check(cache);
     let units = units(batch.spans(), layout.block_tokens());
     let cache = &*cache;
-    cpu.team.run(units.len() * kv_heads, |task, _| {
-        let (unit, head) = (&units[task / kv_heads], task % kv_heads);
+    let place_of = |index: usize| {
+        let (unit, head) = (&units[index / kv_heads], index % kv_heads);
         let part = cache.head(batch.block(unit.span, unit.first), head);
+        (unit, head, part)
+    };
+    let threads = cpu.team.threads();
+    let pieces = Runs::new(units.len() * kv_heads, threads);
+    let piece = |index: usize, next: Option<usize>| {
+        let (unit, head, part) = place_of(index);
+        if let Some((_, _, next)) = next.map(place_of) {
+            // One token's pairs of a key are in as many lines as there are pairs.
+            let bytes = layout.bytes_per_head();
+            Ahead::new([(next.cast_const(), bytes)]).fetch(bytes.div_ceil(LINE));
+        }
         if unit.first.is_multiple_of(layout.block_tokens()) {
-            // SAFETY: no other task has this head of this block.
+            // SAFETY: no other piece has this head of this block.
             unsafe { part.write_bytes(0, layout.bytes_per_head()) };
         }
         let mut key = [bf16::ZERO; 1024];
@@ -83,7 +96,7 @@ pub fn store(
             let row = unit.span.first_row + position - unit.span.start;
             let angles = angles.row(row);
             for query in head * group..(head + 1) * group {
-                // SAFETY: only this task has this head of this row.
+                // SAFETY: only this piece has this head of this row.
                 let query = unsafe { qkv.part(row, query * dim, dim) };
                 place(cpu.level, query, norms.map(|n| (n.query, n.eps)), angles);
             }
@@ -93,7 +106,7 @@ pub fn store(
             place(cpu.level, key, norms.map(|n| (n.key, n.eps)), angles);
             let slot = position % layout.block_tokens();
             let value = new(heads + kv_heads + head);
-            // SAFETY: `part` is a head's part of a block of this layout, and only this task's.
+            // SAFETY: `part` is a head's part of a block of this layout, and only this piece's.
             unsafe {
                 match layout.dtype() {
                     KvType::Bf16 => write_bf16(part, layout.block_tokens(), slot, key, value),
@@ -102,6 +115,11 @@ pub fn store(
                     }
                 }
             }
+        }
+    };
+    cpu.team.run(threads, |_, thread| {
+        while let Some((index, next)) = pieces.take(thread) {
+            piece(index, next);
         }
     });
 }
