@@ -53,6 +53,9 @@ class TimedExecutor:
     def check(self) -> None:
         """Nothing can end it."""
 
+    def expert_use(self) -> None:
+        """It has no experts."""
+
     def forward(self, batch: Batch) -> torch.Tensor:
         time.sleep(self._step_s)
         logits = torch.zeros((batch.num_logits, self.vocab_size))

@@ -66,9 +66,10 @@ class EngineListener:
         prefill, decode), the last two as `note_step` has its phases.
         `load` is (running, waiting, backlog_tokens, kv_blocks_used, kv_blocks_total, step_ms,
         overhead_ms, steps, preemptions, (prefix_hit_tokens, prefix_query_tokens),
-        (draft_tokens, accepted_draft_tokens), step_cost), the last one engine/step_time.py's four
-        coefficients. Also call it (with no outputs) when idle, at least every 200 ms: it is the
-        sign of life of the loop."""
+        (draft_tokens, accepted_draft_tokens), (step_cost, expert_use)), the last two
+        engine/step_time.py's four coefficients and, None for a model without experts,
+        executor/expert_use.py's. Also call it (with no outputs) when idle, at least every 200 ms:
+        it is the sign of life of the loop."""
     def emit_kv(
         self, stored: Sequence[tuple[bytes, bytes]], removed: Sequence[bytes], snapshot: bool
     ) -> None:
@@ -80,9 +81,10 @@ class EngineListener:
         requests: int,
         tokens: int,
         phases: Sequence[tuple[str, int]],
+        expert_use: tuple[int, int, int, Sequence[int], int] | None,
     ) -> None:
-        """Where a step's time went: (phase, microseconds), one after the other. The last steps are
-        kept for profiles."""
+        """Where a step's time went: (phase, microseconds), one after the other; and which experts
+        it used. The last steps are kept for profiles."""
     def answer_calibrate(self, ticket: int, step_ms: Sequence[float]) -> None: ...
     def drain(self) -> None:
         """Refuse new requests from now on; the next poll says ("drain", None)."""
@@ -413,5 +415,7 @@ class CpuPlan:
         """The lowest id of each logit row's largest logit, None where that is not finite.
 
         Raises ValueError for a step that contradicts itself."""
+    def expert_use(self) -> tuple[int, int, int, list[int]]:
+        """(layers, read, busiest, choices) of the proto's ExpertUse, since the plan was made."""
     def times_ms(self) -> dict[str, float]:
         """What each kind of operation took in the last step."""

@@ -22,6 +22,7 @@ from scalellm.engine.loop import SIGN_OF_LIFE_S, EngineLoop
 from scalellm.engine.worker import Worker
 from scalellm.errors import EngineError
 from scalellm.executor.batch import Batch
+from scalellm.executor.expert_use import ExpertUse
 
 VOCAB = 61
 EOS = 0
@@ -62,6 +63,10 @@ class TableExecutor:
     def check(self) -> None:
         if self.failure is not None:
             raise self.failure
+
+    def expert_use(self) -> ExpertUse:
+        """Of three experts of one layer."""
+        return (self.steps, 2 * self.steps, 5 * self.steps, [5 * self.steps, 0, self.steps], 1)
 
     def forward(self, batch: Batch) -> torch.Tensor:
         self.steps += 1
@@ -415,7 +420,8 @@ def test_phases_add_up_to_the_times_of_the_request() -> None:
         assert decoded["forward/attention"] == 2000 * (steps - 1)
         assert decoded["prepare"] == 1000 * (steps - 1)
         assert {"schedule", "forward", "sample", "hand over", "update"} <= decoded.keys()
-        number, started, requests, tokens, phases = engine.listener.steps[-1]
+        number, started, requests, tokens, phases, used = engine.listener.steps[-1]
+        assert used == (1, 2, 5, [5, 0, 1], 1), "of this step alone"
         assert (number, requests, tokens) == (steps, 1, 1) and started >= first_token
         assert dict(phases)["forward/attention"] == 2000
 

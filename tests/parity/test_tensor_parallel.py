@@ -150,6 +150,43 @@ def test_experts(folder_of, model, ranks, by):
     assert_equal_bits(folder_of(model), ranks, quantization="int8", **settings)
 
 
+@pytest.mark.parametrize("settings", [{}, {"enforce_eager": True}, {"dtype": "float32"}], ids=str)
+def test_how_evenly_experts_are_used_is_the_same_by_kernels_and_by_torch(folder_of, settings):
+    """Counted by a recorded plan, or by torch; the first layer of this model is dense."""
+    batch = Batch((Span(ids_of(TOKENS), 0, range(5), 1),))
+    executor = load(folder_of("qwen3-moe"), **settings)
+    try:
+        executor.forward(batch)
+        layers, read, busiest, choices, ranks = executor.expert_use()
+    finally:
+        executor.close()
+    assert (layers, ranks, len(choices)) == (1, 1, 8)
+    assert sum(choices) == 3 * TOKENS
+    assert read == sum(count > 0 for count in choices) and busiest == max(choices)
+
+
+def test_the_busiest_of_ranks_that_divide_the_experts(folder_of):
+    batch = Batch((Span(ids_of(TOKENS), 0, range(5), 1),))
+    settings = {"quantization": "int8", "enable_expert_parallel": True}
+    executor = load(folder_of("qwen3-moe"), 2, **settings)
+    try:
+        executor.greedy(batch)
+        layers, _, busiest, choices, ranks = executor.expert_use()
+    finally:
+        executor.close()
+    assert (layers, ranks) == (1, 2)
+    assert busiest == max(sum(choices[:4]), sum(choices[4:]))
+
+
+def test_a_dense_model_has_no_experts_to_tell_of(folder_of):
+    executor = load(folder_of("dense"))
+    try:
+        executor.forward(Batch((Span([1, 2, 3], 0, [0], 1),)))
+        assert executor.expert_use() is None
+    finally:
+        executor.close()
+
+
 def test_experts_in_eager_steps(folder_of):
     assert_equal_bits(
         folder_of("mixtral"),

@@ -352,6 +352,7 @@ impl Loop {
             requests,
             tokens: requests.saturating_mul(self.settings.tokens_per_step),
             phases: computing(self.step_began_us, now_us),
+            expert_use: self.settings.load.expert_use(1),
         });
         self.step_began_us = now_us;
     }
@@ -390,6 +391,7 @@ impl Loop {
             step_ms: numbers.step_ms.unwrap_or(self.settings.tbt_ms as f32),
             steps: self.steps,
             step_cost: self.settings.step_cost(),
+            expert_use: numbers.expert_use(self.steps),
             ..proto::Load::default()
         }
     }

@@ -69,6 +69,10 @@ pub struct LoadNumbers {
     pub backlog_tokens: Option<u64>,
     pub kv_blocks_used: Option<u32>,
     pub step_ms: Option<f32>,
+    /// Choices of each expert in every step, by one sparse layer; none: a model without experts.
+    pub expert_choices: Vec<u64>,
+    /// Ranks that divide these experts.
+    pub expert_ranks: u32,
 }
 
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
@@ -153,6 +157,33 @@ impl std::fmt::Display for BadSettings {
 }
 
 impl std::error::Error for BadSettings {}
+
+impl LoadNumbers {
+    /// What `steps` steps have made of the experts' use.
+    pub(crate) fn expert_use(&self, steps: u64) -> Option<proto::ExpertUse> {
+        let ranks = self.expert_ranks.max(1);
+        let experts = self.expert_choices.len();
+        let each = if ranks > 1 {
+            experts / ranks as usize
+        } else {
+            1
+        };
+        let parts = self.expert_choices.chunks(each.max(1));
+        let busiest = parts.map(|part| part.iter().sum::<u64>()).max()?;
+        let read = self.expert_choices.iter().filter(|&&count| count > 0);
+        Some(proto::ExpertUse {
+            layers: steps,
+            read: steps * read.count() as u64,
+            busiest: steps * busiest,
+            choices: self
+                .expert_choices
+                .iter()
+                .map(|&count| steps * count)
+                .collect(),
+            ranks,
+        })
+    }
+}
 
 impl Settings {
     /// Reads JSON; a wrong or unknown field is an error that names it.

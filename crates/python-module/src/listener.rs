@@ -173,6 +173,7 @@ impl EngineListener {
         requests: u32,
         tokens: u32,
         phases: Vec<(String, u64)>,
+        expert_use: Option<ExpertUse>,
     ) {
         self.handle.note_step(proto::StepTimes {
             number,
@@ -180,6 +181,7 @@ impl EngineListener {
             requests,
             tokens,
             phases: to_phases(phases),
+            expert_use: expert_use.map(to_expert_use),
         });
     }
 
@@ -379,8 +381,9 @@ fn to_load(load: &Bound<'_, PyTuple>) -> PyResult<proto::Load> {
         preemptions,
         (prefix_hit_tokens, prefix_query_tokens),
         (draft_tokens, accepted_draft_tokens),
-        (fixed_ms, token_ms, attended_ms, request_ms),
+        ((fixed_ms, token_ms, attended_ms, request_ms), expert_use),
     ) = load.extract()?;
+    let expert_use: Option<ExpertUse> = expert_use;
     Ok(proto::Load {
         running,
         waiting,
@@ -401,8 +404,22 @@ fn to_load(load: &Bound<'_, PyTuple>) -> PyResult<proto::Load> {
             attended_ms,
             request_ms,
         }),
+        expert_use: expert_use.map(to_expert_use),
         ..proto::Load::default()
     })
+}
+
+/// (layers, read, busiest, choices, ranks) of the proto's.
+type ExpertUse = (u64, u64, u64, Vec<u64>, u32);
+
+fn to_expert_use((layers, read, busiest, choices, ranks): ExpertUse) -> proto::ExpertUse {
+    proto::ExpertUse {
+        layers,
+        read,
+        busiest,
+        choices,
+        ranks,
+    }
 }
 
 /// DescribeResponse's fields by name; also `max_waiting`, the listener's bound on requests that wait.

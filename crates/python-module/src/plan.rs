@@ -307,6 +307,12 @@ impl CpuPlan {
         Ok(best.into_iter().map(id).collect())
     }
 
+    /// (layers, read, busiest, choices) of the proto's `ExpertUse`, since the plan was made.
+    fn expert_use(&self) -> (u64, u64, u64, Vec<u64>) {
+        let used = self.plan.experts_used();
+        (used.layers, used.read, used.busiest, used.choices.clone())
+    }
+
     /// Milliseconds that each kind of operation took in the last step.
     fn times_ms<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyDict>> {
         let times = PyDict::new(py);

@@ -16,6 +16,7 @@ from typing import Any
 from scalellm.engine.loop import Command, EngineLoop
 from scalellm.engine.request import Submitted
 from scalellm.errors import EngineError
+from scalellm.executor.expert_use import ExpertUse
 
 # key and what `EngineListener.emit` calls an output; None when the engine has ended
 Outbox = queue.SimpleQueue["tuple[Any, ...] | None"]
@@ -127,6 +128,7 @@ class LocalListener:
         requests: int,
         tokens: int,
         phases: Sequence[tuple[str, int]],
+        expert_use: ExpertUse | None,
     ) -> None:
         """Nobody profiles inside a process."""
 

@@ -32,6 +32,7 @@ from scalellm.engine.step import Limits, Output, Step
 from scalellm.engine.worker import Computed, Done, Executor, Worker, compute
 from scalellm.errors import EngineError
 from scalellm.executor.batch import Batch
+from scalellm.executor.expert_use import ExpertUse, used_between
 
 SIGN_OF_LIFE_S = 0.2
 CPU_STEP_BUDGET_MS = 800.0
@@ -66,6 +67,7 @@ class Listener(Protocol):
         requests: int,
         tokens: int,
         phases: Sequence[tuple[str, int]],
+        expert_use: ExpertUse | None,
     ) -> None: ...
     def answer_calibrate(self, ticket: int, step_ms: Sequence[float]) -> None: ...
     def drain(self) -> None: ...
@@ -172,6 +174,7 @@ class EngineLoop:
         for key in step.admitted:
             request = scheduler.requests[key]
             request.phases_before = request.phases_before or before
+        used_before = self._executor.expert_use()
         self._clock.mark("schedule")
         done = self._compute(
             lambda: compute(self._executor, self._sampler, step, requests), step.predicted_ms
@@ -183,9 +186,9 @@ class EngineLoop:
         self._step_ms = (time.perf_counter() - began) * 1e3
         self._overhead_ms = max(0.0, self._step_ms - done.elapsed_ms)
         phases = phases_between(before, self._clock.totals())
-        self._listener.note_step(
-            self._steps, now_us, len(step.keys), sum(len(s.token_ids) for s in step.spans), phases
-        )
+        tokens = sum(len(span.token_ids) for span in step.spans)
+        used = used_between(used_before, self._executor.expert_use())
+        self._listener.note_step(self._steps, now_us, len(step.keys), tokens, phases, used)
         self._take_in(self._listener.poll(0.0))
         return True
 
@@ -367,7 +370,7 @@ class EngineLoop:
             scheduler.num_preemptions,
             (scheduler.prefix_hit_tokens, scheduler.prefix_query_tokens),
             (scheduler.num_drafts, scheduler.num_right_drafts),
-            scheduler.step_time.coefficients,
+            (scheduler.step_time.coefficients, self._executor.expert_use()),
         )
         self._listener.emit(outputs, load)
         self._emit_kv()

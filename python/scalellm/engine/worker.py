@@ -23,6 +23,7 @@ from scalellm.engine.request import Request
 from scalellm.engine.sampler import Sampled, Sampler
 from scalellm.engine.step import Step
 from scalellm.executor.batch import Batch
+from scalellm.executor.expert_use import ExpertUse
 
 Result = TypeVar("Result")
 
@@ -59,6 +60,9 @@ class Executor(Protocol):
 
     def check(self) -> None:
         """Raises EngineError once steps can no longer be computed, whatever they are."""
+
+    def expert_use(self) -> ExpertUse | None:
+        """How experts were used, as last looked at; None for a model without any."""
 
     def forward(self, batch: Batch) -> torch.Tensor:
         """Logits float32 [sum of num_logits, vocab_size]; the next call may write over them."""

@@ -15,7 +15,7 @@ from scalellm import _core
 from scalellm.config import EngineConfig
 from scalellm.executor.batch import Batch
 from scalellm.executor.dry_step import dry_step_bytes, gpu_kv_budget
-from scalellm.executor.expert_use import ExpertTally, ExpertUse, parts_of
+from scalellm.executor.expert_use import ExpertTally, ExpertUse, ranks_of
 from scalellm.executor.gpu import GpuSteps, gpu_steps
 from scalellm.executor.inputs import StepArrays, build_arrays, build_step
 from scalellm.executor.recording import NotRecordableError, greedy_ids, logits_of, record
@@ -67,6 +67,8 @@ class SingleExecutor:
         self._gpu = gpu
         self._seat = seat
         self._tally = tally
+        self._expert_ranks = ranks_of(loaded)
+        self._plan_use: ExpertUse | None = None
         self._logits = torch.empty(0, loaded.config.vocab_size, dtype=torch.float32)
         if seat is not None and seat.logits is not None:
             self._logits = seat.logits
@@ -127,9 +129,7 @@ class SingleExecutor:
             phase += f"; max_model_len {size.max_model_len}, as {limit} needs more memory"
         report(phase, time.monotonic() - started)
         plan = _record(config, loaded, cache, report, None if seat is None else seat.ranks)
-        tally: ExpertTally | None = None
-        if plan is None and (parts := parts_of(loaded)):
-            tally = ExpertTally(parts, loaded.device)
+        tally = ExpertTally.of(loaded) if plan is None else None
         gpu: GpuSteps | None = None
         if isinstance(cache, KVCache):
             gpu = gpu_steps(config, loaded, cache, None if tally is None else tally.counts)
@@ -226,11 +226,12 @@ class SingleExecutor:
         """Keep how experts were used up to now, on the thread that computes."""
         if self._tally is not None:
             self._tally.look()
+        elif self._plan is not None and self._expert_ranks is not None:
+            self._plan_use = (*self._plan.expert_use(), self._expert_ranks)
 
     def expert_use(self) -> ExpertUse | None:
-        """How evenly experts were used, at the last look; None for a model without experts, and
-        where the CPU's kernels run them."""
-        return None if self._tally is None else self._tally.seen
+        """How evenly experts were used, at the last look; None for a model without experts."""
+        return self._plan_use if self._tally is None else self._tally.seen
 
     def check(self) -> None:
         """Raises EngineError once steps can no longer be computed, whatever they are."""

@@ -104,8 +104,10 @@ class SparseMoE:
         downs = [expert.down.weight for expert in self.experts]
         if all_packed(gate_ups) and all_packed(downs):
             top, normalise = self.shape.experts_per_token, self.shape.normalize_weights
-            among = (self.ranks, self.divides_experts)
-            return experts(x, self.router(x), gate_ups, downs, top, normalise, among)
+            among, logits = (self.ranks, self.divides_experts), self.router(x)
+            if step.tally is not None:  # no plan counts for itself
+                self._count(logits.topk(top).indices, step.tally)
+            return experts(x, logits, gate_ups, downs, top, normalise, among)
         return self._summed(self._by_torch(x, step.tally))
 
     def _summed(self, part: Tensor) -> Tensor:
@@ -128,12 +130,7 @@ class SparseMoE:
         top = self.shape.experts_per_token
         by_expert = chosen.flatten().argsort(stable=True)  # [T * top]: choices, grouped by expert
         tokens = by_expert // top
-        counts = torch.bincount(chosen.flatten(), minlength=self.shape.num_experts).tolist()
-        if tally is not None:
-            each = len(counts) // self.shares if self.shares else 1
-            busiest = max(sum(counts[i : i + each]) for i in range(0, len(counts), each))
-            used = (1, len(by_expert), sum(count > 0 for count in counts), busiest)
-            tally += torch.tensor(used, device=tally.device)
+        counts = self._count(chosen, tally)
         computed = x.new_empty(len(by_expert), x.shape[1])
         first, mine = 0, range(self.first_expert, self.first_expert + len(self.experts))
         for expert, count in enumerate(counts):
@@ -147,6 +144,18 @@ class SparseMoE:
                 computed[rows] = linear(inner, one.down.weight)
         computed *= weights.flatten()[by_expert, None]
         return torch.zeros_like(x).index_add_(0, tokens, computed)
+
+    def _count(self, chosen: Tensor, tally: Tensor | None) -> list[int]:
+        """How many tokens chose each expert; a layer more in `tally`, as of Step."""
+        counts: list[int] = torch.bincount(
+            chosen.flatten(), minlength=self.shape.num_experts
+        ).tolist()
+        if tally is not None:
+            each = len(counts) // self.shares if self.shares else 1
+            busiest = max(sum(counts[i : i + each]) for i in range(0, len(counts), each))
+            used = (1, sum(count > 0 for count in counts), busiest, *counts)
+            tally += torch.tensor(used, device=tally.device)
+        return counts
 
     def _route(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Each token's experts [T, top] int64 and their weights [T, top], best first."""

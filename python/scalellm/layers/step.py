@@ -21,6 +21,6 @@ class Step:
     cache: KVCache | PackedKVCache
     attention: AttentionStep | PackedStep | PagedStep
     logit_rows: Tensor  # [n] alike: rows of the batch whose logits are asked for
-    # int64 [4], to which sparse layers add: layers, choices of an expert by a token, experts that
-    # were chosen, choices of the busiest. The CPU's kernels count for themselves.
+    # int64 [3 + experts], to which sparse layers add: layers, experts that were chosen, choices of
+    # the busiest part, choices of each expert. The CPU's kernels count for themselves.
     tally: Tensor | None = None

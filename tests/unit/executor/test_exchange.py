@@ -8,7 +8,7 @@ import torch
 
 from scalellm.errors import ConfigError
 from scalellm.executor import tensor_parallel
-from scalellm.executor.expert_use import ExpertTally
+from scalellm.executor.expert_use import ExpertTally, used_between
 from scalellm.executor.tensor_parallel import TensorParallelExecutor
 from scalellm.kernels.exchange.one_shot import MOST_BYTES, OneShot
 from scalellm.loader.device import choose_device
@@ -72,7 +72,14 @@ def test_a_gpu_that_waits_for_a_dead_rank_ends_the_process(hangs, monkeypatch):
 
 
 def test_a_tally_is_what_layers_counted():
-    tally = ExpertTally(8, torch.device("cpu"))
-    tally.counts += torch.tensor([2, 8, 6, 3])
+    tally = ExpertTally(3, 1, torch.device("cpu"))
+    tally.counts += torch.tensor([2, 4, 5, 1, 0, 7])
     tally.look()
-    assert tally.seen == (2, 8, 6, 3, 8)
+    assert tally.seen == (2, 4, 5, [1, 0, 7], 1)
+
+
+def test_what_a_step_adds_to_the_experts_use():
+    before, after = (2, 4, 5, [1, 0, 7], 1), (4, 8, 9, [2, 5, 9], 1)
+    assert used_between(before, after) == (2, 4, 4, [1, 5, 2], 1)
+    assert used_between(None, after) == after
+    assert used_between(None, None) is None

@@ -92,7 +92,7 @@ def main() -> None:
         half = [
             fp8(4, *m.data.shape[1:], scales=(4, m.data.shape[1], 1)) for m in (gate_ups, downs)
         ]
-        tally = torch.zeros(4, dtype=torch.int64)
+        tally = torch.zeros(3 + experts, dtype=torch.int64)
         moe.experts(x8, of(rows, experts), *half, 2, True, torch.bfloat16, 4, tally=tally, shares=2)
 
 

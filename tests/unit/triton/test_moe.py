@@ -99,10 +99,10 @@ def test_layers_are_tallied(shares, busiest, where):
     logits = torch.zeros(3, 6, device=where)
     for token, chosen in enumerate([(0, 2), (0, 2), (0, 4)]):
         logits[token, list(chosen)] = 5.0
-    tally = torch.zeros(4, dtype=torch.int64, device=where)
+    tally = torch.zeros(9, dtype=torch.int64, device=where)
     for first in (0, 3):
         Routed(logits, 2, True, first, 3, tally, shares)
-    assert tally.tolist() == [2, 12, 6, 2 * busiest]
+    assert tally.tolist() == [2, 6, 2 * busiest, 6, 0, 4, 0, 2, 0]
 
 
 def test_scores_that_are_not_numbers_choose_experts_that_exist(where):

@@ -13,7 +13,7 @@ use std::time::Instant;
 
 use half::bf16;
 
-use super::{Groups, route};
+use super::{Groups, Used, route};
 use crate::bfloat::{round, widen};
 use crate::cpu::Cpu;
 use crate::linear::{Output, Packed, finish, linear, partial};
@@ -47,6 +47,14 @@ pub struct Workspace {
     groups: Groups,
     /// Where each pair's result lies, by token * top + choice.
     places: Vec<u32>,
+    used: Used,
+}
+
+impl Workspace {
+    #[must_use]
+    pub fn used(&self) -> &Used {
+        &self.used
+    }
 }
 
 /// The layer's output [T, hidden] for `x` [T, hidden] and the router's `logits` [T, experts].
@@ -89,6 +97,7 @@ pub fn mix(
         scratch,
         groups,
         places,
+        used,
     } = workspace;
     let sizes = [
         4 * pairs,
@@ -110,6 +119,7 @@ pub fn mix(
         RowsMut::of(chosen, top),
     );
     groups.regroup(chosen, all);
+    used.count(groups, all, held);
     places.clear();
     places.resize(pairs, 0);
     for (place, &pair) in (0..).zip(&groups.pairs) {

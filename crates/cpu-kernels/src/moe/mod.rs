@@ -1,6 +1,7 @@
 //! Which experts each token goes to (Shazeer et al., 2017).
 
 mod experts;
+mod used;
 
 use std::ops::Range;
 
@@ -12,6 +13,7 @@ use crate::rows::{Rows, RowsMut};
 use crate::share;
 
 pub use experts::{Among, Expert, Workspace, mix};
+pub use used::Used;
 
 /// Choose each row's `top` most likely experts, best first, the lowest id on ties.
 ///

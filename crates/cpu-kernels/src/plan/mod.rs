@@ -18,7 +18,7 @@ use parking_lot::Mutex;
 
 use crate::attention::{Batch, BatchError, Span};
 use crate::cpu::Cpu;
-use crate::moe::Workspace;
+use crate::moe::{Used, Workspace};
 use crate::ranks::{RankLost, Ranks};
 use crate::rows::RowsMut;
 
@@ -139,6 +139,12 @@ impl Plan {
     /// How long each kind of operation took in the last step, all of that kind together.
     pub fn times(&self) -> impl Iterator<Item = (Kind, Duration)> + '_ {
         Kind::ALL.into_iter().zip(self.times)
+    }
+
+    /// How evenly all steps' tokens chose their experts.
+    #[must_use]
+    pub fn experts_used(&self) -> &Used {
+        self.experts.used()
     }
 
     /// Compute a step and what is wanted of its logit rows.

@@ -97,7 +97,7 @@ impl Shared {
     }
 
     pub(super) fn load(&self) -> proto::Load {
-        self.seen.lock().load
+        self.seen.lock().load.clone()
     }
 
     fn tick(&self) {
@@ -137,7 +137,8 @@ impl Shared {
 
     /// Judges the engine's loop by the age of its last step; a hung one's requests end here, at once.
     pub(super) fn on_load(&self, load: proto::Load) {
-        let hung = u128::from(load.step_age_ms) > self.config.hung_after.as_millis();
+        let step_age_ms = load.step_age_ms;
+        let hung = u128::from(step_age_ms) > self.config.hung_after.as_millis();
         let (was_hung, changed) = {
             let mut seen = self.seen.lock();
             // Sessions overtake each other: what another one has brought already may be newer.
@@ -150,11 +151,8 @@ impl Shared {
             (was_hung, changed)
         };
         if hung && !was_hung {
-            tracing::warn!(engine = %self.address, step_age_ms = load.step_age_ms, "the engine's loop hangs");
-            let reason = format!(
-                "the engine's loop has not come round for {} ms",
-                load.step_age_ms
-            );
+            tracing::warn!(engine = %self.address, step_age_ms, "the engine's loop hangs");
+            let reason = format!("the engine's loop has not come round for {step_age_ms} ms");
             for table in &self.tables {
                 table.abandon_all(LostCause::Hung, &reason);
             }

@@ -224,6 +224,7 @@ async fn the_last_steps_are_told_to_whoever_asks() {
             name: "forward".to_owned(),
             us: 9,
         }],
+        expert_use: None,
     };
     for number in 1..=5 {
         engine.handle.note_step(noted(number));

@@ -8,6 +8,7 @@ use axum::extract::State;
 use axum::http::{HeaderValue, header};
 use axum::response::{IntoResponse, Response};
 use scalellm_accounts::Class;
+use scalellm_engine_link::proto::ExpertUse;
 use scalellm_engine_link::{Replica, ReplicaState};
 
 use crate::app::App;
@@ -209,6 +210,7 @@ pub async fn metrics(State(app): State<Arc<App>>) -> Response {
         }
     }
     write_step_costs(&mut out, &replicas);
+    write_expert_use(&mut out, &replicas);
     write_faults(&mut out, fleet);
     let kind = HeaderValue::from_static("text/plain; version=0.0.4; charset=utf-8");
     ([(header::CONTENT_TYPE, kind)], out).into_response()
@@ -234,6 +236,53 @@ fn write_step_costs(out: &mut String, replicas: &[(String, &Arc<Replica>)]) {
             ("request", cost.request_ms),
         ] {
             let _ = writeln!(out, "{name}{{{labels},of=\"{of}\"}} {ms}");
+        }
+    }
+}
+
+/// How evenly tokens choose a mixture's experts (docs/parallelism.md).
+fn write_expert_use(out: &mut String, replicas: &[(String, &Arc<Replica>)]) {
+    type Value = fn(&ExpertUse) -> u64;
+    let used: Vec<(&str, ExpertUse)> = replicas
+        .iter()
+        .filter_map(|(labels, replica)| Some((labels.as_str(), replica.load().expert_use?)))
+        .collect();
+    let families: [(&str, &str, Value); 3] = [
+        (
+            "expert_layers_total",
+            "Sparse layers computed, of all steps.",
+            |used| used.layers,
+        ),
+        (
+            "experts_read_total",
+            "Experts that any token of a step chose, layer by layer.",
+            |used| used.read,
+        ),
+        (
+            "expert_busiest_choices_total",
+            "Choices of each layer's busiest rank, or expert where ranks do not divide these.",
+            |used| used.busiest,
+        ),
+    ];
+    for (name, help, value) in families {
+        let name = format!("scalellm_replica_{name}");
+        family(out, &name, "counter", help);
+        for (labels, used) in &used {
+            let _ = writeln!(out, "{name}{{{labels}}} {}", value(used));
+        }
+    }
+    let name = "scalellm_replica_expert_choices_total";
+    let help = "Choices of an expert by a token, and which rank has it.";
+    family(out, name, "counter", help);
+    for (labels, used) in &used {
+        let (ranks, experts) = (used.ranks as usize, used.choices.len());
+        for (expert, choices) in used.choices.iter().enumerate() {
+            // Without a division every rank has its part of each.
+            let rank = expert * ranks / experts;
+            let _ = writeln!(
+                out,
+                "{name}{{{labels},expert=\"{expert}\",rank=\"{rank}\"}} {choices}"
+            );
         }
     }
 }

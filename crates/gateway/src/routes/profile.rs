@@ -67,11 +67,21 @@ async fn steps(app: &App, after_us: u64) -> Vec<Value> {
 }
 
 fn step_json(step: &proto::StepTimes) -> Value {
-    json!({
+    let mut told = json!({
         "number": step.number,
         "started_us": step.started_us,
         "requests": step.requests,
         "tokens": step.tokens,
         "phases_us": phases_json(&step.phases),
-    })
+    });
+    if let Some(used) = &step.expert_use {
+        told["experts"] = json!({
+            "layers": used.layers,
+            "read": used.read,
+            "busiest": used.busiest,
+            "choices": used.choices,
+            "ranks": used.ranks,
+        });
+    }
+    told
 }

@@ -1,6 +1,6 @@
 //! What `/admin/v1/profile` tells of requests whose times are known.
 
-use scalellm_fake_engine::Settings;
+use scalellm_fake_engine::{LoadNumbers, Settings};
 use serde_json::{Value, json};
 
 use crate::support::{Stack, engine, user};
@@ -144,4 +144,51 @@ async fn an_engine_that_is_gone_is_a_problem_and_no_error() {
     drop(stack.engines[0].take());
     let body = told(&stack, "?steps_after_us=0").await;
     assert!(body["replicas"][0]["problem"].is_string(), "{body}");
+}
+
+#[tokio::test]
+async fn how_evenly_experts_are_used_is_in_the_metrics_and_in_each_step() {
+    let sparse = Settings {
+        load: LoadNumbers {
+            expert_choices: vec![3, 0, 2, 1],
+            expert_ranks: 2,
+            ..LoadNumbers::default()
+        },
+        ..timed()
+    };
+    let stack = Stack::one(sparse).await;
+    let ask = json!({"prompt": "x", "max_tokens": 4});
+    stack.complete(ask).await.ok();
+    let experts =
+        told(&stack, "?steps_after_us=0").await["replicas"][0]["steps"][0]["experts"].clone();
+    let one = json!({"layers": 1, "read": 3, "busiest": 3, "choices": [3, 0, 2, 1], "ranks": 2});
+    assert_eq!(experts, one);
+    let name = |name: &str| format!("scalellm_replica_{name}{{");
+    for (family, labels, value) in [
+        ("expert_layers_total", "", 4.0),
+        ("experts_read_total", "", 12.0),
+        ("expert_busiest_choices_total", "", 12.0),
+        ("expert_choices_total", "expert=\"2\",rank=\"1\"", 8.0),
+        ("expert_choices_total", "rank=\"0\"", 12.0),
+    ] {
+        stack.wait_metric(&name(family), labels, value).await;
+    }
+}
+
+#[tokio::test]
+async fn a_model_without_experts_has_none_to_tell_of() {
+    let stack = Stack::one(timed()).await;
+    stack
+        .complete(json!({"prompt": "x", "max_tokens": 1}))
+        .await
+        .ok();
+    let step = told(&stack, "?steps_after_us=0").await["replicas"][0]["steps"][0].clone();
+    assert_eq!(step.get("experts"), None);
+    assert!(
+        !stack
+            .get("/metrics")
+            .await
+            .text()
+            .contains("scalellm_replica_expert_layers_total{")
+    );
 }

@@ -23,8 +23,9 @@ def stacked_experts(
     """As `experts`, on a GPU: `gate_ups` [E, 2 * inner, hidden], `downs` [E, hidden, inner], of the
     E experts from `first` on, to whose output those of other ranks are to be added.
 
-    `tally` int64 [4]: a layer, its choices, the experts that were chosen, and the choices of the
-    busiest of `shares` ranks that divide the experts, or expert if 0, are added to it."""
+    `tally` int64 [3 + all experts]: a layer, the experts that were chosen, the choices of the
+    busiest of `shares` ranks that divide the experts, or expert if 0, and those of each expert are
+    added to it."""
     from scalellm.kernels.moe import triton
 
     dtype = x.dtype

@@ -70,8 +70,8 @@ def _route(
 
 @triton.jit
 def _count(counts, tally, experts, shares, EXPERTS: tl.constexpr, SHARES: tl.constexpr):
-    """Add a layer to `tally`: layers, choices, experts that were chosen, and the choices of the
-    busiest of `shares` ranks that divide the experts; of the busiest expert if SHARES is 0."""
+    """Add a layer to `tally`: layers, experts that were chosen, the choices of the busiest of
+    `shares` ranks that divide the experts, or expert if SHARES is 0, and those of each expert."""
     expert = tl.arange(0, EXPERTS)
     count = tl.load(counts + expert, mask=expert < experts, other=0)
     busiest = tl.max(count)
@@ -80,9 +80,9 @@ def _count(counts, tally, experts, shares, EXPERTS: tl.constexpr, SHARES: tl.con
         busiest = tl.max(tl.sum(tl.where(mine, count[None, :], 0), 1))
     one = tl.full((), 1, tl.int64)
     tl.atomic_add(tally, one)
-    tl.atomic_add(tally + 1, tl.sum(count).to(tl.int64))
-    tl.atomic_add(tally + 2, tl.sum((count > 0).to(tl.int64)))
-    tl.atomic_add(tally + 3, busiest.to(tl.int64))
+    tl.atomic_add(tally + 1, tl.sum((count > 0).to(tl.int64)))
+    tl.atomic_add(tally + 2, busiest.to(tl.int64))
+    tl.atomic_add(tally + 3 + expert, count.to(tl.int64), mask=expert < experts)
 
 
 @triton.jit(do_not_specialize=["choices"])

@@ -126,7 +126,7 @@ impl Core {
             step_age_ms: self.step_age_ms(),
             draining: state.draining,
             epoch: self.info.epoch,
-            ..state.load
+            ..state.load.clone()
         }
     }
 
