@@ -101,6 +101,14 @@ class EngineConfig:
     enable_expert_parallel: bool = setting(
         False, "Divide a mixture's experts over those ranks, instead of each expert"
     )
+    first_device: int = setting(
+        0,
+        "The first of this host's GPUs that a replica's ranks have; `serve` gives each replica its "
+        "own",
+        ("engine",),
+        minimum=0,
+        maximum=1023,
+    )
     link_mb_s: int = setting(
         0,
         "For tests and benchmarks: those processes exchange as over a link of so many MB/s; 0: by "

@@ -12,6 +12,7 @@ from scalellm.cli.model import check_folder, resolve_model
 from scalellm.cli.served import add_models, asked
 from scalellm.config import DeploymentConfig, ServeConfig
 from scalellm.controller.deployment import Served, free_port, plan_deployment
+from scalellm.controller.gpus import visible_gpus
 from scalellm.controller.launchers.kubernetes import helm_values
 from scalellm.controller.launchers.launcher import Launcher
 from scalellm.controller.launchers.local import LocalLauncher
@@ -53,7 +54,7 @@ def run(arguments: argparse.Namespace) -> int:
 def _launcher(deployment: DeploymentConfig, folder: Path) -> Launcher:
     if deployment.launcher == "ray":
         return RayLauncher(folder, deployment.ray_address, find_nodes(deployment.ray_address))
-    return LocalLauncher(folder)
+    return LocalLauncher(folder, visible_gpus())
 
 
 def _resolve(config: ServeConfig, cores: int, report: Report) -> Served:

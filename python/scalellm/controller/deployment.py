@@ -10,6 +10,7 @@ from pathlib import Path
 
 from scalellm.config import ServeConfig
 from scalellm.controller.child import PYTHON, Command
+from scalellm.controller.gpus import Gpus
 from scalellm.controller.launchers.flags import engine_flags
 from scalellm.controller.launchers.launcher import Engine, Launcher
 from scalellm.controller.policy import Limits
@@ -110,14 +111,26 @@ def _prefixes(names: Sequence[str]) -> list[str]:
 def _engines(
     models: Sequence[Served], shapes: Sequence[Shapes], launcher: Launcher
 ) -> list[Engine]:
+    """All that may run; on GPUs of the launcher each has some of its own."""
     found: list[Engine] = []
+    gpus = Gpus(launcher.gpus or 0)
     for model, shape in zip(models, shapes, strict=True):
         config = model.config
+        is_on_gpu = config.engine.device == "cuda"
+        if config.engine.device == "auto" and launcher.gpus:
+            if shape.steering is not None:
+                raise ConfigError(
+                    "--device: got auto, which is a GPU here; allowed with --blueprint auto: cpu"
+                )
+            is_on_gpu = True
         for name, ranks in shape.widths.items():
-            threads = shape.threads[name]
-            shaped = replace(config.engine, tensor_parallel_size=ranks, cpu_threads=threads)
+            threads, first = shape.threads[name], 0
+            if is_on_gpu and launcher.gpus is not None:
+                first = gpus.take(name, ranks, config.engine.gpu_memory_utilization)
+            shaped = replace(
+                config.engine, tensor_parallel_size=ranks, cpu_threads=threads, first_device=first
+            )
             flags = tuple(engine_flags(shaped, config.log, model.name))
-            is_on_gpu = config.engine.device == "cuda"
             place = launcher.model(config.engine.model, model.path)
             found.append(Engine(name, len(found), place, flags, ranks, threads, is_on_gpu))
     return found

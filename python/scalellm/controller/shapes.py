@@ -72,8 +72,9 @@ def check_together(config: ServeConfig) -> None:
         raise ConfigError(f"--replica and {other}: allowed is one of them")
     if is_auto and config.deployment.replicas != 1:
         raise ConfigError("--blueprint auto and --replicas: allowed is one of them")
-    if (is_auto or shape.replica) and config.engine.device == "cuda":
-        raise ConfigError("--device: got cuda, allowed with replicas of several shapes: cpu")
+    if is_auto and config.engine.device == "cuda":
+        # Replicas of the old shape and of the new one run beside each other for a while.
+        raise ConfigError("--device: got cuda, allowed with --blueprint auto: cpu")
 
 
 def auto_widths(config: ServeConfig, place: Place) -> tuple[list[int], int]:

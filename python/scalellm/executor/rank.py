@@ -94,7 +94,7 @@ def _load(told: dict[str, Any], memory: int, logits: int) -> tuple[SingleExecuto
     exchange: Exchange | None = None
     if told["meeting"] is not None:
         found = check_ranks(config)
-        device = choose_device(config.device, rank, sizes.ranks)
+        device = choose_device(config.device, rank, sizes.ranks, config.first_device)
         store = find_meeting(told["meeting"], sizes.ranks)
         exchange = TorchExchange(store, rank, sizes.ranks, device, found.dtype)
     seat = Seat.take(rank, sizes, config.enable_expert_parallel, memory, logits, exchange)

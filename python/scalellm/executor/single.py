@@ -116,7 +116,7 @@ class SingleExecutor:
             torch.set_num_threads(config.cpu_threads)
         _core.cpu_start(torch.get_num_threads(), config.compute_nice)
         shard = WHOLE if seat is None else seat.shard
-        use_device(choose_device(config.device, shard.rank, shard.ranks))
+        use_device(choose_device(config.device, shard.rank, shard.ranks, config.first_device))
         # Rank 0 has seen to it that all of the model fits.
         loaded = load_model(config, report, sys.maxsize if shard.rank else None, shard)
         started = time.monotonic()

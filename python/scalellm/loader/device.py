@@ -10,20 +10,22 @@ from scalellm.errors import ConfigError, UnsupportedModelError
 _TYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
-def choose_device(requested: str, rank: int = 0, ranks: int = 1) -> torch.device:
-    """`auto`, `cpu` or `cuda`, of which each rank has its own. Raises ConfigError for a GPU that is
-    not there."""
+def choose_device(requested: str, rank: int = 0, ranks: int = 1, first: int = 0) -> torch.device:
+    """`auto`, `cpu` or `cuda`, of which each of a host's ranks has its own, from `first` on.
+
+    Raises ConfigError for a GPU that is not there."""
     if requested == "cuda" and not torch.cuda.is_available():
         raise ConfigError("--device cuda: torch sees no GPU here; `--device cpu` works everywhere")
     if requested == "cpu" or (requested == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
-    if ranks == 1:
+    if ranks == 1 and first == 0:
         return torch.device("cuda", torch.cuda.current_device())
-    if (there := torch.cuda.device_count()) < ranks:
+    if (there := torch.cuda.device_count()) < first + ranks:
+        beyond = f" beyond the {first} of other replicas" if first else ""
         raise ConfigError(
-            f"--tensor-parallel-size {ranks} needs as many GPUs; torch sees {there} here"
+            f"--tensor-parallel-size {ranks} needs as many GPUs{beyond}; torch sees {there} here"
         )
-    return torch.device("cuda", rank)
+    return torch.device("cuda", first + rank)
 
 
 def use_device(device: torch.device) -> None:

@@ -53,8 +53,11 @@ def test_ranks_have_a_gpu_each(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     assert choose_device("cuda", 1, 2) == torch.device("cuda", 1)
+    assert choose_device("auto", 0, 1, first=1) == torch.device("cuda", 1)
     with pytest.raises(ConfigError, match=r"size 4 needs as many GPUs; .* 2 here"):
         choose_device("auto", 0, 4)
+    with pytest.raises(ConfigError, match=r"GPUs beyond the 2 of other replicas; .* 2 here"):
+        choose_device("auto", 0, 1, first=2)
 
 
 @pytest.mark.parametrize("hangs", [False, True])

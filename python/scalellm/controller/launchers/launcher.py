@@ -27,7 +27,7 @@ class Engine:
     flags: tuple[str, ...]  # every setting but --listen and --config, spelt out
     ranks: int
     threads: int  # on a CPU, of all its ranks
-    is_on_gpu: bool = False
+    is_on_gpu: bool = False  # each rank on one of its own
 
 
 class Launcher(Protocol):
@@ -36,6 +36,10 @@ class Launcher(Protocol):
     @property
     def cores(self) -> int:
         """All that there are to divide among a deployment's replicas."""
+
+    @property
+    def gpus(self) -> int | None:
+        """Those that its engines divide, 0 if none are known; None if each sees its own alone."""
 
     @property
     def most_threads(self) -> int:

@@ -14,14 +14,20 @@ _ENGINE_TOML = "# Empty: `serve` has resolved every setting; no scalellm.toml ma
 class LocalLauncher:
     """Their sockets lie in the deployment's folder."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, gpus: int = 0) -> None:
+        """`gpus`: of this machine, as far as is known."""
         self._folder = folder
+        self._gpus = gpus
         self._config = folder / "engine.toml"
         self._config.write_text(_ENGINE_TOML, encoding="utf-8")
 
     @property
     def cores(self) -> int:
         return usable_cores()
+
+    @property
+    def gpus(self) -> int | None:
+        return self._gpus
 
     @property
     def most_threads(self) -> int:

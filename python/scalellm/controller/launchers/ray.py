@@ -43,6 +43,11 @@ class RayLauncher:
         return max(1, sum(int(node.cpus) for node in self._nodes))
 
     @property
+    def gpus(self) -> int | None:
+        """An actor sees those that Ray has given it."""
+        return None
+
+    @property
     def most_threads(self) -> int:
         return max(1, *(int(node.cpus) for node in self._nodes))
 
