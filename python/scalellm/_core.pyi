@@ -341,7 +341,11 @@ class Ranks:
         letter_bytes: int,
         slot_bytes: int,
         link_mb_s: int = 0,
-    ) -> None: ...
+        links: list[int] | None = None,
+    ) -> None:
+        """`links`: descriptors of connections to all ranks, -1 for this one, which it takes over;
+        `file` is this rank's alone then."""
+
     @staticmethod
     def bytes_for(count: int, letter_bytes: int, slot_bytes: int) -> int: ...
     @property
@@ -353,6 +357,10 @@ class Ranks:
 
     def receive(self) -> bytes:
         """Wait for rank 0's next letter."""
+
+    def gather(self, rows: int, bounds: list[int], out: int) -> None:
+        """Bring this rank's columns `bounds[rank]` .. of float32 [rows, bounds[-1]] at `out` to the
+        others, and theirs here; of ranks that have no memory in common."""
 
     def give_up(self) -> None:
         """Nobody waits for anybody any more, in any process."""

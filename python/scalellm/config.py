@@ -109,6 +109,23 @@ class EngineConfig:
         minimum=0,
         maximum=1023,
     )
+    nnodes: int = setting(
+        1,
+        "Hosts that a replica's ranks are spread over, evenly (docs/parallelism.md)",
+        minimum=1,
+        maximum=8,
+    )
+    node_rank: int = setting(
+        0,
+        "Which of these hosts this is; the first has the engine, the others its ranks alone",
+        ("engine",),
+        minimum=0,
+        maximum=7,
+    )
+    master_addr: str = setting("127.0.0.1", "Address of the first of these hosts, as it has it")
+    master_port: int = setting(
+        29500, "Port that its rank waits for the others at", minimum=0, maximum=65535
+    )
     link_mb_s: int = setting(
         0,
         "For tests and benchmarks: those processes exchange as over a link of so many MB/s; 0: by "

@@ -17,6 +17,7 @@ from scalellm.controller.child import HAND_OVER
 from scalellm.controller.cores import usable_cores
 from scalellm.errors import AddressInUseError, ConfigError, ServeError
 from scalellm.executor.followers import Followers
+from scalellm.executor.node import check_hosts, serve_ranks
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -36,8 +37,11 @@ def run(arguments: argparse.Namespace) -> int:
     check_folder(folder, needs_tokenizer=False, needs_weights=weights)
     threads = config.cpu_threads or usable_cores()
     config = dataclasses.replace(config, model_path=folder, cpu_threads=threads)
-    ranks = config.tensor_parallel_size
-    followers = Followers(ranks) if ranks > 1 else None  # they import torch meanwhile
+    check_hosts(config)
+    if config.node_rank:
+        return serve_ranks(config)
+    # They import torch meanwhile.
+    followers = Followers.of(config) if config.tensor_parallel_size > 1 else None
 
     import torch
 

@@ -126,7 +126,8 @@ def _engines(
         for name, ranks in shape.widths.items():
             threads, first = shape.threads[name], 0
             if is_on_gpu and launcher.gpus is not None:
-                first = gpus.take(name, ranks, config.engine.gpu_memory_utilization)
+                here, share = ranks // config.engine.nnodes, config.engine.gpu_memory_utilization
+                first = gpus.take(name, here, share)
             shaped = replace(
                 config.engine, tensor_parallel_size=ranks, cpu_threads=threads, first_device=first
             )

@@ -72,6 +72,13 @@ def check_together(config: ServeConfig) -> None:
         raise ConfigError(f"--replica and {other}: allowed is one of them")
     if is_auto and config.deployment.replicas != 1:
         raise ConfigError("--blueprint auto and --replicas: allowed is one of them")
+    if config.engine.nnodes > 1:
+        if is_auto or shape.replica or config.deployment.replicas != 1:
+            raise ConfigError("--nnodes and several replicas: allowed is one of them")
+        if config.deployment.launcher != "local":
+            raise ConfigError(
+                f"--nnodes: got {config.engine.nnodes}, allowed with --launcher local alone"
+            )
     if is_auto and config.engine.device == "cuda":
         # Replicas of the old shape and of the new one run beside each other for a while.
         raise ConfigError("--device: got cuda, allowed with --blueprint auto: cpu")

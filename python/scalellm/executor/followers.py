@@ -16,10 +16,22 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Sequence
+from typing import Self
 
+from scalellm.config import EngineConfig
 from scalellm.errors import EngineError
+from scalellm.executor.hosts import Meeting, Place, connect
 
 _END_S = 2.0  # for a rank to end by itself
+
+
+def start_rank(rank: int, address: Place, alive: int, *more: str) -> "subprocess.Popen[bytes]":
+    """A rank's process, which comes to rank 0 at `address`.
+
+    `alive`: a pipe that ends with this process, and the rank with it; `more`: its own options."""
+    host, port = address
+    options = (f"--rank={rank}", f"--master={host}", f"--port={port}", *more)
+    return subprocess.Popen([sys.executable, "-m", "scalellm.executor.rank", *options], stdin=alive)
 
 
 class Followers:
@@ -27,8 +39,17 @@ class Followers:
 
     `memory` and `logits` are the files that all ranks map, empty until `share`."""
 
-    def __init__(self, ranks: int) -> None:
-        """Start them."""
+    @classmethod
+    def of(cls, config: EngineConfig) -> Self:
+        """Those that `config` asks for. Raises EngineError."""
+        meeting: Meeting | None = None
+        if config.nnodes > 1:
+            meeting = Meeting(config.master_addr, config.master_port)
+        return cls(config.tensor_parallel_size, config.nnodes, meeting)
+
+    def __init__(self, ranks: int, hosts: int = 1, meeting: Meeting | None = None) -> None:
+        """Start those of this host; with `meeting` all ranks come there, from `hosts`."""
+        self._ranks, self._meeting = ranks, meeting
         self.memory = os.memfd_create("scalellm-ranks")
         self.logits = os.memfd_create("scalellm-logits")
         self._controls: list[socket.socket] = []
@@ -36,6 +57,11 @@ class Followers:
         self._closing = False
         self._watcher: threading.Thread | None = None
         self._ended, self._end = socket.socketpair()
+        self._alive = os.pipe()
+        if meeting is not None:
+            here = range(1, ranks // hosts)
+            self._processes = [start_rank(rank, meeting.address, self._alive[0]) for rank in here]
+            return
         for _ in range(1, ranks):
             ours, theirs = socket.socketpair()
             self._controls.append(ours)
@@ -48,6 +74,21 @@ class Followers:
                     stdin=subprocess.DEVNULL,
                 )
             self._processes.append(process)
+
+    def linked(self) -> list[socket.socket | None] | None:
+        """Connections to all ranks, by rank, once those of other hosts have come; None where all
+        are on this one. Raises EngineError."""
+        if self._meeting is None:
+            return None
+        self._controls, places = self._meeting.wait(self._ranks, self._check_started)
+        line = json.dumps({"places": places, "key": self._meeting.key}).encode() + b"\n"
+        self.load([line] * len(self._controls))
+        return connect(0, places, self._meeting.key, self._meeting.listener)
+
+    def _check_started(self) -> None:
+        for rank, process in enumerate(self._processes, start=1):
+            if process.poll() is not None:
+                raise EngineError(self._why(rank))
 
     def share(self, memory_bytes: int, logits_bytes: int) -> None:
         """Make the files so large, of zeros whose memory is taken as it is used."""
@@ -83,6 +124,11 @@ class Followers:
         )
         self._watcher.start()
 
+    def wait_told(self, limit_s: float) -> None:
+        """Until `watch` has told that one has ended, or nothing has come of it."""
+        if self._watcher is not None:
+            self._watcher.join(limit_s)
+
     def _watch(self, ended: Callable[[str], None]) -> None:
         with selectors.DefaultSelector() as selector:
             selector.register(self._ended, selectors.EVENT_READ, 0)
@@ -93,6 +139,8 @@ class Followers:
             ended(self._why(first))
 
     def _why(self, rank: int) -> str:
+        if rank > len(self._processes):
+            return f"rank {rank}, on another host, has ended"
         try:
             code = self._processes[rank - 1].wait(_END_S)
         except subprocess.TimeoutExpired:
@@ -127,10 +175,15 @@ class Followers:
         self._end.close()
         if self._watcher is not None:
             self._watcher.join()
-        for control, process in zip(self._controls, self._processes, strict=True):
+        for process in self._processes:
             process.kill()
             process.wait()
+        for control in self._controls:
             control.close()
+        if self._meeting is not None:
+            self._meeting.close()
         self._ended.close()
+        for file in self._alive:
+            os.close(file)
         os.close(self.memory)
         os.close(self.logits)

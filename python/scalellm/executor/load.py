@@ -2,6 +2,7 @@
 
 from scalellm.config import EngineConfig
 from scalellm.executor.followers import Followers
+from scalellm.executor.node import check_hosts
 from scalellm.executor.single import SingleExecutor
 from scalellm.executor.tensor_parallel import TensorParallelExecutor
 from scalellm.loader.load import Progress
@@ -14,6 +15,7 @@ def load_executor(
 
     `progress(phase, seconds)` is called as each phase ends; `followers`: those processes, if they
     were started before. Raises ModelError, ConfigError, EngineError."""
+    check_hosts(config)
     if config.tensor_parallel_size > 1:
         return TensorParallelExecutor.load(config, progress, followers)
     return SingleExecutor.load(config, progress)

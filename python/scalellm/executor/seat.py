@@ -1,10 +1,11 @@
-"""What the ranks of one replica share on a host, and what rank 0 tells the others.
+"""What the ranks of one replica share, and what rank 0 tells the others.
 
     memory    crates/cpu-kernels/src/ranks: letters and slots
     logits    [rows, vocab_size] fp32, of which each rank writes its columns
     exchange  in place of slots and logits where torch or a GPU's kernels compute
 
-Both are files without a name, as large as the largest step could need; pages exist once used.
+Both are files without a name, as large as the largest step could need; pages exist once used. Ranks
+of several hosts have files of their own, and TCP in place of what they share.
 
 A letter is the step, in bytes:
 
@@ -14,6 +15,8 @@ A letter is the step, in bytes:
 """
 
 import mmap
+import socket
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -94,18 +97,30 @@ class Seat:
         memory: int,
         logits: int,
         exchange: Exchange | None = None,
+        hosts: int = 1,
+        links: Sequence[socket.socket | None] | None = None,
     ) -> "Seat":
-        """Map the files `memory` and `logits`, which may be closed then. Raises OSError."""
-        ranks = _core.Ranks(
-            memory, rank, sizes.ranks, sizes.letter_bytes, sizes.slot_bytes, sizes.link_mb_s
-        )
+        """Map the files `memory` and `logits`, which may be closed then. Raises OSError.
+
+        `links`: connections to all ranks, on `hosts`; the files are this rank's alone then."""
+        files: list[int] | None = None
+        if links is not None:
+            files = [-1 if link is None else link.detach() for link in links]
+        given = (sizes.ranks, sizes.letter_bytes, sizes.slot_bytes, sizes.link_mb_s)
+        ranks = _core.Ranks(memory, rank, *given, files)
         address = ranks.address if exchange is None else 0
         rows: Tensor | None = None
         if sizes.logits_bytes:
             mapped = np.frombuffer(mmap.mmap(logits, sizes.logits_bytes), dtype=np.float32)
             rows = torch.from_numpy(mapped).view(sizes.logit_rows, sizes.vocab_size)
-        shard = Shard(rank, sizes.ranks, expert_parallel, address, exchange)
+        shard = Shard(rank, sizes.ranks, expert_parallel, address, exchange, hosts)
         return cls(shard, ranks, sizes.tokens, rows)
+
+    def gather(self, rows: int) -> None:
+        """Have all columns of so many rows of logits here, of ranks that share no memory."""
+        if self.shard.hosts > 1 and self.logits is not None:
+            bounds = self.shard.id_bounds(self.logits.shape[1])
+            self.ranks.gather(rows, bounds, self.logits.data_ptr())
 
     def give_up(self) -> None:
         """A rank has ended: nobody waits for it any more. From any thread."""

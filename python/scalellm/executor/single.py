@@ -21,7 +21,7 @@ from scalellm.executor.inputs import StepArrays, build_arrays, build_step
 from scalellm.executor.recording import NotRecordableError, greedy_ids, logits_of, record
 from scalellm.executor.seat import FOLLOWED, GREEDY, LOGITS, Seat
 from scalellm.kernels.attention import KVCache, PackedKVCache
-from scalellm.layers.shard import WHOLE
+from scalellm.layers.shard import WHOLE, Shard
 from scalellm.loader.device import choose_device, use_device
 from scalellm.loader.load import (
     LoadedModel,
@@ -116,7 +116,7 @@ class SingleExecutor:
             torch.set_num_threads(config.cpu_threads)
         _core.cpu_start(torch.get_num_threads(), config.compute_nice)
         shard = WHOLE if seat is None else seat.shard
-        use_device(choose_device(config.device, shard.rank, shard.ranks, config.first_device))
+        use_device(_device(config, shard))
         # Rank 0 has seen to it that all of the model fits.
         loaded = load_model(config, report, sys.maxsize if shard.rank else None, shard)
         started = time.monotonic()
@@ -184,6 +184,8 @@ class SingleExecutor:
         logits = self._room(len(arrays.logit_rows))
         prepare_ms = (time.perf_counter() - began) * 1e3
         logits_of(self._plan, arrays, logits)
+        if self._seat is not None:
+            self._seat.gather(len(logits))
         self._look()
         self.last_forward_ms = {"prepare": prepare_ms, **self._plan.times_ms()}
         return logits
@@ -262,6 +264,10 @@ class SingleExecutor:
             torch.cuda.empty_cache()
 
 
+def _device(config: EngineConfig, shard: Shard) -> torch.device:
+    return choose_device(config.device, shard.rank_here, shard.ranks_here, config.first_device)
+
+
 def _block_bytes(config: EngineConfig, loaded: LoadedModel) -> int:
     return kv_block_bytes(config, loaded.geometry, loaded.dtype, loaded.packed)
 
@@ -272,7 +278,7 @@ def _allocate(
     model_limit = check_max_model_len(config.max_model_len, loaded.config)
     if num_blocks is None:
         size = size_kv_cache(
-            block_bytes=_block_bytes(config, loaded) * loaded.shard.ranks,
+            block_bytes=_block_bytes(config, loaded) * loaded.shard.ranks_here,
             block_size=config.block_size,
             max_model_len=config.max_model_len,
             model_limit=model_limit,
@@ -319,7 +325,7 @@ def _agreed_kv_budget(config: EngineConfig, loaded: LoadedModel) -> int:
         return _kv_budget(config, loaded)
     exchange.least(0)  # until all have loaded
     budget = exchange.least(_kv_budget(config, loaded))
-    return budget * loaded.shard.ranks if loaded.device.type == "cuda" else budget
+    return budget * loaded.shard.ranks_here if loaded.device.type == "cuda" else budget
 
 
 def _kv_budget(config: EngineConfig, loaded: LoadedModel) -> int:
@@ -327,7 +333,7 @@ def _kv_budget(config: EngineConfig, loaded: LoadedModel) -> int:
     if loaded.device.type == "cpu":
         # Mapped weights count as available, and are read in every step; those of other ranks are
         # not there yet.
-        ranks = loaded.shard.ranks
+        ranks = loaded.shard.ranks_here
         coming = loaded.mapped_bytes or loaded.weight_bytes * (ranks - 1) // ranks
         if loaded.shard.exchange is not None:
             coming = 0

@@ -1,9 +1,9 @@
-"""Runs batches on several processes of one host, each with its part of every layer.
+"""Runs batches on several processes, each with its part of every layer.
 
     loop, sampler ──> rank 0 ──letter──> rank 1, rank 2, ...      one a step
                         |                  |
-                        └── the same step, in lock-step: sums' parts go through shared memory, or
-                            through NCCL between GPUs, gloo between processes of torch
+                        └── the same step, in lock-step: sums' parts go through shared memory, TCP
+                            between hosts (hosts.py), NCCL between GPUs, gloo between torch's
 
 Rank 0 is in the engine's process, so that its logits are at hand; the others are processes of their
 own (rank.py). By the CPU's kernels the bits are those of one process, on whatever number of ranks.
@@ -18,6 +18,7 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
+from functools import partial
 from typing import Self
 
 import torch
@@ -29,12 +30,13 @@ from scalellm.executor.inputs import StepArrays
 from scalellm.executor.rank import order
 from scalellm.executor.seat import STOP, Seat, Sizes, write_letter
 from scalellm.executor.single import SingleExecutor
-from scalellm.kernels.exchange.distributed import TorchExchange, open_meeting
+from scalellm.kernels.exchange.distributed import LOOPBACK, TorchExchange, open_meeting
 from scalellm.loader.load import Division, Progress, check_max_model_len, check_ranks
 
 logger = logging.getLogger(__name__)
 
 _REASON_S = 5.0  # for a rank to say why it could not load
+_TOLD_S = 0.5  # for what the operating system says of a rank whose part does not come
 _HUNG_S = 1.0  # for a GPU to end what it does, once it has been told to
 
 
@@ -60,7 +62,7 @@ class TensorParallelExecutor(SingleExecutor):
                 on_failure.callback(followers.kill)
             found = check_ranks(config)
             if followers is None:
-                followers = Followers(config.tensor_parallel_size)
+                followers = Followers.of(config)
                 on_failure.callback(followers.kill)
             own = cls._load_all(config, progress, found, followers)
             on_failure.pop_all()
@@ -78,24 +80,36 @@ class TensorParallelExecutor(SingleExecutor):
         ranks = config.tensor_parallel_size
         limit = config.max_model_len or check_max_model_len(None, found.model)
         sizes = Sizes.of(config, found.model, limit, found.packed)
-        threads = max(1, (config.cpu_threads or torch.get_num_threads()) // ranks)
+        threads = max(1, (config.cpu_threads or torch.get_num_threads()) * config.nnodes // ranks)
         config = replace(config, cpu_threads=threads)
         followers.share(sizes.memory_bytes, sizes.logits_bytes)
-        parallel = config.enable_expert_parallel
         others, files = range(1, ranks), (followers.memory, followers.logits)
+        began = time.monotonic()
+        links = followers.linked()
+        if links is not None and progress is not None:
+            progress(f"other hosts: {config.nnodes - 1}", time.monotonic() - began)
+        take = partial(
+            Seat.take,
+            0,
+            sizes,
+            config.enable_expert_parallel,
+            *files,
+            hosts=config.nnodes,
+            links=links,
+        )
         if found.packed:
-            own = cls.load_part(config, progress, Seat.take(0, sizes, parallel, *files))
+            own = cls.load_part(config, progress, take())
             began = time.monotonic()
             followers.load([order(rank, config, sizes, own.num_blocks) for rank in others])
         else:
             # All load at once, as they agree on what they have room for.
-            store = open_meeting(ranks)
+            host = LOOPBACK if links is None else config.master_addr
+            store = open_meeting(ranks, host)
             followers.load([order(rank, config, sizes, meeting=store.port) for rank in others])
             followers.wait_done()  # importing torch
             try:
-                exchange = TorchExchange(store, 0, ranks, found.device, found.dtype)
-                seat = Seat.take(0, sizes, parallel, *files, exchange)
-                own = cls.load_part(config, progress, seat)
+                exchange = TorchExchange(store, 0, ranks, found.device, found.dtype, host)
+                own = cls.load_part(config, progress, take(exchange=exchange))
             except RuntimeError:
                 # The others may know better why nobody comes.
                 with suppress(TimeoutError):
@@ -126,6 +140,7 @@ class TensorParallelExecutor(SingleExecutor):
             seat.ranks.send(write_letter(kind, arrays))
             yield
         except ConnectionAbortedError:
+            self._followers.wait_told(_TOLD_S)  # which rank, and why
             self._fail("a rank has failed")
         except BaseException as error:
             self._fail(f"rank 0 failed: {type(error).__name__}: {error}")

@@ -30,6 +30,17 @@ class Shard:
     expert_parallel: bool = False  # whole experts
     address: int = 0  # of `_core.Ranks`, for operators that meet the others; 0 for one rank
     exchange: Exchange | None = field(default=None, compare=False)  # of ranks that torch computes
+    hosts: int = 1  # that the ranks are spread over, evenly
+
+    @property
+    def ranks_here(self) -> int:
+        """On this rank's host."""
+        return self.ranks // self.hosts
+
+    @property
+    def rank_here(self) -> int:
+        """Its number among those."""
+        return self.rank % self.ranks_here
 
     def columns(self, count: int) -> range:
         """Its columns of `count`, which `ranks` divides."""

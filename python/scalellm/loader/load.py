@@ -71,7 +71,7 @@ def load_model(
     folder = config.model_path
     started = time.monotonic()
     model_config = read_model_config(folder)
-    device = choose_device(config.device, shard.rank, shard.ranks, config.first_device)
+    device = choose_device(config.device, shard.rank_here, shard.ranks_here, config.first_device)
     dtype, reason = _choose_dtype(config, model_config, device)
     limit = check_max_model_len(config.max_model_len, model_config)
     dummy = config.load_format == "dummy"
@@ -130,7 +130,7 @@ def load_model(
             model = build(model_config, Fp8Source(source) if fp8 else source)
     else:
         open_source = partial(_packing_source, config, checkpoint, dtype, packing)
-        mapped, where = _mapped(config, checkpoint, inventory, open_source, shard.rank > 0)
+        mapped, where = _mapped(config, checkpoint, inventory, open_source, shard.rank_here > 0)
         with open_source() if mapped is None else nullcontext(mapped) as source:
             if shard.ranks > 1:
                 source = ShardSource(source, shard, keep_views=mapped is not None)
@@ -169,7 +169,9 @@ def check_ranks(config: EngineConfig) -> Division:
 
     Raises ConfigError if they cannot, before anything is read but config.json."""
     model = read_model_config(config.model_path)
-    device = choose_device(config.device, 0, config.tensor_parallel_size, config.first_device)
+    device = choose_device(
+        config.device, 0, config.tensor_parallel_size // config.nnodes, config.first_device
+    )
     dtype, _ = _choose_dtype(config, model, device)
     check_fp8(config, model, dtype, device)
     packing = choose_packing(config, model, dtype, device)

@@ -1,4 +1,4 @@
-//! The processes of one host that compute a step together, each with its part of every layer.
+//! The processes that compute a step together, each with its part of every layer.
 //!
 //! ```text
 //! rank 0   send(step) | compute ... mine | meet | read all parts ... mine | meet | ...
@@ -9,16 +9,19 @@
 //! (`meet`), then reads everybody's (`parts`). Two slots a rank are enough: who writes for the next
 //! round but one has met all others in the next, and they have read this one by then.
 //!
-//! region   the shared memory, and waiting in it: spin, then sleep
+//! region   the memory that ranks of one host share, and waiting in it: spin, then sleep
 //! futex    sleeping
+//! links    TCP in its place, between hosts
 
 mod futex;
+mod links;
 mod region;
 
 use std::num::NonZeroU32;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+pub use links::Links;
 pub use region::{Region, Sizes};
 
 use crate::rows::{Rows, RowsMut};
@@ -35,6 +38,8 @@ pub struct RankLost;
 pub struct Ranks {
     region: Arc<Region>,
     rank: usize,
+    /// To the ranks of other hosts; the region is this rank's alone then.
+    links: Option<Arc<Links>>,
     round: u32,
     letters: u32,
     /// Since `take_time`: waiting for others and adding their parts up.
@@ -85,11 +90,24 @@ impl Ranks {
         Self {
             region,
             rank,
+            links: None,
             round: 0,
             letters: 0,
             time: Duration::ZERO,
             part_bytes: 0,
             link: None,
+        }
+    }
+
+    /// A rank that meets the others over `links`; its region is nobody else's.
+    ///
+    /// # Panics
+    /// If there is no such rank.
+    #[must_use]
+    pub fn linked(region: Arc<Region>, rank: usize, links: Arc<Links>) -> Self {
+        Self {
+            links: Some(links),
+            ..Self::new(region, rank)
         }
     }
 
@@ -132,10 +150,14 @@ impl Ranks {
     pub fn meet(&mut self) -> Result<(), RankLost> {
         let began = Instant::now();
         self.round = self.round.wrapping_add(1);
-        self.region.arrive(self.rank, self.round);
-        for other in 0..self.count() {
-            if other != self.rank {
-                self.region.wait_for_part(other, self.round)?;
+        if let Some(links) = &self.links {
+            self.swap(links)?;
+        } else {
+            self.region.arrive(self.rank, self.round);
+            for other in 0..self.count() {
+                if other != self.rank {
+                    self.region.wait_for_part(other, self.round)?;
+                }
             }
         }
         if let Some(link) = self.link {
@@ -143,6 +165,26 @@ impl Ranks {
         }
         self.time += began.elapsed();
         Ok(())
+    }
+
+    /// This rank's part to all others, and theirs into the slots that they would have filled.
+    fn swap(&self, links: &Links) -> Result<(), RankLost> {
+        let slot = |rank| self.region.slot(self.round, rank);
+        // SAFETY: inside the slots, which are this rank's alone and of which it has filled its own;
+        // each is one slice.
+        let (mine, theirs) = unsafe {
+            let theirs = (0..self.count()).map(|rank| {
+                let bytes = if rank == self.rank {
+                    0
+                } else {
+                    self.part_bytes
+                };
+                std::slice::from_raw_parts_mut(slot(rank), bytes)
+            });
+            let mine = std::slice::from_raw_parts(slot(self.rank), self.part_bytes);
+            (mine, theirs.collect())
+        };
+        links.swap(mine, theirs)
     }
 
     /// What each rank brought to the round of the last `meet`, in the order of ranks.
@@ -184,6 +226,13 @@ impl Ranks {
     /// If it is longer than a letter can be.
     pub fn send(&mut self, letter: &[u8]) -> Result<(), RankLost> {
         assert!(letter.len() <= self.region.sizes().letter_bytes, "a letter");
+        if let Some(links) = &self.links {
+            for other in 1..self.count() {
+                links.send(other, &(letter.len() as u64).to_le_bytes())?;
+                links.send(other, letter)?;
+            }
+            return Ok(());
+        }
         for other in 1..self.count() {
             self.region.wait_until_read(other, self.letters)?;
         }
@@ -202,6 +251,9 @@ impl Ranks {
     /// # Errors
     /// If a rank has ended.
     pub fn receive(&mut self) -> Result<Vec<u8>, RankLost> {
+        if let Some(links) = &self.links {
+            return links.receive_letter(self.region.sizes().letter_bytes);
+        }
         let number = self.letters.wrapping_add(1);
         let bytes = self.region.wait_for_letter(number)?;
         let bytes = bytes.min(self.region.sizes().letter_bytes);

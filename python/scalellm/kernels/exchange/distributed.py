@@ -1,4 +1,4 @@
-"""Ranks that exchange by torch.distributed: NCCL between GPUs, gloo between processes of a CPU.
+"""Ranks that exchange by torch.distributed: NCCL between GPUs, gloo between processes of CPUs.
 
 NCCL's operations are recorded into CUDA graphs with the step that they belong to.
 """
@@ -17,25 +17,32 @@ from torch._C._distributed_c10d import TCPStore
 from scalellm.kernels.exchange.one_shot import OneShot
 
 _LIMIT = timedelta(seconds=300)  # for ranks that are there to join, and for any exchange
-_HERE = "127.0.0.1"
+LOOPBACK = "127.0.0.1"
 
 
-def open_meeting(ranks: int) -> TCPStore:
-    """Where ranks find each other: rank 0's; the others go to its `port`. On this host alone."""
-    return TCPStore(_HERE, 0, ranks, is_master=True, timeout=_LIMIT, wait_for_workers=False)
+def open_meeting(ranks: int, host: str = LOOPBACK) -> TCPStore:
+    """Where ranks find each other: rank 0's; the others go to its `port` of `host`."""
+    return TCPStore(host, 0, ranks, is_master=True, timeout=_LIMIT, wait_for_workers=False)
 
 
-def find_meeting(port: int, ranks: int) -> TCPStore:
-    return TCPStore(_HERE, port, ranks, is_master=False, timeout=_LIMIT)
+def find_meeting(port: int, ranks: int, host: str = LOOPBACK) -> TCPStore:
+    return TCPStore(host, port, ranks, is_master=False, timeout=_LIMIT)
 
 
 class TorchExchange:
     """An Exchange of tensors on `device`."""
 
     def __init__(
-        self, store: TCPStore, rank: int, ranks: int, device: torch.device, dtype: torch.dtype
+        self,
+        store: TCPStore,
+        rank: int,
+        ranks: int,
+        device: torch.device,
+        dtype: torch.dtype,
+        own_host: str = LOOPBACK,
     ) -> None:
-        """Wait for the other ranks. `dtype`: what most sums are of. Raises RuntimeError."""
+        """Wait for the other ranks. `dtype`: what most sums are of; `own_host`: the address of this
+        host that those of other hosts reach. Raises RuntimeError."""
         self._ranks, self._device = ranks, device
         self._one_shot: OneShot | None = None
         self._group: Any  # torch's stubs lack what backends take
@@ -45,13 +52,14 @@ class TorchExchange:
                 "nccl", store=store, rank=rank, world_size=ranks, timeout=_LIMIT, device_id=device
             )
             self._group = _world()
-            one_shot = OneShot.make(self._group, device, dtype)
+            is_one_host = own_host == LOOPBACK
+            one_shot = OneShot.make(self._group, device, dtype) if is_one_host else None
             if self.least(one_shot is not None):
                 self._one_shot = one_shot
         else:
             gloo: Any = dist.ProcessGroupGloo
             options = gloo._Options()
-            options._devices = [gloo.create_device(hostname=_HERE)]
+            options._devices = [gloo.create_device(hostname=own_host)]
             options._timeout = _LIMIT
             self._group = gloo(store, rank, ranks, options)
 

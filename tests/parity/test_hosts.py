@@ -1,0 +1,246 @@
+"""Ranks of several hosts give the bits of one: here as processes that share no memory."""
+
+import json
+import socket
+import subprocess
+import sys
+import threading
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, MixtralConfig
+
+from scalellm.config import EngineConfig
+from scalellm.errors import ConfigError, EngineError
+from scalellm.executor import hosts
+from scalellm.executor.batch import Batch, Span
+from scalellm.executor.hosts import Meeting, come, connect, read_line
+from scalellm.executor.load import load_executor
+
+HERE = "127.0.0.1"
+BLOCK, VOCAB = 16, 275
+BATCHES = (
+    Batch((Span(list(range(40)), 0, range(3), 40), Span([7] * 9, 0, [5], 1))),
+    Batch((Span([3], 40, range(3), 1), Span([4], 9, [5], 1))),
+)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    config = MixtralConfig(
+        vocab_size=VOCAB,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        num_local_experts=4,
+        num_experts_per_tok=2,
+        max_position_embeddings=256,
+    )
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("mixtral")
+    AutoModelForCausalLM.from_config(config).bfloat16().save_pretrained(folder)
+    return folder
+
+
+def load(folder, **settings):
+    usual = {"dtype": "bfloat16", "quantization": "int8", "cpu_threads": 1}
+    return load_executor(
+        EngineConfig(
+            model_path=folder,
+            device="cpu",
+            block_size=BLOCK,
+            kv_cache_memory_bytes=4 << 20,
+            max_num_batched_tokens=64,
+            **usual | settings,
+        )
+    )
+
+
+def results(executor):
+    """Logits of a prompt and of a decode step, and greedy ids of both."""
+    logits = [executor.forward(batch).clone() for batch in BATCHES]
+    return torch.cat(logits), [executor.greedy(batch) for batch in BATCHES]
+
+
+def alone(folder, **settings):
+    executor = load(folder, **settings)
+    try:
+        return results(executor)
+    finally:
+        executor.close()
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind((HERE, 0))
+        return probe.getsockname()[1]
+
+
+def other_host(folder, port, ranks=2):
+    """As `scalellm engine` runs on the second of two hosts."""
+    command = [sys.executable, "-m", "scalellm", "engine", str(folder), "--nnodes=2"]
+    command += ["--node-rank=1", f"--master-port={port}", f"--tensor-parallel-size={ranks}"]
+    return subprocess.Popen([*command, "--cpu-threads=1"])
+
+
+def on_two_hosts(folder, ranks=2, **settings):
+    """`results` of ranks half of which are another host's."""
+    port = free_port()
+    with other_host(folder, port, ranks) as other:
+        try:
+            more = {"tensor_parallel_size": ranks, "nnodes": 2, "master_port": port}
+            several = load(folder, **more | settings)
+            try:
+                assert len(several.rank_pids) == ranks // 2 - 1, "of this host"
+                found = results(several)
+            finally:
+                several.close()
+        finally:
+            other.terminate()
+    assert other.returncode == 0
+    return found
+
+
+@pytest.mark.parametrize(
+    ("ranks", "settings"),
+    [(2, {}), (2, {"enable_expert_parallel": True}), (4, {}), (2, {"enforce_eager": True})],
+    ids=str,
+)
+def test_two_hosts_give_the_bits_of_one(folder, ranks, settings):
+    expected, expected_ids = alone(folder)
+    logits, ids = on_two_hosts(folder, ranks, **settings)
+    assert torch.equal(logits, expected)
+    assert ids == expected_ids or settings.get("enforce_eager")
+
+
+def test_hosts_of_torchs_ranks_are_close_to_one(folder):
+    """By gloo, whose sums have another order."""
+    settings = {"dtype": "float32", "quantization": "none"}
+    expected, _ = alone(folder, **settings)
+    logits, _ = on_two_hosts(folder, **settings)
+    torch.testing.assert_close(logits, expected, atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize("how", ["terminate", "kill"])
+def test_a_host_that_is_gone_ends_the_replica(folder, how):
+    port = free_port()
+    with other_host(folder, port) as other:
+        try:
+            several = load(folder, tensor_parallel_size=2, nnodes=2, master_port=port)
+        finally:
+            getattr(other, how)()  # and its rank with it
+        with pytest.raises(EngineError, match="lost a rank: rank 1, on another host, has ended"):
+            while True:
+                several.forward(BATCHES[0])
+                several.check()
+        several.close()
+
+
+def test_an_engine_that_starts_anew_finds_the_other_host_again(folder):
+    expected, _ = alone(folder)
+    port = free_port()
+    with other_host(folder, port) as other:
+        try:
+            for _ in range(2):
+                several = load(folder, tensor_parallel_size=2, nnodes=2, master_port=port)
+                logits, _ = results(several)
+                several.close()
+                assert torch.equal(logits, expected)
+        finally:
+            other.terminate()
+
+
+# ------------------------------------------------------------ how they find each other
+
+
+def test_three_ranks_find_each_other_and_nobody_else():
+    meeting = Meeting(HERE, 0)
+    found = {}
+
+    def one(rank):
+        control, listener = come(meeting.address, rank)
+        told = json.loads(read_line(control))
+        found[rank] = connect(rank, told["places"], told["key"], listener)
+
+    threads = [threading.Thread(target=one, args=(rank,)) for rank in (2, 1)]
+    for thread in threads:
+        thread.start()
+    with socket.create_connection(meeting.address) as stranger:
+        stranger.sendall(b'{"rank": 7, "port": 1, "version": "?"}\n')
+        controls, places = meeting.wait(3)
+    with socket.create_connection(places[0]) as stranger:
+        stranger.sendall(b"\0" * 20)  # not the key
+        for control in controls:
+            line = json.dumps({"places": places, "key": meeting.key}).encode()
+            control.sendall(line + b"\n")
+        found[0] = connect(0, places, meeting.key, meeting.listener)
+    for thread in threads:
+        thread.join()
+    for rank, links in found.items():
+        assert links[rank] is None
+        for other, link in enumerate(links):
+            if other > rank:
+                link.sendall(bytes([rank, other]))
+    for rank, links in found.items():
+        for other in range(rank):
+            assert links[other].recv(2) == bytes([other, rank])
+    for link in [*controls, *(link for links in found.values() for link in links if link)]:
+        link.close()
+    meeting.close()
+
+
+def test_who_does_not_come_is_named(monkeypatch):
+    monkeypatch.setattr(hosts, "COME_WITHIN_S", 0.05)
+    meeting = Meeting(HERE, 0)
+    with pytest.raises(EngineError, match=r"ranks \[1, 2\] have not come to 127.0.0.1:"):
+        meeting.wait(3)
+    meeting.close()
+
+
+def test_a_rank_of_this_host_that_ends_is_not_waited_for():
+    def check():
+        raise EngineError("rank 1 ended")
+
+    meeting = Meeting(HERE, 0)
+    with pytest.raises(EngineError, match="rank 1 ended"):
+        meeting.wait(2, check)
+    meeting.close()
+
+
+def test_connections_notice_a_host_that_says_nothing_any_more():
+    """Within two seconds; no host is unplugged here, so what the kernel was told is looked at."""
+    with socket.socket() as connection:
+        hosts.watch_over(connection)
+        told = connection.getsockopt
+        assert told(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
+        assert told(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT) == 2000
+        idle_s, every_s, count = (
+            told(socket.IPPROTO_TCP, option)
+            for option in (socket.TCP_KEEPIDLE, socket.TCP_KEEPINTVL, socket.TCP_KEEPCNT)
+        )
+        assert idle_s + every_s * count <= 2
+
+
+def test_a_port_that_is_taken_is_named():
+    with socket.create_server((HERE, 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(EngineError, match=f"--master-port {port}: cannot listen"):
+            Meeting(HERE, port)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"tensor_parallel_size": 4, "nnodes": 3}, "--nnodes: got 3, allowed: what divides"),
+        ({"nnodes": 2}, "--nnodes: got 2, allowed: what divides --tensor-parallel-size 1"),
+        (
+            {"tensor_parallel_size": 2, "nnodes": 2, "node_rank": 2},
+            "--node-rank: got 2, allowed: below --nnodes 2",
+        ),
+    ],
+)
+def test_what_cannot_be_is_refused(folder, settings, message):
+    with pytest.raises(ConfigError, match=message):
+        load_executor(EngineConfig(model_path=folder, device="cpu", **settings))
