@@ -31,13 +31,13 @@ from scalellm.bench.machine import describe_machine
 from scalellm.bench.plan import Level, Workload
 
 ROOT = Path(__file__).resolve().parent.parent
-SHAPE = "qwen3-0.14b"
+SHAPE = "qwen3-0.3b"
 LINK_MB_S = 200
 LINKS = {"memory": 0, "link": LINK_MB_S}
 NAMES = {"wide": "1 x TP 2", "narrow": "2 x TP 1", "auto": AUTO}
 FEW, MANY = 1, 64
-SECONDS = {"static": (10.0, 30.0, 6.0), "auto": (12.0, 45.0, 30.0)}
-SHORT_SECONDS = {"static": (3.0, 5.0, 2.0), "auto": (8.0, 20.0, 12.0)}
+SECONDS = {"static": (10.0, 40.0, 10.0), "auto": (12.0, 60.0, 40.0)}
+SHORT_SECONDS = {"static": (4.0, 8.0, 2.0), "auto": (8.0, 25.0, 20.0)}
 CLEAR = 1.25  # times as good: the policy moves for 1.11, and back for this
 LEAST_OF_BEST = 0.9
 MOST_PAUSE_MS = 1500.0

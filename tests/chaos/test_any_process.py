@@ -1,9 +1,9 @@
 """Any process of the tree is killed, stopped or slowed at random under load, and all heals.
 
-SCALELLM_CHAOS_S is for how long (16 s); five minutes make a thorough run; SCALELLM_CHAOS_SEED (1)
-says in which order. A request completes with
-the answer that it would have had, or its connection breaks because the gateway was what ended, or
-it ends with one error that says why. What happened is told with `--log-cli-level=info`.
+SCALELLM_CHAOS_S is for how long (16 s); five minutes make a thorough run. SCALELLM_CHAOS_SEED (1)
+says in which order. A request completes with the answer that it would have had, or its connection
+breaks because the gateway was what ended, or it ends with one error that says why. What happened
+is told with `--log-cli-level=info`.
 """
 
 import contextlib

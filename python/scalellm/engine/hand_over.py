@@ -4,9 +4,10 @@ Whoever takes one over computes its tokens again, on devices that both shapes sh
 at once, the last of many would wait until those before it are computed; at a pace that the new
 shape can keep, each pauses about as long as its own tokens take, and the others go on here:
 
-    given back at once      what waits: nothing of it was computed
-    then, longest first     streams, whose tokens take `SHARE` of the time that passes; those that
-                            have little left end here in the meantime
+    streams, longest first     whose tokens take `SHARE` of the time that passes; those that have
+                               little left end here in the meantime
+    then what waits, at once   nothing of it was computed, nobody sees it pause, and before the
+                               streams its prompts would be in their way; here it is not admitted
 """
 
 from collections.abc import Iterator
@@ -27,17 +28,21 @@ class HandOver:
 
     def due(self, scheduler: Scheduler, now_s: float) -> Iterator[int]:
         """Keys of the requests to give back now; the first stream is always due."""
-        requests = scheduler.requests.values()
-        yield from [found.key for found in requests if found.status is Status.WAITING]
-        streams = [found for found in requests if found.status is Status.RUNNING]
+        waiting: list[Request] = []
+        streams: list[Request] = []
+        for request in scheduler.requests.values():
+            is_new = request.status is Status.WAITING and request.num_output_tokens == 0
+            (waiting if is_new else streams).append(request)
         passed_ms = 1e3 * (now_s - self._began_s)
-        for request in sorted(streams, key=_tokens_left, reverse=True):
+        for request in sorted(streams, key=_urgency):
             if self._computed_again_ms > SHARE * passed_ms:
                 return
             shape = StepShape().with_span(0, request.num_tokens)
             self._computed_again_ms += scheduler.step_time.predict_ms(shape)
             yield request.key
+        yield from [request.key for request in waiting]
 
 
-def _tokens_left(request: Request) -> int:
-    return request.max_tokens - request.num_output_tokens
+def _urgency(request: Request) -> tuple[bool, int]:
+    """Preempted ones first, which get on no more, then those with most tokens left."""
+    return request.status is Status.RUNNING, request.num_output_tokens - request.max_tokens

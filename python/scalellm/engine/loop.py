@@ -239,6 +239,7 @@ class EngineLoop:
         now_s = time.monotonic()
         if self._hand_over is None:
             self._hand_over = HandOver(now_s)
+            self.scheduler.admits = False
         for key in list(self._hand_over.due(self.scheduler, now_s)):
             self.scheduler.cancel(key, _now_us())
 

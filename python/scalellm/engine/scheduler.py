@@ -50,6 +50,7 @@ class Scheduler:
         self.step_time = step_time if step_time is not None else StepTime()
         self.max_model_len = min(limits.max_model_len, kv.num_blocks * kv.block_size)
         self.requests: dict[int, Request] = {}
+        self.admits = True  # what waits; not while requests are handed over
         self.num_preemptions = 0
         self.prefix_hit_tokens = 0
         self.prefix_query_tokens = 0
@@ -336,7 +337,7 @@ class Scheduler:
         """Admit what fits, only requests more important than priority `above` if it is given.
 
         Nobody is admitted in a step that preempts: blocks are short."""
-        if plan.preempted:
+        if plan.preempted or not self.admits:
             return
         deferred: list[Request] = []
         while len(self._running) < self.limits.max_num_seqs and plan.tokens_left > 0:

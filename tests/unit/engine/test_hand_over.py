@@ -29,20 +29,26 @@ def scheduler(streams: int, waiting: int) -> Scheduler:
     return made
 
 
-def test_what_waits_goes_at_once_and_streams_at_the_pace_of_those_who_compute_them() -> None:
+def test_streams_go_at_the_pace_of_those_who_compute_them_and_then_what_waits() -> None:
     made = scheduler(streams=6, waiting=2)
     hand_over = HandOver(10.0)
-    given_back = [list(hand_over.due(made, 10.0))]
-    for key in given_back[0]:
-        made.cancel(key, 3)
-    assert given_back[0] == [6, 7, 5]  # then the stream with most left
+    made.cancel(*hand_over.due(made, 10.0), 3)  # the stream with most left
+    assert 5 not in made.requests and len(made.requests) == 7
     assert list(hand_over.due(made, 10.0 + 0.9 * STREAM_MS / 1e3 / SHARE)) == []
-    for second, expected in ((1.1, [4]), (3.1, [3, 2]), (60.0, [1, 0])):
+    for second, expected in ((1.1, [4]), (3.1, [3, 2]), (60.0, [1, 0, 6, 7])):
         due = list(hand_over.due(made, 10.0 + second * STREAM_MS / 1e3 / SHARE))
         assert due == expected
         for key in due:
             made.cancel(key, 3)
     assert not made.requests
+
+
+def test_what_waits_is_not_admitted_by_a_replica_that_hands_over() -> None:
+    made = scheduler(streams=2, waiting=1)
+    made.admits = False
+    made.cancel(0, 3)
+    assert list(made.schedule(4).keys) == [1]
+    assert list(HandOver(0.0).due(made, 60.0)) == [1, 2]
 
 
 def test_an_engine_that_has_computed_nothing_gives_all_back_at_once() -> None:
