@@ -378,3 +378,14 @@ def test_a_rank_that_cannot_load_says_why(folder_of, monkeypatch):
     with pytest.raises(EngineError, match="rank 1 could not load: ConfigError"):
         load(folder_of("dense"), 2, quantization="int8")
     assert len(orders) == 1
+
+
+def test_more_ranks_than_cores_are_told_to_be_slow(folder_of, monkeypatch):
+    told = []
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _pid: {0})
+    config = EngineConfig(
+        model_path=folder_of("dense"), dtype="bfloat16", device="cpu", tensor_parallel_size=2,
+        cpu_threads=2, kv_cache_memory_bytes=1 << 20,
+    )  # fmt: skip
+    load_executor(config, lambda phase, _seconds: told.append(phase)).close()
+    assert "ranks: 2, 1 threads each; slow, as they have 1 cores to themselves" in told

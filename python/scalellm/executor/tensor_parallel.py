@@ -121,7 +121,11 @@ class TensorParallelExecutor(SingleExecutor):
             own.torch_threads = threads
         followers.wait_done()
         if progress is not None:
-            progress(f"ranks: {ranks}, {threads} threads each", time.monotonic() - began)
+            phase = f"ranks: {ranks}, {threads} threads each"
+            cores, busy = len(os.sched_getaffinity(0)), threads * ranks // config.nnodes
+            if found.device.type == "cpu" and busy > cores:
+                phase += f"; slow, as they have {cores} cores to themselves"
+            progress(phase, time.monotonic() - began)
         return own
 
     def check(self) -> None:
