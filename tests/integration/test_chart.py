@@ -41,6 +41,14 @@ EVERYTHING = {
             "args": ["--objective", "slo"],
             "autoscaling": {"enabled": True, "maxReplicas": 2},
         },
+        {
+            "name": "spread",
+            "model": "/models/spread",
+            "tensorParallelSize": 4,
+            "hosts": 2,
+            "replicas": 2,
+            "autoscaling": {"enabled": True, "maxReplicas": 2},
+        },
         {"name": "mixed", "model": "demo", "shapes": ["tp=2", "tp=1,count=2"], "devices": 4},
     ],
     "image": {"repository": "mirror/scalellm", "tag": "1"},
@@ -58,7 +66,7 @@ EVERYTHING = {
     "metrics": {"podMonitor": {"enabled": True, "labels": {"release": "prometheus"}}},
 }
 WIDE, FEW = {"tensorParallelSize": 2}, {"cpuThreads": 2}
-CUSTOM = ("ScaledObject", "PodMonitor")  # kinds that others define
+CUSTOM = ("ScaledObject", "PodMonitor", "LeaderWorkerSet")  # kinds that others define
 
 
 def helm(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -117,7 +125,7 @@ def test_helm_has_nothing_to_complain_of(tmp_path: Path) -> None:
 def test_the_gateway_knows_every_engine_there_may_be(tmp_path: Path) -> None:
     found = gateway_toml(render(tmp_path, EVERYTHING))
     assert (found["max_queued"], found["database_down"], found["port"]) == (7, "closed", 8000)
-    big, demo, shifting, mixed = found["models"]
+    big, demo, shifting, spread, mixed = found["models"]
     name = "llm-scalellm-big"
     assert big["replicas"] == [
         f"{name}-{at}.{name}.serving.svc.cluster.local:9000" for at in (0, 1, 2)
@@ -127,6 +135,7 @@ def test_the_gateway_knows_every_engine_there_may_be(tmp_path: Path) -> None:
     assert [found["url"] for found in shifting["upstreams"]] == [
         f"http://{shifts}-{at}.{shifts}.serving.svc.cluster.local:9000/v1" for at in (0, 1)
     ]
+    assert spread["replicas"][1].startswith("llm-scalellm-spread-1.llm-scalellm-spread.serving.")
     assert len(mixed["upstreams"]) == 1 and "replicas" not in mixed
     assert (big["name"], big["path"], big["max_model_len"]) == (
         "org/Big-Model",
@@ -170,7 +179,38 @@ def test_a_pod_with_shapes_is_a_whole_deployment(tmp_path: Path) -> None:
     assert "sum(scalellm_upstream_in_flight_requests{" in trigger["metadata"]["query"]
     (deployment,) = of_kind(objects, "Deployment").values()
     fetched = deployment["spec"]["template"]["spec"]["initContainers"]
-    assert [found["name"] for found in fetched] == ["tokenizer-big", "tokenizer-demo"]
+    assert [found["name"] for found in fetched] == [
+        "tokenizer-big",
+        "tokenizer-demo",
+        "tokenizer-spread",
+    ]
+
+
+def test_a_replica_on_several_hosts_is_a_group_of_pods(tmp_path: Path) -> None:
+    import kubernetes_validate
+
+    objects = render(tmp_path, EVERYTHING)
+    (group,) = of_kind(objects, "LeaderWorkerSet").values()
+    template = group["spec"]["leaderWorkerTemplate"]
+    assert template["size"] == 2
+    leader, worker = template["leaderTemplate"], template["workerTemplate"]
+    for pod in (leader, worker):
+        named = {"apiVersion": "v1", "kind": "Pod", "spec": pod["spec"]}
+        kubernetes_validate.validate(named | {"metadata": {"name": "a"}}, "1.31", strict=True)
+    (engine,), (rank,) = (pod["spec"]["containers"] for pod in (leader, worker))
+    both = {"--tensor-parallel-size=4", "--nnodes=2"}
+    assert both | {"--listen=0.0.0.0:9000", "--master-addr=$(POD_IP)"} <= {*engine["args"]}
+    assert both | {"--master-addr=$(LWS_LEADER_ADDRESS)", "--node-rank=$(LWS_WORKER_INDEX)"} <= {
+        *rank["args"]
+    }
+    assert "livenessProbe" in engine and not {"livenessProbe", "ports"} & {*rank}
+    service = of_kind(objects, "Service")["llm-scalellm-spread"]["spec"]["selector"]
+    assert service.items() <= leader["metadata"]["labels"].items()
+    assert not service.items() <= worker["metadata"]["labels"].items()
+    policy = of_kind(objects, "NetworkPolicy")["llm-scalellm-spread-ranks"]["spec"]
+    assert policy["podSelector"]["matchLabels"].items() <= worker["metadata"]["labels"].items()
+    scaled = of_kind(objects, "ScaledObject")["llm-scalellm-spread"]["spec"]["scaleTargetRef"]
+    assert scaled["kind"] == "LeaderWorkerSet"
 
 
 def arguments_of(arguments: list[str]) -> ServeConfig:
@@ -224,6 +264,7 @@ def test_secrets_are_in_the_secret_alone(tmp_path: Path) -> None:
             {"models": [{"name": "a", "model": "a", "shapes": ["tp=2"], "devices": 4} | FEW]},
             "4 devices and cpuThreads 2",
         ),
+        ({"models": [{"name": "a", "model": "a", "hosts": 2}]}, "each needs as many ranks"),
         ({"gateway": {"config": {"api_keys": "x"}}}, "api_keys"),
         ({"gateway": {"ingress": {"enabled": True}}}, "gateway.ingress.host"),
         ({"secrets": {"databaseUrl": "sqlite"}}, "databaseUrl"),

@@ -17,7 +17,8 @@ from scalellm.errors import ConfigError
 
 _OWN_VALUES = {  # settings of an engine that are not among its `args`
     *("model", "served_model_name", "revision", "tensor_parallel_size", "cpu_threads"),
-    *("max_model_len", "listen", "model_path", "packed_cache"),
+    *("max_model_len", "listen", "model_path", "packed_cache", "first_device"),
+    *("nnodes", "node_rank", "master_addr", "master_port"),
 }
 _GATEWAY_KEYS = ("max_body_bytes", "max_in_flight", "max_queued", "request_timeout_s")
 _REFUSED = ("chat_template", "replay", "replay_wait_s")  # the chart has no value for them
@@ -64,6 +65,13 @@ def _model(config: ServeConfig) -> dict[str, Any]:
     }
     if engine.revision is not None:
         values["revision"] = engine.revision
+    if engine.nnodes > 1:
+        if engine.tensor_parallel_size % engine.nnodes:
+            raise ConfigError(
+                f"nnodes: got {engine.nnodes}, allowed: what divides tensor_parallel_size "
+                f"{engine.tensor_parallel_size}"
+            )
+        values["hosts"] = engine.nnodes
     if engine.max_model_len is not None:
         values["maxModelLen"] = engine.max_model_len
     return values
