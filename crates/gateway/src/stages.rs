@@ -81,6 +81,7 @@ pub enum Stage {
 }
 
 impl Stage {
+    /// In the order in which a request passes them.
     pub const ALL: [Stage; 22] = [
         Stage::Accept,
         Stage::Auth,
@@ -132,6 +133,12 @@ impl Stage {
             Stage::Write => "write",
             Stage::Total => "total",
         }
+    }
+
+    /// Whether it passes in the engine, and is measured there.
+    #[must_use]
+    pub const fn is_engines(self) -> bool {
+        matches!(self, Stage::Queue | Stage::Prefill | Stage::Emit)
     }
 }
 

@@ -26,23 +26,6 @@ const SERVER: u8 = 2;
 /// A span's status.
 const ERROR: u8 = 2;
 
-/// The gateway's stages before the first token, in order; those of the engine are its own spans.
-const BEFORE_FIRST: [Stage; 13] = [
-    Stage::Accept,
-    Stage::Auth,
-    Stage::Body,
-    Stage::Parse,
-    Stage::Admission,
-    Stage::Safety,
-    Stage::TextQueue,
-    Stage::Template,
-    Stage::Tokenise,
-    Stage::Route,
-    Stage::Upstream,
-    Stage::LinkOut,
-    Stage::LinkBack,
-];
-
 /// An `ExportTraceServiceRequest` with the spans of these requests, and how many there are.
 #[must_use]
 pub fn document<'a>(requests: impl IntoIterator<Item = &'a EndedRequest>) -> (Value, usize) {
@@ -105,15 +88,13 @@ fn gateway_spans(request: &EndedRequest, context: &TraceContext, spans: &mut Vec
         spans.push(span.json(context.trace, new_span(), Some(context.span)));
     };
     let mut at_us = request.started_us;
-    for stage in BEFORE_FIRST {
-        if stage == Stage::LinkBack {
-            // The engine's time lies before it.
-            for engines in [Stage::Queue, Stage::Prefill, Stage::Emit] {
-                at_us += stages.get_us(engines).unwrap_or(0);
-            }
+    for stage in Stage::ALL {
+        if stage == Stage::First {
+            break;
         }
         let took_us = stages.get_us(stage).unwrap_or(0);
-        if took_us > 0 {
+        // The engine's are its own spans.
+        if took_us > 0 && !stage.is_engines() {
             child(stage.name(), at_us, took_us);
         }
         at_us += took_us;
