@@ -247,19 +247,14 @@ impl ClassifierConfig {
     #[must_use]
     pub fn upstream(&self) -> UpstreamConfig {
         UpstreamConfig {
-            url: self.url.clone(),
-            model: None,
             api_key_env: self.api_key_env.clone(),
             api_key_file: self.api_key_file.clone(),
             ca_file: self.ca_file.clone(),
-            weight: 1,
-            fallback: false,
             connect_timeout_s: self.timeout_s,
             first_byte_timeout_s: self.timeout_s,
             idle_timeout_s: self.timeout_s,
             health_path: String::new(),
-            health_interval_s: 60.0,
-            max_idle_connections: 64,
+            ..UpstreamConfig::at(self.url.clone())
         }
     }
 }
