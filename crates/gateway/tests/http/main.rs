@@ -1,43 +1,26 @@
 //! The gateway over real sockets, in front of fake engines.
 
-// Marked so that the lints for tests hold for its helper functions too.
-#[cfg(test)]
+// So that the lints for tests hold for what its files share too.
+#![cfg(test)]
+
 mod accounts;
 mod answers;
-// Marked so that the lints for tests hold for its helper functions too.
-#[cfg(test)]
 mod endpoints;
 mod errors;
 mod faults;
-// Marked so that the lints for tests hold for its helper functions too.
-#[cfg(test)]
 mod foreign;
-// Marked so that the lints for tests hold for its helper functions too.
-#[cfg(test)]
+mod foreign_faults;
 mod lifecycle;
-#[cfg(test)]
-mod profile;
-#[cfg(test)]
-mod replays;
-// Marked so that the lints for tests hold for its helper functions too.
-#[cfg(test)]
 mod operations;
-// Marked so that the lints for tests hold for its helper functions too.
-#[cfg(test)]
+mod profile;
+mod replays;
 mod routing;
-// Marked so that the lints for tests hold for its helper functions too.
-#[cfg(test)]
 mod safety;
-// Marked so that the lints for tests hold for its helper functions too.
-#[cfg(test)]
+mod safety_classifier;
 mod safety_relayed;
 mod streams;
-// Marked so that the lints for tests hold for its helper functions too.
-#[cfg(test)]
 mod support;
-#[cfg(test)]
 mod traces;
 mod transport;
-// Marked so that the lints for tests hold for its helper functions too.
-#[cfg(test)]
 mod upstream;
+mod ways_in;

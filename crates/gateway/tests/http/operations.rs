@@ -1,25 +1,21 @@
-//! What an operator changes while requests run, and the other ways in: TLS and a Unix socket.
+//! What an operator changes while requests run.
 
 use std::path::Path;
 use std::sync::Arc;
 
 use bytes::Bytes;
-use http_body_util::{BodyExt, Full};
-use hyper::client::conn::{http1, http2};
-use hyper_util::rt::{TokioExecutor, TokioIo};
-use rustls::pki_types::ServerName;
-use scalellm_gateway::{Config, Gateway, Log, ModelConfig};
+use http_body_util::BodyExt;
+use scalellm_fake_engine::FakeEngine;
+use scalellm_gateway::{Config, Gateway, Log};
 use serde_json::{Value, json};
-use tokio::net::{TcpStream, UnixStream};
 use tokio::sync::Notify;
-use tokio_rustls::TlsConnector;
 
 use super::support::{
     Folder, Reply, Stack, engine, open, request, says, send, start_engine, streamed_text, user,
 };
 use super::upstream::{Act, Mock, before, chunk, json as answer, last_chunk, stream_head};
 
-const WHOLE: &str = r#"{"choices":[{"message":{"content":"hi"}}]}"#;
+pub const WHOLE: &str = r#"{"choices":[{"message":{"content":"hi"}}]}"#;
 const HI: &str = "data: {\"choices\":[{\"delta\":{\"content\":\"hi\"}}]}\n\n";
 
 async fn admin(gateway: &Gateway, method: &str, path: &str, body: Value) -> Reply {
@@ -31,14 +27,36 @@ async fn admin(gateway: &Gateway, method: &str, path: &str, body: Value) -> Repl
     send(gateway.address(), request(method, path, &[], body)).await
 }
 
-fn file(mock: &Mock, more: &str) -> String {
+/// Takes a replica out; tells those that are left.
+async fn remove(stack: &Stack, model: &str, address: &str) -> Value {
+    let path = format!("/admin/v1/replicas?model={model}&address={address}");
+    admin(&stack.gateway, "DELETE", &path, Value::Null)
+        .await
+        .ok()
+}
+
+/// A second replica of our own, which says so, beside the first.
+async fn add_second(stack: &Stack) -> FakeEngine {
+    let address = stack.socket(1);
+    let engine = start_engine(&address, says("second"));
+    let added = json!({"model": "bytes", "address": address});
+    admin(&stack.gateway, "POST", "/admin/v1/replicas", added)
+        .await
+        .ok();
+    stack
+        .wait_metric("scalellm_replica_state{", "state=\"ready\"", 2.0)
+        .await;
+    engine
+}
+
+pub fn file(mock: &Mock, more: &str) -> String {
     format!(
         "port = 0\n{more}\n[[models]]\nname = 'chat'\n[[models.upstreams]]\nurl = 'http://{}/v1'\nhealth_path = ''\n",
         mock.address
     )
 }
 
-async fn from_file(path: &Path) -> Gateway {
+pub async fn from_file(path: &Path) -> Gateway {
     let config = Config::from_toml(&std::fs::read_to_string(path).unwrap()).unwrap();
     Gateway::start_from(config, Some(path.to_owned()), Log::default())
         .await
@@ -143,13 +161,7 @@ async fn a_stream_outlives_its_upstream_in_the_configuration() {
     admin(&stack.gateway, "POST", "/admin/v1/replicas", added)
         .await
         .ok();
-    let path = format!(
-        "/admin/v1/replicas?model=chat&address={}",
-        old.upstream().url
-    );
-    let listed = admin(&stack.gateway, "DELETE", &path, Value::Null)
-        .await
-        .ok();
+    let listed = remove(&stack, "chat", &old.upstream().url).await;
     assert_eq!(
         listed["models"][0]["upstreams"].as_array().unwrap().len(),
         1
@@ -182,15 +194,7 @@ async fn replicas_come_drain_and_go_while_a_request_runs() {
         ),
     )
     .await;
-    let second = stack.socket(1);
-    let _engine = start_engine(&second, says("second"));
-    let added = json!({"model": "bytes", "address": second});
-    admin(&stack.gateway, "POST", "/admin/v1/replicas", added)
-        .await
-        .ok();
-    stack
-        .wait_metric("scalellm_replica_state{", "state=\"ready\"", 2.0)
-        .await;
+    let _engine = add_second(&stack).await;
     let named = json!({"model": "bytes", "address": first});
     let listed = admin(&stack.gateway, "POST", "/admin/v1/replicas/drain", named)
         .await
@@ -200,10 +204,7 @@ async fn replicas_come_drain_and_go_while_a_request_runs() {
         let reply = stack.chat(json!({"messages": user("x")})).await.ok();
         assert_eq!(reply["choices"][0]["message"]["content"], "second");
     }
-    let path = format!("/admin/v1/replicas?model=bytes&address={first}");
-    let listed = admin(&stack.gateway, "DELETE", &path, Value::Null)
-        .await
-        .ok();
+    let listed = remove(&stack, "bytes", &first).await;
     assert_eq!(listed["models"][0]["replicas"].as_array().unwrap().len(), 1);
     // The request on the replica that goes is not lost.
     let text = response.into_body().collect().await.unwrap().to_bytes();
@@ -236,19 +237,8 @@ async fn a_request_that_waits_goes_to_what_is_there_when_its_turn_comes() {
     stack
         .wait_metric("scalellm_queued_requests{", "", 1.0)
         .await;
-    let (first, second) = (stack.socket(0), stack.socket(1));
-    let _engine = start_engine(&second, says("second"));
-    let added = json!({"model": "bytes", "address": second});
-    admin(&stack.gateway, "POST", "/admin/v1/replicas", added)
-        .await
-        .ok();
-    stack
-        .wait_metric("scalellm_replica_state{", "state=\"ready\"", 2.0)
-        .await;
-    let path = format!("/admin/v1/replicas?model=bytes&address={first}");
-    admin(&stack.gateway, "DELETE", &path, Value::Null)
-        .await
-        .ok();
+    let _engine = add_second(&stack).await;
+    remove(&stack, "bytes", &stack.socket(0)).await;
     drop(running);
     let events = waiting.await.unwrap().events();
     assert!(
@@ -373,119 +363,6 @@ async fn what_an_operator_gets_wrong_is_told() {
         error["message"].as_str().unwrap().contains("is drained"),
         "{error}"
     );
-}
-
-/// A certificate for localhost in two files, and the connector that believes it.
-fn certificate(folder: &Path) -> TlsConnector {
-    let made = rcgen::generate_simple_self_signed(vec!["localhost".to_owned()]).unwrap();
-    std::fs::write(folder.join("cert.pem"), made.cert.pem()).unwrap();
-    std::fs::write(folder.join("key.pem"), made.signing_key.serialize_pem()).unwrap();
-    let mut roots = rustls::RootCertStore::empty();
-    roots.add(made.cert.der().clone()).unwrap();
-    let provider = Arc::new(rustls::crypto::ring::default_provider());
-    let mut config = rustls::ClientConfig::builder_with_provider(provider)
-        .with_safe_default_protocol_versions()
-        .unwrap()
-        .with_root_certificates(roots)
-        .with_no_client_auth();
-    config.alpn_protocols = vec![b"h2".to_vec(), b"http/1.1".to_vec()];
-    TlsConnector::from(Arc::new(config))
-}
-
-#[tokio::test]
-async fn clients_speak_tls_and_a_new_certificate_is_taken_up() {
-    let mock = Mock::start(|_| vec![answer(WHOLE)]).await;
-    let folder = Folder::new();
-    let path = folder.0.join("gateway.toml");
-    let connector = certificate(&folder.0);
-    let tls = format!(
-        "tls_cert = '{0}/cert.pem'\ntls_key = '{0}/key.pem'",
-        folder.0.display()
-    );
-    std::fs::write(&path, file(&mock, &tls)).unwrap();
-    let gateway = from_file(&path).await;
-    let name = || ServerName::try_from("localhost").unwrap();
-    let connect = async |connector: &TlsConnector| {
-        let tcp = TcpStream::connect(gateway.address()).await.unwrap();
-        connector.connect(name(), tcp).await
-    };
-    let stream = connect(&connector).await.unwrap();
-    assert_eq!(stream.get_ref().1.alpn_protocol(), Some(&b"h2"[..]));
-    let (mut sender, connection) = http2::handshake(TokioExecutor::new(), TokioIo::new(stream))
-        .await
-        .unwrap();
-    let task = tokio::spawn(connection);
-    let mut asked = request(
-        "POST",
-        "/v1/chat/completions",
-        &[],
-        Bytes::from(r#"{"model":"chat"}"#),
-    );
-    *asked.uri_mut() = "https://localhost/v1/chat/completions".parse().unwrap();
-    asked.headers_mut().remove("host");
-    let reply = Reply::read(sender.send_request(asked).await.unwrap()).await;
-    assert_eq!(reply.text(), WHOLE);
-    let renewed = certificate(&folder.0);
-    assert!(connect(&renewed).await.is_err());
-    let mut asked: hyper::Request<Full<Bytes>> =
-        request("POST", "/admin/v1/reload", &[], Bytes::new());
-    *asked.uri_mut() = "https://localhost/admin/v1/reload".parse().unwrap();
-    asked.headers_mut().remove("host");
-    let reloaded = Reply::read(sender.send_request(asked).await.unwrap()).await;
-    assert_eq!(reloaded.status, 200, "{}", reloaded.text());
-    assert!(connect(&renewed).await.is_ok());
-    assert!(connect(&connector).await.is_err());
-    task.abort();
-}
-
-#[tokio::test]
-async fn half_a_tls_greeting_is_closed() {
-    let mock = Mock::start(|_| vec![answer(WHOLE)]).await;
-    let folder = Folder::new();
-    let path = folder.0.join("gateway.toml");
-    let _ = certificate(&folder.0);
-    let tls = format!(
-        "header_timeout_s = 0.1\ntls_cert = '{0}/cert.pem'\ntls_key = '{0}/key.pem'",
-        folder.0.display()
-    );
-    std::fs::write(&path, file(&mock, &tls)).unwrap();
-    let gateway = from_file(&path).await;
-    let tcp = TcpStream::connect(gateway.address()).await.unwrap();
-    tcp.readable().await.unwrap();
-    assert_eq!(tcp.try_read(&mut [0; 8]).unwrap(), 0);
-}
-
-#[tokio::test]
-async fn a_unix_socket_is_another_way_in() {
-    let mock = Mock::start(|_| vec![answer(WHOLE)]).await;
-    let folder = Folder::new();
-    let socket = folder.0.join("http.sock");
-    // What a killed process leaves behind is in nobody's way.
-    drop(std::os::unix::net::UnixListener::bind(&socket).unwrap());
-    let stack = Stack::start(Vec::new(), |config| {
-        before(vec![mock.upstream()])(config);
-        config.unix_socket = Some(socket.clone());
-    })
-    .await;
-    let stream = UnixStream::connect(&socket).await.unwrap();
-    let (mut sender, connection) = http1::handshake(TokioIo::new(stream)).await.unwrap();
-    let task = tokio::spawn(connection);
-    let asked = request("GET", "/admin/v1/replicas", &[], Bytes::new());
-    let reply = Reply::read(sender.send_request(asked).await.unwrap()).await;
-    assert_eq!(reply.ok()["models"][0]["model"], "chat");
-    task.abort();
-    let config = Config {
-        port: 0,
-        unix_socket: Some(socket.clone()),
-        models: vec![ModelConfig {
-            name: "x".to_owned(),
-            upstreams: vec![mock.upstream()],
-            ..ModelConfig::default()
-        }],
-        ..Config::default()
-    };
-    assert!(Gateway::start(config).await.is_err(), "the socket is taken");
-    drop(stack);
 }
 
 #[tokio::test]
