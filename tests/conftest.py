@@ -48,6 +48,10 @@ def _ray() -> str | None:
     return None if find_spec("ray") else "it is not installed"
 
 
+def _schemathesis() -> str | None:
+    return None if find_spec("schemathesis") else "it is not installed"
+
+
 def _cc() -> str | None:
     return None if shutil.which("cc") else "no C compiler"
 
@@ -59,6 +63,7 @@ PROBES: dict[str, Callable[[], str | None]] = {
     "helm": _helm,
     "postgres": _postgres,
     "ray": _ray,
+    "schemathesis": _schemathesis,
     "two-cores": _two_cores,
 }
 
