@@ -9,7 +9,7 @@ use std::sync::Arc;
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use parking_lot::{Condvar, Mutex};
+use parking_lot::{Condvar, Mutex, MutexGuard};
 use tokio::sync::oneshot;
 
 use crate::error::{ApiError, ApiResult};
@@ -174,23 +174,33 @@ impl Queue {
 
     /// A thread's life: what was put before the end is still done.
     fn work(&self) {
-        loop {
-            let (job, is_long) = {
-                let mut jobs = self.jobs.lock();
-                loop {
-                    if let Some(next) = jobs.next() {
-                        break next;
-                    }
-                    if jobs.ended {
-                        return;
-                    }
-                    self.came.wait(&mut jobs);
-                }
-            };
+        while let Some((job, is_long)) = self.take() {
             job(&mut Pause {
                 queue: is_long.then_some(self),
                 took: Duration::ZERO,
             });
+        }
+    }
+
+    /// The next job, and whether it is long; waits for one. `None` at the end.
+    fn take(&self) -> Option<(Job, bool)> {
+        let mut jobs = self.jobs.lock();
+        let mut has_yielded = false;
+        loop {
+            if let Some(next) = jobs.next() {
+                return Some(next);
+            }
+            if jobs.ended {
+                return None;
+            }
+            if has_yielded {
+                self.came.wait(&mut jobs);
+            } else {
+                // Who brings jobs may share the core: let it bring more before this thread sleeps, and each of
+                // them has to wake it.
+                has_yielded = true;
+                MutexGuard::unlocked(&mut jobs, std::thread::yield_now);
+            }
         }
     }
 }
