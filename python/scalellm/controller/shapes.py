@@ -77,7 +77,7 @@ def check_together(config: ServeConfig) -> None:
             raise ConfigError("--nnodes and several replicas: allowed is one of them")
         if config.deployment.launcher != "local":
             raise ConfigError(
-                f"--nnodes: got {config.engine.nnodes}, allowed with --launcher local alone"
+                f"--nnodes: got {config.engine.nnodes}, allowed with --launcher: local, kubernetes"
             )
     if is_auto and config.engine.device == "cuda":
         # Replicas of the old shape and of the new one run beside each other for a while.

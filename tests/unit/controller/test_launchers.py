@@ -132,6 +132,8 @@ def test_kubernetes_gets_the_hosts_of_a_replica() -> None:
     spread = config({"tensor_parallel_size": 4, "nnodes": 2, "master_addr": "10.0.0.1"})
     (found,) = helm_values([spread])["models"]
     assert (found["hosts"], found["tensorParallelSize"], found["args"]) == (2, 4, [])
+    (wide,) = helm_values([config({"tensor_parallel_size": 8, "nnodes": 2})])["models"]
+    assert wide["cpuThreads"] == 4, "of one pod"
     with pytest.raises(ConfigError, match="nnodes: got 3"):
         helm_values([config({"tensor_parallel_size": 4, "nnodes": 3})])
 

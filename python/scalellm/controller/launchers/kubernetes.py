@@ -51,7 +51,8 @@ def _model(config: ServeConfig) -> dict[str, Any]:
         if getattr(gateway, name) != getattr(GatewayConfig(), name):
             raise ConfigError(f"{name}: the chart has no value for it; allowed with it: local, ray")
     shape, more = _shape(config)
-    threads = engine.cpu_threads or shape.get("devices") or max(2, engine.tensor_parallel_size)
+    ranks_here = engine.tensor_parallel_size // engine.nnodes  # in each pod
+    threads = engine.cpu_threads or shape.get("devices") or max(2, ranks_here)
     values: dict[str, Any] = {
         "name": served_name(engine),
         "model": engine.model,
