@@ -1,10 +1,8 @@
 """Ranks of several hosts give the bits of one: here as processes that share no memory."""
 
-import json
 import socket
 import subprocess
 import sys
-import threading
 
 import pytest
 import torch
@@ -12,9 +10,7 @@ from transformers import AutoModelForCausalLM, MixtralConfig
 
 from scalellm.config import EngineConfig
 from scalellm.errors import ConfigError, EngineError
-from scalellm.executor import hosts
 from scalellm.executor.batch import Batch, Span
-from scalellm.executor.hosts import Meeting, come, connect, read_line
 from scalellm.executor.load import load_executor
 
 HERE = "127.0.0.1"
@@ -150,84 +146,6 @@ def test_an_engine_that_starts_anew_finds_the_other_host_again(folder):
                 assert torch.equal(logits, expected)
         finally:
             other.terminate()
-
-
-# ------------------------------------------------------------ how they find each other
-
-
-def test_three_ranks_find_each_other_and_nobody_else():
-    meeting = Meeting(HERE, 0)
-    found = {}
-
-    def one(rank):
-        control, listener = come(meeting.address, rank)
-        told = json.loads(read_line(control))
-        found[rank] = connect(rank, told["places"], told["key"], listener)
-
-    threads = [threading.Thread(target=one, args=(rank,)) for rank in (2, 1)]
-    for thread in threads:
-        thread.start()
-    with socket.create_connection(meeting.address) as stranger:
-        stranger.sendall(b'{"rank": 7, "port": 1, "version": "?"}\n')
-        controls, places = meeting.wait(3)
-    with socket.create_connection(places[0]) as stranger:
-        stranger.sendall(b"\0" * 20)  # not the key
-        for control in controls:
-            line = json.dumps({"places": places, "key": meeting.key}).encode()
-            control.sendall(line + b"\n")
-        found[0] = connect(0, places, meeting.key, meeting.listener)
-    for thread in threads:
-        thread.join()
-    for rank, links in found.items():
-        assert links[rank] is None
-        for other, link in enumerate(links):
-            if other > rank:
-                link.sendall(bytes([rank, other]))
-    for rank, links in found.items():
-        for other in range(rank):
-            assert links[other].recv(2) == bytes([other, rank])
-    for link in [*controls, *(link for links in found.values() for link in links if link)]:
-        link.close()
-    meeting.close()
-
-
-def test_who_does_not_come_is_named(monkeypatch):
-    monkeypatch.setattr(hosts, "COME_WITHIN_S", 0.05)
-    meeting = Meeting(HERE, 0)
-    with pytest.raises(EngineError, match=r"ranks \[1, 2\] have not come to 127.0.0.1:"):
-        meeting.wait(3)
-    meeting.close()
-
-
-def test_a_rank_of_this_host_that_ends_is_not_waited_for():
-    def check():
-        raise EngineError("rank 1 ended")
-
-    meeting = Meeting(HERE, 0)
-    with pytest.raises(EngineError, match="rank 1 ended"):
-        meeting.wait(2, check)
-    meeting.close()
-
-
-def test_connections_notice_a_host_that_says_nothing_any_more():
-    """Within two seconds; no host is unplugged here, so what the kernel was told is looked at."""
-    with socket.socket() as connection:
-        hosts.watch_over(connection)
-        told = connection.getsockopt
-        assert told(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
-        assert told(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT) == 2000
-        idle_s, every_s, count = (
-            told(socket.IPPROTO_TCP, option)
-            for option in (socket.TCP_KEEPIDLE, socket.TCP_KEEPINTVL, socket.TCP_KEEPCNT)
-        )
-        assert idle_s + every_s * count <= 2
-
-
-def test_a_port_that_is_taken_is_named():
-    with socket.create_server((HERE, 0)) as taken:
-        port = taken.getsockname()[1]
-        with pytest.raises(EngineError, match=f"--master-port {port}: cannot listen"):
-            Meeting(HERE, port)
 
 
 @pytest.mark.parametrize(

@@ -109,7 +109,11 @@ class Followers:
             try:
                 with control.makefile("rb") as stream:
                     line = stream.readline()
-            except ConnectionError:
+            except TimeoutError:
+                if limit_s is not None:
+                    raise
+                line = b""  # from the kernel: its host does not answer
+            except OSError:
                 line = b""
             control.settimeout(None)
             if not line:

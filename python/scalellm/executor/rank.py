@@ -12,6 +12,7 @@ scheduler, and its answers lie in the shared memory.
 """
 
 import argparse
+import contextlib
 import json
 import os
 import signal
@@ -130,7 +131,7 @@ def _load(
         if link := None if links is None else links[0]:
             host, own = link.getpeername()[0], link.getsockname()[0]
         store = find_meeting(told["meeting"], sizes.ranks, host)
-        exchange = TorchExchange(store, rank, sizes.ranks, device, found.dtype, own)
+        exchange = TorchExchange(store, rank, sizes.ranks, device, found.dtype, own, config.nnodes)
     if memory is None or logits is None:
         memory, logits = os.memfd_create("scalellm-ranks"), os.memfd_create("scalellm-logits")
         os.ftruncate(memory, sizes.memory_bytes)
@@ -151,8 +152,9 @@ def _end_with_parent() -> None:
 
 def _end_with(control: socket.socket) -> None:
     """End this process, whatever it does, when rank 0 has ended."""
-    while control.recv(1, socket.MSG_PEEK):
-        pass
+    with contextlib.suppress(OSError):  # a host that is gone, or its connection reset
+        while control.recv(1, socket.MSG_PEEK):
+            pass
     os._exit(0)
 
 

@@ -8,7 +8,7 @@
 Rank 0 is in the engine's process, so that its logits are at hand; the others are processes of their
 own (rank.py). By the CPU's kernels the bits are those of one process, on whatever number of ranks.
 A rank that ends, or fails, ends the replica: `check` and whatever waits for it raise within a
-fraction of a second.
+fraction of a second; within some, where its host is gone without a word.
 """
 
 import logging
@@ -108,7 +108,9 @@ class TensorParallelExecutor(SingleExecutor):
             followers.load([order(rank, config, sizes, meeting=store.port) for rank in others])
             followers.wait_done()  # importing torch
             try:
-                exchange = TorchExchange(store, 0, ranks, found.device, found.dtype, host)
+                exchange = TorchExchange(
+                    store, 0, ranks, found.device, found.dtype, host, config.nnodes
+                )
                 own = cls.load_part(config, progress, take(exchange=exchange))
             except RuntimeError:
                 # The others may know better why nobody comes.

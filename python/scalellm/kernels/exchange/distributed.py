@@ -40,9 +40,10 @@ class TorchExchange:
         device: torch.device,
         dtype: torch.dtype,
         own_host: str = LOOPBACK,
+        hosts: int = 1,
     ) -> None:
-        """Wait for the other ranks. `dtype`: what most sums are of; `own_host`: the address of this
-        host that those of other hosts reach. Raises RuntimeError."""
+        """Wait for the other ranks, on `hosts`. `dtype`: what most sums are of; `own_host`: the
+        address of this host that those of other hosts reach. Raises RuntimeError."""
         self._ranks, self._device = ranks, device
         self._one_shot: OneShot | None = None
         self._group: Any  # torch's stubs lack what backends take
@@ -52,8 +53,7 @@ class TorchExchange:
                 "nccl", store=store, rank=rank, world_size=ranks, timeout=_LIMIT, device_id=device
             )
             self._group = _world()
-            is_one_host = own_host == LOOPBACK
-            one_shot = OneShot.make(self._group, device, dtype) if is_one_host else None
+            one_shot = OneShot.make(self._group, device, dtype) if hosts == 1 else None
             if self.least(one_shot is not None):
                 self._one_shot = one_shot
         else:
