@@ -39,6 +39,7 @@ from scalellm.bench.machine import describe_machine
 from scalellm.config import EngineConfig
 from scalellm.engine.local import LocalEngine, LocalListener, LocalSubmission, Outbox
 from scalellm.engine.loop import EngineLoop
+from scalellm.executor.expert_use import ExpertUse
 from scalellm.executor.load import load_executor
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -88,7 +89,9 @@ class StepNotes(LocalListener):
         requests: int,
         tokens: int,
         phases: Sequence[tuple[str, int]],
+        expert_use: ExpertUse | None,
     ) -> None:
+        super().note_step(number, started_us, requests, tokens, phases, expert_use)
         self.notes.append((number, started_us, requests, tokens, dict(phases)))
 
 

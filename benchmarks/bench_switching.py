@@ -74,7 +74,8 @@ def measure(part: str, folder: Path, seconds: Sequence[float]) -> Found:
             {
                 "concurrency": row["concurrency"],
                 "completed": row["completed"],
-                "failed": row["failed"] + row["timed_out"],
+                # A server that vanished may look like one that let go of an idle connection.
+                "failed": row["failed"] + row["timed_out"] + row["resent"],
                 "wrong_length": sum(
                     one["output_tokens"] != Workload().output_tokens
                     for one in series.Records.of(row).completed()

@@ -307,5 +307,5 @@ def _load(
 
 
 def _plus(found: Figures, row: Row, **figures: Any) -> Figures:
-    failed = found.failed + row["failed"] + row["timed_out"]
+    failed = found.failed + row["failed"] + row["timed_out"] + row["resent"]
     return replace(found, failed=failed, **figures)

@@ -34,6 +34,9 @@ const MAX_ERROR_BYTES: usize = 4096;
 /// Gaps kept of one request; a stream that never ends must not fill the memory.
 const MAX_GAPS: usize = 1 << 20;
 
+/// A server that ends a kept connection later than this after a request had it to answer.
+const CROSSED_WITHIN_NS: u64 = 100_000_000;
+
 /// The endpoint as one run sees it: its addresses, its idle connections, and what to say to it.
 pub(crate) struct Client {
     target: Target,
@@ -248,16 +251,20 @@ impl Client {
     }
 
     /// Hands the request to an idle connection or a new one. It is sent again where nothing of it
-    /// was written, and where a connection that was kept from an earlier request ended without a
-    /// word: a server may let go of an idle one at any time (RFC 9112, section 9.3.1). Its wait
-    /// counts from the first time, and the report counts the second kind.
+    /// was written, and once, on a new connection, where one that was kept from an earlier request
+    /// ended without a word as soon as it was used: a server may let go of an idle one at any time
+    /// (RFC 9112, section 9.3.1). Its wait counts from the first time; the report counts these.
     async fn send(
         &self,
         mut request: Request<Full<Bytes>>,
         observed: &mut Observed,
     ) -> Result<(Connection, Response<Incoming>), Failure> {
         loop {
-            let (mut connection, is_new) = match self.take_idle().await {
+            let idle = match observed.resent {
+                false => self.take_idle().await,
+                true => None,
+            };
+            let (mut connection, is_new) = match idle {
                 Some(connection) => (connection, false),
                 None => (self.connect().await?, true),
             };
@@ -276,8 +283,9 @@ impl Client {
             };
             let is_unsent = error.take_message().is_some();
             let failure = http_failure(&error.into_error());
-            let is_unanswered =
-                failure.kind == FailureKind::Reset && connection.read_ns() < ready_ns;
+            let is_unanswered = failure.kind == FailureKind::Reset
+                && connection.read_ns() < ready_ns
+                && self.clock.now_ns() < ready_ns + CROSSED_WITHIN_NS;
             match again {
                 Some(again) if is_unsent || is_unanswered => request = again,
                 _ => return Err(failure),

@@ -55,7 +55,7 @@ class Gpus:
         for at in range(first, first + ranks):
             self._used[at] += share
         most = max(self._used[first : first + ranks])
-        if most > 1:
+        if most > 1 + 1e-9:  # shares as 0.1 have no exact sum
             raise ConfigError(
                 f"--replicas: none of the {there} GPUs is left for {name}; fewer replicas fit, or "
                 f"several on one whose --gpu-memory-utilization are at most 1 together, not "

@@ -254,6 +254,7 @@ impl ClassifierConfig {
             first_byte_timeout_s: self.timeout_s,
             idle_timeout_s: self.timeout_s,
             health_path: String::new(),
+            max_idle_connections: 64,
             ..UpstreamConfig::at(self.url.clone())
         }
     }
