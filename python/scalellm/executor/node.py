@@ -6,6 +6,7 @@ engine that takes its place.
 
 import contextlib
 import json
+import logging
 import os
 import signal
 import subprocess
@@ -15,6 +16,8 @@ from types import FrameType
 from scalellm.config import EngineConfig
 from scalellm.errors import ConfigError
 from scalellm.executor.followers import start_rank
+
+logger = logging.getLogger(__name__)
 
 _PAUSE_S = 1.0  # before ranks that have ended are started anew
 
@@ -56,6 +59,7 @@ def serve_ranks(config: EngineConfig) -> int:
     address = (config.master_addr, config.master_port)
     alive, _ = os.pipe()
     while not stopped.is_set():
+        logger.info("ranks %s wait for rank 0 at %s:%d", [*mine], *address)
         running += [start_rank(rank, address, alive, f"--own={json.dumps(own)}") for rank in mine]
         if stopped.is_set():
             stop(0, None)

@@ -28,7 +28,7 @@ import torch
 
 from scalellm.config import EngineConfig
 from scalellm.errors import EngineError
-from scalellm.executor.hosts import come, connect, read_line
+from scalellm.executor.hosts import come, connect, places_told
 from scalellm.executor.seat import FOLLOWED, LOGITS, STOP, Seat, Sizes, read_letter
 from scalellm.executor.single import SingleExecutor
 from scalellm.kernels.exchange import Exchange
@@ -111,8 +111,8 @@ def _find(host: str, port: int, rank: int) -> tuple[socket.socket, Links]:
     """Connections to rank 0, for what it says, and to all ranks. Raises EngineError, OSError."""
     control, listener = come((host, port), rank)
     with listener:
-        told = json.loads(read_line(control))
-        return control, connect(rank, told["places"], told["key"], listener)
+        places, key = places_told(control)
+        return control, connect(rank, places, key, listener)
 
 
 def _load(
