@@ -34,6 +34,7 @@ from scalellm.executor.single import SingleExecutor
 from scalellm.kernels.exchange import Exchange
 from scalellm.kernels.exchange.distributed import LOOPBACK, TorchExchange, find_meeting
 from scalellm.loader.device import choose_device, use_device
+from scalellm.loader.digest import weights_digest
 from scalellm.loader.load import check_ranks
 
 Links = Sequence[socket.socket | None] | None  # to all ranks; None where all are on one host
@@ -50,6 +51,8 @@ def order(
     exchange meets at the port `meeting`."""
     engine = asdict(config) | {"model_path": str(config.model_path)}
     told = {"rank": rank, "engine": engine, "sizes": asdict(sizes)}
+    if config.nnodes > 1:
+        told["weights"] = weights_digest(config.model_path, config.load_format, config.seed)
     return json.dumps(told | {"num_blocks": num_blocks, "meeting": meeting}).encode() + b"\n"
 
 
@@ -80,10 +83,11 @@ def main() -> int:
     threading.Thread(target=_end_with, args=(control,), daemon=True).start()
     told = json.loads(line)
     told["engine"] |= json.loads(given.own)
-    if told["meeting"] is not None:
-        stream.write(b"{}\n")
-        stream.flush()
     try:
+        _check_weights(told)
+        if told["meeting"] is not None:
+            stream.write(b"{}\n")
+            stream.flush()
         executor, seat = _load(told, given.memory, given.logits, links)
     except Exception as error:
         stream.write(json.dumps({"error": f"{type(error).__name__}: {error}"}).encode() + b"\n")
@@ -113,6 +117,16 @@ def _find(host: str, port: int, rank: int) -> tuple[socket.socket, Links]:
     with listener:
         places, key = places_told(control)
         return control, connect(rank, places, key, listener)
+
+
+def _check_weights(told: dict[str, Any]) -> None:
+    """Raises EngineError where those of this host are not rank 0's."""
+    engine = told["engine"]
+    expected, folder = told.get("weights"), Path(engine["model_path"])
+    if expected is None:  # rank 0's host is this
+        return
+    if weights_digest(folder, engine["load_format"], engine["seed"]) != expected:
+        raise EngineError(f"{folder} has another model there, or another revision, than rank 0 has")
 
 
 def _load(

@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from scalellm.cli.engine_info import weights_digest
+from scalellm.loader.digest import weights_digest
 
 
 def folder_with(folder: Path, weights: torch.Tensor) -> Path:
