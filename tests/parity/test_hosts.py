@@ -1,5 +1,7 @@
 """Ranks of several hosts give the bits of one: here as processes that share no memory."""
 
+import contextlib
+import random
 import socket
 import subprocess
 import sys
@@ -21,8 +23,7 @@ BATCHES = (
 )
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
+def made(folder, seed):
     config = MixtralConfig(
         vocab_size=VOCAB,
         hidden_size=64,
@@ -34,10 +35,14 @@ def folder(tmp_path_factory):
         num_experts_per_tok=2,
         max_position_embeddings=256,
     )
-    torch.manual_seed(0)
-    folder = tmp_path_factory.mktemp("mixtral")
+    torch.manual_seed(seed)
     AutoModelForCausalLM.from_config(config).bfloat16().save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return made(tmp_path_factory.mktemp("mixtral"), seed=0)
 
 
 def load(folder, **settings):
@@ -69,9 +74,12 @@ def alone(folder, **settings):
 
 
 def free_port():
-    with socket.socket() as probe:
-        probe.bind((HERE, 0))
-        return probe.getsockname()[1]
+    """Not of those that the system gives to connections: one that looks for rank 0 before that
+    listens could be given the port that it looks at, and find itself."""
+    while True:
+        port = random.randrange(20_000, 32_000)
+        with contextlib.suppress(OSError), socket.create_server((HERE, port)):
+            return port
 
 
 def other_host(folder, port, ranks=2):
@@ -127,11 +135,24 @@ def test_a_host_that_is_gone_ends_the_replica(folder, how):
             several = load(folder, tensor_parallel_size=2, nnodes=2, master_port=port)
         finally:
             getattr(other, how)()  # and its rank with it
-        with pytest.raises(EngineError, match="lost a rank: rank 1, on another host, has ended"):
+        # Whichever comes first: the end of its connection, or of a step.
+        said = "lost a rank: (rank 1, on another host, has ended|a rank has failed)"
+        with pytest.raises(EngineError, match=said):
             while True:
                 several.forward(BATCHES[0])
                 several.check()
         several.close()
+
+
+@pytest.mark.parametrize("settings", [{}, {"quantization": "none"}], ids=str)
+def test_a_host_with_another_revision_of_the_model_is_refused(folder, tmp_path, settings):
+    port = free_port()
+    with other_host(made(tmp_path, seed=1), port) as other:
+        try:
+            with pytest.raises(EngineError, match=r"rank 1 could not load: .* another revision"):
+                load(folder, tensor_parallel_size=2, nnodes=2, master_port=port, **settings)
+        finally:
+            other.terminate()
 
 
 def test_an_engine_that_starts_anew_finds_the_other_host_again(folder):
