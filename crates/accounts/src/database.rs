@@ -105,7 +105,19 @@ impl Database {
     /// # Errors
     /// `Unavailable`.
     pub async fn migrate(&self) -> Result<()> {
-        let run = async { Ok(MIGRATIONS.run(&self.pool).await?) };
+        let run = async {
+            match self.dialect {
+                Dialect::Postgres => MIGRATIONS.run(&self.pool).await?,
+                // Nothing locks here by itself: of two processes that begin at once, both would make the same table.
+                Dialect::Sqlite => {
+                    let mut tx = self.pool.begin_with("BEGIN IMMEDIATE").await?;
+                    // `run` cannot be in a future that another thread goes on with: its lifetimes are too narrow.
+                    MIGRATIONS.run_direct(None, &mut *tx, false).await?;
+                    tx.commit().await?;
+                }
+            }
+            Ok(())
+        };
         // A migration may take longer than a statement.
         let migrating = self
             .migrated

@@ -1,6 +1,9 @@
 //! From a key's creation to its revocation.
 
-use scalellm_accounts::{AccountsError, Denied, Limits, NewKey, Refused, store};
+use std::time::Duration;
+
+use scalellm_accounts::{AccountsError, Database, Denied, Limits, NewKey, Refused, store};
+use tokio::task::JoinSet;
 
 use crate::support::{fresh, key, started};
 
@@ -52,5 +55,20 @@ async fn strangers_are_refused() {
     for secret in ["", "alpha", &stranger, &stranger] {
         let refused = accounts.authenticate(secret).await.unwrap_err();
         assert_eq!(refused, Denied::Key(Refused::Unknown), "{secret}");
+    }
+}
+
+#[tokio::test]
+async fn those_who_open_a_new_database_at_once_make_its_tables_once() {
+    for _ in 0..8 {
+        let fresh = fresh().await;
+        let mut opening = JoinSet::new();
+        for _ in 0..4 {
+            let database = Database::open(&fresh.url, Duration::from_secs(30)).unwrap();
+            opening.spawn(async move { database.migrate().await });
+        }
+        for outcome in opening.join_all().await {
+            outcome.unwrap();
+        }
     }
 }
