@@ -30,8 +30,10 @@ def server(tmp_path: Path) -> Iterator[tuple[str, str]]:
     """URL of a gateway before a fake engine, and a key."""
     url = f"sqlite:{tmp_path / 'accounts.db'}"
     gateways = Gateways(tmp_path, url, 1)
-    yield gateways.urls[0], new_key(url)[1]
-    gateways.close()
+    try:
+        yield gateways.urls[0], new_key(url)[1]
+    finally:
+        gateways.close()
 
 
 def name_the_model(part: Any) -> None:
