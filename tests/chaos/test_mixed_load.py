@@ -29,6 +29,7 @@ logger = logging.getLogger(__name__)
 MIXED_LOAD_S = float(os.environ.get("SCALELLM_MIXED_LOAD_S", "15"))
 CLIENTS = 24
 WORDS = ("Once", "upon", "a", "time", "there", "was", "little", "dog", "and", "the", "sun", "shone")
+LATE_TASKS = 4
 # What an allocator keeps for itself from one third of the run to the next, and, in the first
 # minute, the gateway's cache of texts, which fills up to its bound.
 SLACK_BYTES = (24 << 20) + (64 << 20 if MIXED_LOAD_S < 60 else 0)
@@ -169,7 +170,8 @@ def test_clients_that_come_and_leave_leave_nothing_behind(server: Serve) -> None
     memory = memory_under_load(server, pids)
 
     until(lambda: is_quiet(url))
-    until(lambda: load(url)["tasks"] <= tasks_before)
+    # A few long-lived ones begin seconds after the start; a leak of one kind of client is hundreds.
+    until(lambda: load(url)["tasks"] <= tasks_before + LATE_TASKS)
     until(lambda: files(pids["gateway"]) <= files_before)
     found = load(url)
     assert (found["queued_requests"], found["text_queue"], found["body_memory_bytes"]) == (0, 0, 0)
