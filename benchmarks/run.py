@@ -75,8 +75,7 @@ def parallel(_left_s: float, _fresh: Sequence[str], _command: str) -> int:
         ("--shape", "mixtral-1b"),
         ("--shape", "mixtral-1b-active", "--against", "mixtral-1b"),
     )
-    docs = ("--docs", str(PERFORMANCE))
-    return max(tensor_parallel.main([*shape, "--rounds", "2", *docs]) for shape in shapes)
+    return max(tensor_parallel.main([*shape, "--rounds", "2"]) for shape in shapes)
 
 
 def parts(_left_s: float, _fresh: Sequence[str], command: str) -> int:
