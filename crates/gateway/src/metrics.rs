@@ -1,7 +1,7 @@
 //! Counters and histograms, in Prometheus' text format.
 
 use std::collections::BTreeMap;
-use std::fmt::Write as _;
+use std::fmt::{Display, Write as _};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 
@@ -151,30 +151,19 @@ impl Metrics {
 
     /// All of it but the replicas' and the queues' gauges, which the route adds.
     pub fn write(&self, out: &mut String) {
-        family(
-            out,
-            "scalellm_requests_total",
-            "counter",
-            "Requests that ended, by route and status.",
-        );
-        for ((route, status), count) in &*self.requests.lock() {
-            let _ = writeln!(
-                out,
-                "scalellm_requests_total{{route=\"{route}\",status=\"{status}\"}} {count}"
-            );
-        }
-        family(
-            out,
-            "scalellm_rejected_total",
-            "counter",
-            "Requests refused before they reached an engine, by reason.",
-        );
-        for (reason, count) in &*self.rejected.lock() {
-            let _ = writeln!(
-                out,
-                "scalellm_rejected_total{{reason=\"{reason}\"}} {count}"
-            );
-        }
+        let help = "Requests that ended, by route and status.";
+        let ended = self.requests.lock().clone();
+        let ended = ended.into_iter().map(|((route, status), count)| {
+            let labels = format!("route=\"{route}\",status=\"{status}\"");
+            (labels, count)
+        });
+        samples(out, "scalellm_requests_total", "counter", help, ended);
+        let help = "Requests refused before they reached an engine, by reason.";
+        let rejected = self.rejected.lock().clone();
+        let rejected = rejected
+            .into_iter()
+            .map(|(reason, count)| (format!("reason=\"{reason}\""), count));
+        samples(out, "scalellm_rejected_total", "counter", help, rejected);
         for (name, kind, help, value) in [
             (
                 "scalellm_connections_total",
@@ -195,8 +184,7 @@ impl Metrics {
                 &self.clients_stalled,
             ),
         ] {
-            family(out, name, kind, help);
-            let _ = writeln!(out, "{name} {}", value.load(Relaxed));
+            sample(out, name, kind, help, value.load(Relaxed));
         }
         self.faults.write(out);
         let models = self.models.lock().clone();
@@ -215,15 +203,11 @@ impl Metrics {
             }),
         ];
         for (name, help, count) in counts {
-            family(out, name, "counter", help);
-            for (model, metrics) in &models {
-                let _ = writeln!(
-                    out,
-                    "{name}{{model={}}} {}",
-                    label(model),
-                    count(metrics).load(Relaxed)
-                );
-            }
+            let values = models.iter().map(|(model, metrics)| {
+                let labels = format!("model={}", label(model));
+                (labels, count(metrics).load(Relaxed))
+            });
+            samples(out, name, "counter", help, values);
         }
         gen_ai::write(
             out,
@@ -256,6 +240,26 @@ impl Metrics {
 /// Writes a family's HELP and TYPE lines.
 pub fn family(out: &mut String, name: &str, kind: &str, help: &str) {
     let _ = writeln!(out, "# HELP {name} {help}\n# TYPE {name} {kind}");
+}
+
+/// Writes a family: the labels of each of its samples, as they stand in braces, and its value.
+pub fn samples<V: Display>(
+    out: &mut String,
+    name: &str,
+    kind: &str,
+    help: &str,
+    values: impl IntoIterator<Item = (String, V)>,
+) {
+    family(out, name, kind, help);
+    for (labels, value) in values {
+        let _ = writeln!(out, "{name}{{{labels}}} {value}");
+    }
+}
+
+/// Writes a family of one sample, without labels.
+pub fn sample(out: &mut String, name: &str, kind: &str, help: &str, value: impl Display) {
+    family(out, name, kind, help);
+    let _ = writeln!(out, "{name} {value}");
 }
 
 /// A label's value, quoted.
