@@ -1,195 +1,30 @@
 """The loop on its threads, with an executor that reads what the KV blocks hold."""
 
-import itertools
 import math
 import os
-import queue
 import random
 import threading
 import time
-import zlib
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-from scalellm.config import EngineConfig
-from scalellm.engine.local import LocalListener, LocalSubmission
-from scalellm.engine.loop import SIGN_OF_LIFE_S, EngineLoop
+from scalellm.engine.loop import EngineLoop
 from scalellm.engine.worker import Worker
-from scalellm.errors import EngineError
 from scalellm.executor.batch import Batch
-from scalellm.executor.expert_use import ExpertUse
 
-VOCAB = 61
-EOS = 0
-CONFIG = EngineConfig(max_num_seqs=16, max_num_batched_tokens=64, cpu_threads=1)
-
-
-def next_token(context: Sequence[int]) -> int:
-    return zlib.crc32(repr(list(context)).encode()) % VOCAB
-
-
-def continuation(prompt: Sequence[int], count: int) -> list[int]:
-    context = list(prompt)
-    while len(context) < len(prompt) + count:
-        context.append(next_token(context))
-        if context[-1] == EOS:
-            break
-    return context[len(prompt) :]
-
-
-class TableExecutor:
-    """Its logits are one-hot: a function of the ids that it finds in the blocks."""
-
-    max_model_len = 200
-    device = torch.device("cpu")
-    vocab_size = VOCAB
-    model_config = SimpleNamespace(eos_token_ids=(EOS,))
-
-    def __init__(self, num_blocks: int = 64, block_size: int = 4) -> None:
-        self.num_blocks = num_blocks
-        self.block_size = block_size
-        self.memory = [[-1] * block_size for _ in range(num_blocks)]
-        self.before: Callable[[Batch], None] = lambda _batch: None
-        self.last_forward_ms: dict[str, float] = {}
-        self.torch_threads: int | None = None
-        self.steps = 0
-        self.failure: EngineError | None = None
-
-    def check(self) -> None:
-        if self.failure is not None:
-            raise self.failure
-
-    def expert_use(self) -> ExpertUse:
-        """Of three experts of one layer."""
-        return (self.steps, 2 * self.steps, 5 * self.steps, [5 * self.steps, 0, self.steps], 1)
-
-    def forward(self, batch: Batch) -> torch.Tensor:
-        self.steps += 1
-        self.before(batch)
-        rows = []
-        for span in batch.spans:
-            for position, token in enumerate(span.token_ids, span.start):
-                self._block(span, position)[position % self.block_size] = token
-            end = span.start + len(span.token_ids)
-            held = [self._block(span, i)[i % self.block_size] for i in range(end)]
-            rows += [next_token(held[: end - i]) for i in reversed(range(span.num_logits))]
-        logits = torch.full((len(rows), VOCAB), -5.0)
-        logits[range(len(rows)), rows] = 5.0
-        return logits
-
-    def greedy(self, _batch: Batch) -> list[int | None] | None:
-        return None
-
-    def _block(self, span: Any, position: int) -> list[int]:
-        return self.memory[span.block_table[position // self.block_size]]
-
-
-class RecordingListener(LocalListener):
-    """Keeps what the loop gave it."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.signs: list[float] = []
-        self.stored: list[tuple[bytes, bytes]] = []
-        self.removed: list[bytes] = []
-        self.snapshots: list[list[tuple[bytes, bytes]]] = []
-        self.steps: list[tuple[Any, ...]] = []
-        self.calibrated: queue.SimpleQueue[tuple[int, list[float]]] = queue.SimpleQueue()
-        self.drained = threading.Event()
-
-    def emit(self, outputs: Sequence[tuple[Any, ...]], load: tuple[Any, ...]) -> None:
-        self.signs.append(time.monotonic())
-        super().emit(outputs, load)
-
-    def emit_kv(
-        self, stored: Sequence[tuple[bytes, bytes]], removed: Sequence[bytes], snapshot: bool
-    ) -> None:
-        if snapshot:
-            self.snapshots.append(list(stored))
-        else:
-            self.stored += stored
-            self.removed += removed
-
-    def note_step(self, *step: Any) -> None:
-        self.steps.append(step)
-
-    def answer_calibrate(self, ticket: int, step_ms: Sequence[float]) -> None:
-        self.calibrated.put((ticket, list(step_ms)))
-
-    def drain(self) -> None:
-        self.drained.set()
-
-    def command(self, name: str, value: Any = None) -> None:
-        with self._arrived:
-            self._commands.append((name, value))
-            self._arrived.notify()
-
-
-class Engine:
-    """A loop on a thread, and a way to wait for results."""
-
-    def __init__(self, loop: EngineLoop, listener: RecordingListener) -> None:
-        self.loop = loop
-        self.listener = listener
-        self.outbox: queue.SimpleQueue[Any] = queue.SimpleQueue()
-        self.outputs: dict[int, list[tuple[Any, ...]]] = {}
-        self.failure: BaseException | None = None
-        self.thread = threading.Thread(target=self._run)
-        self.thread.start()
-
-    def _run(self) -> None:
-        try:
-            self.loop.run()
-        except EngineError as error:
-            self.failure = error
-        finally:
-            self.listener.end()
-
-    def submit(self, prompt: Sequence[int], max_tokens: int, **more: Any) -> int:
-        key = self.listener.next_key()
-        fields = {"temperature": 0.0, "seed": 1, **more}
-        submission = LocalSubmission(key, list(prompt), max_tokens, **fields)
-        self.listener.submit([submission], self.outbox)
-        self.outputs[key] = []
-        return key
-
-    def take(self) -> tuple[Any, ...]:
-        output: tuple[Any, ...] = self.outbox.get(timeout=30)
-        self.outputs[output[0]].append(output)
-        return output
-
-    def finish(self, *keys: int) -> None:
-        while any(not self.outputs[k] or self.outputs[k][-1][2] is None for k in keys):
-            self.take()
-
-    def ids(self, key: int) -> list[int]:
-        return [token for output in self.outputs[key] for token in output[1]]
-
-    def reason(self, key: int) -> str | None:
-        return self.outputs[key][-1][2]
-
-
-@contextmanager
-def running(
-    executor: TableExecutor, config: EngineConfig = CONFIG, **more: Any
-) -> Iterator[Engine]:
-    listener = RecordingListener()
-
-    def check(scheduler: Any) -> None:
-        scheduler.check_integrity()
-
-    engine = Engine(EngineLoop(executor, listener, config, after_step=check, **more), listener)
-    try:
-        yield engine
-    finally:
-        engine.loop.stop()
-        engine.thread.join(timeout=30)
-        assert not engine.thread.is_alive()
+from .table_engine import (
+    CONFIG,
+    EOS,
+    VOCAB,
+    RecordingListener,
+    TableExecutor,
+    continuation,
+    next_token,
+    running,
+    wait_until,
+)
 
 
 def test_many_requests_at_once_each_get_their_own_continuation() -> None:
@@ -233,153 +68,6 @@ def test_cancelling_gives_the_blocks_back_and_answers() -> None:
         engine.finish(*keys)
         assert [engine.reason(key) for key in keys] == ["cancelled", "length"] * 5
         assert engine.loop.scheduler.kv.num_used == 0
-
-
-def test_an_idle_loop_gives_signs_of_life() -> None:
-    with running(TableExecutor()) as engine:
-        time.sleep(1.0)
-        signs = engine.listener.signs
-        gaps = [after - before for before, after in itertools.pairwise(signs)]
-        assert len(gaps) >= 4 and max(gaps) < SIGN_OF_LIFE_S + 0.3
-
-
-def test_a_long_step_gives_signs_of_life_and_takes_in_meanwhile() -> None:
-    release = threading.Event()
-    executor = TableExecutor()
-    executor.before = lambda _batch: assert_(release.wait(30))
-    with running(executor) as engine:
-        first = engine.submit([5], 1)
-        wait_until(lambda: executor.steps == 1)
-        second = engine.submit([6], 1)
-        wait_until(lambda: engine.listener.load[1] == 1)
-        signs = len(engine.listener.signs)
-        wait_until(lambda: len(engine.listener.signs) > signs + 2)
-        release.set()
-        engine.finish(first, second)
-
-
-def test_a_hung_step_falls_silent(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("scalellm.engine.loop._HUNG_UNPREDICTED_S", 0.3)
-    release = threading.Event()
-    executor = TableExecutor()
-    executor.before = lambda _batch: assert_(release.wait(30))
-    with running(executor) as engine:
-        key = engine.submit([5], 1)
-        wait_until(lambda: executor.steps == 1)
-        wait_until(lambda: time.monotonic() - engine.listener.signs[-1] > 3 * SIGN_OF_LIFE_S)
-        release.set()
-        engine.finish(key)
-
-
-def test_a_failing_step_ends_its_requests_and_the_loop_lives_on() -> None:
-    executor = TableExecutor()
-
-    def fail(batch: Batch) -> None:
-        if any(13 in span.token_ids for span in batch.spans):
-            raise RuntimeError("bad batch")
-
-    executor.before = fail
-    with running(executor) as engine:
-        bad = engine.submit([13, 1], 5)
-        engine.finish(bad)
-        assert "could not compute a step: RuntimeError: bad batch" in engine.outputs[bad][-1][8]
-        good = engine.submit([3, 1], 1)
-        engine.finish(good)
-        assert engine.ids(good) == continuation([3, 1], 1)
-
-
-def test_steps_that_fail_again_and_again_end_the_engine() -> None:
-    executor = TableExecutor()
-
-    def fail(_batch: Batch) -> None:
-        raise RuntimeError("the device is gone")
-
-    executor.before = fail
-    with running(executor) as engine:
-        for _ in range(5):
-            engine.finish(engine.submit([1], 1))
-        engine.thread.join(30)
-        assert "5 steps in a row failed; the last: the device is gone" in str(engine.failure)
-
-
-def test_an_executor_that_can_compute_no_more_ends_the_engine() -> None:
-    executor = TableExecutor()
-    with running(executor) as engine:
-        key = engine.submit([1, 2, 3], 1000, ignore_eos=True)
-        engine.take()
-        executor.failure = EngineError("a rank was lost")
-        engine.finish(key)
-        assert engine.reason(key) == "cancelled"
-        engine.thread.join(timeout=30)
-        assert engine.failure is executor.failure
-
-
-def test_a_fault_of_the_loop_while_a_step_runs_gives_up_every_request() -> None:
-    """The step that was in flight is never taken in; its requests must not be left waiting."""
-    executor = TableExecutor()
-    computing, looked = threading.Event(), threading.Event()
-
-    class FaultyOnce(RecordingListener):
-        def poll(self, timeout_s: float) -> list[Any]:
-            if computing.is_set() and not looked.is_set():
-                looked.set()
-                raise RuntimeError("a fault of the loop")
-            return super().poll(timeout_s)
-
-    listener = FaultyOnce()
-
-    def before(_batch: Batch) -> None:
-        computing.set()
-        assert looked.wait(10)
-
-    executor.before = before
-    loop = EngineLoop(executor, listener, CONFIG)
-    outbox: queue.SimpleQueue[Any] = queue.SimpleQueue()
-    keys = [listener.next_key() for _ in range(3)]
-    submissions = [LocalSubmission(key, [5, 6, key], 4, seed=1) for key in keys]
-    listener.submit(submissions, outbox)
-    with pytest.raises(RuntimeError, match="a fault of the loop"):
-        loop.run()
-    ended = [outbox.get(timeout=1) for _ in keys]
-    assert sorted(output[0] for output in ended) == keys
-    assert all(output[2] == "cancelled" and "the engine ended" in output[8] for output in ended)
-    loop.scheduler.check_integrity()
-
-
-def test_a_panic_of_the_kernels_is_a_failed_step() -> None:
-    class Panic(BaseException):
-        """As PyO3's."""
-
-    def panic(_batch: Batch) -> None:
-        executor.before = lambda _batch: None
-        raise Panic("index out of bounds")
-
-    executor = TableExecutor()
-    executor.before = panic
-    with running(executor) as engine:
-        key = engine.submit([5, 6], 3)
-        engine.finish(key)
-        assert engine.reason(key) == "error" and "Panic" in engine.outputs[key][-1][8]
-        after = engine.submit([5, 6], 3)
-        engine.finish(after)
-        assert engine.ids(after) == continuation([5, 6], 3)
-
-
-def test_logits_that_are_not_numbers_end_that_request_alone() -> None:
-    class Poisoned(TableExecutor):
-        def forward(self, batch: Batch) -> torch.Tensor:
-            logits = super().forward(batch)
-            for row, span in enumerate(batch.spans):
-                if 13 in span.token_ids:
-                    logits[row] = math.nan
-            return logits
-
-    with running(Poisoned()) as engine:
-        bad = engine.submit([13], 5)
-        good = engine.submit([3], 5)
-        engine.finish(bad, good)
-        assert engine.reason(bad) == "error" and "not finite" in engine.outputs[bad][-1][8]
-        assert engine.ids(good) == continuation([3], 5)
 
 
 def test_stop_ids_and_the_stage_times_are_reported() -> None:
@@ -572,17 +260,6 @@ def test_calibration_times_the_shapes_that_fit() -> None:
         assert engine.loop.scheduler.kv.num_used == 0
 
 
-def wait_until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 30
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
-
-
-def assert_(held: bool) -> None:
-    assert held
-
-
 def test_the_loop_warms_up_before_it_is_ready_and_leaves_no_block_taken() -> None:
     executor = TableExecutor()
     loop = EngineLoop(executor, RecordingListener(), CONFIG)
@@ -594,16 +271,6 @@ def test_the_loop_warms_up_before_it_is_ready_and_leaves_no_block_taken() -> Non
 
     loop.run(ready)
     assert used == [0]
-
-
-def test_a_model_that_cannot_run_is_never_ready() -> None:
-    class Broken(TableExecutor):
-        def forward(self, batch: Any) -> torch.Tensor:
-            raise RuntimeError(f"no kernel for {batch.num_tokens} tokens")
-
-    loop = EngineLoop(Broken(), RecordingListener(), CONFIG)
-    with pytest.raises(EngineError, match="the model cannot run: no kernel for"):
-        loop.run(lambda: pytest.fail("ready"))
 
 
 def test_compute_threads_give_way_to_the_others() -> None:
