@@ -16,7 +16,7 @@ from scalellm.engine.request import Request, Status
 from scalellm.engine.scheduler import Scheduler
 from scalellm.engine.step_time import StepShape
 
-SHARE = 0.5
+SHARE = 0.4
 
 
 class HandOver:

@@ -159,9 +159,10 @@ class Request:
         )
 
     @property
-    def order(self) -> tuple[int, int, int]:
-        """Who is served first: priority, then arrival; the key makes it total."""
-        return (self.priority, self.arrival_us, self.key)
+    def order(self) -> tuple[int, bool, int, int]:
+        """Who is served first: priority, then those with a client in the middle of an answer, then
+        arrival; the key makes it total."""
+        return (self.priority, not self.resume_ids, self.arrival_us, self.key)
 
     @property
     def num_tokens(self) -> int:

@@ -9,11 +9,11 @@ One step, in this order:
     with speculation (speculation.py) also guesses at the ones behind it.
  2. Running prompts go on, in chunks that keep the step within its tokens and its predicted time.
  3. Waiting requests are admitted while blocks, tokens and time are left; those that are more
-    important than a running prompt come before its chunk.
+    important than a running prompt, or go on in the middle of an answer, come before its chunk.
 The step's first chunk is never below `FLOOR_CHUNK_TOKENS`, so prompts always advance.
 
 When blocks run out. A running sequence takes blocks one at a time as it grows; nothing is reserved.
-When none is left, the last running request by (priority, arrival) gives up its blocks and is
+When none is left, the last running request by `Request.order` gives up its blocks and is
 recomputed later. After `max_preemptions` a request is protected: it is admitted again only when its
 worst case fits, those blocks are reserved, and it is never chosen again. No deadlock follows:
  - a protected running request never lacks a block, so it runs to its end;
@@ -37,6 +37,9 @@ from scalellm.engine.step_time import StepShape, StepTime
 from scalellm.engine.waiting import Deadlines, WaitingQueue
 
 FLOOR_CHUNK_TOKENS = 32
+# Of the whole step's budget, for an answer that another replica began: its client's pause ends when
+# it is computed, and lasts as many steps as it is cut into.
+_RESUMED_SHARE = 0.5
 _MAX_DEFERRED = 32  # requests that one step looks at and leaves for later
 _HEADROOM_SHARE = 16  # admission leaves a block per running request to grow, at most this fraction
 
@@ -193,7 +196,7 @@ class Scheduler:
         if self.limits.max_drafts:
             self._row_share = row_share(self.step_time, plan.shape)
         for request in prompts:
-            self._admit_waiting(plan, now_us, request.priority)
+            self._admit_waiting(plan, now_us, request.order[:2])
             if request.status is Status.RUNNING and not self._append_chunk(request, plan, now_us):
                 break
         else:
@@ -326,15 +329,20 @@ class Scheduler:
         limit = min(remaining, plan.tokens_left)
         if request.wants_prompt_logprobs:
             limit = min(limit, max(0, plan.prompt_logits_left))
-        by_time = self.step_time.largest_chunk(plan.shape, start, plan.budget_ms)
+        budget_ms = plan.budget_ms
+        if request.resume_ids:
+            budget_ms = max(budget_ms, _RESUMED_SHARE * self.limits.step_budget_ms)
+        by_time = self.step_time.largest_chunk(plan.shape, start, budget_ms)
         tokens = min(limit, by_time)
         least = min(limit if plan.num_chunks == 0 else remaining, FLOOR_CHUNK_TOKENS)
         if tokens < least:
             return least if plan.num_chunks == 0 else 0
         return tokens
 
-    def _admit_waiting(self, plan: Plan, now_us: int, above: int | None = None) -> None:
-        """Admit what fits, only requests more important than priority `above` if it is given.
+    def _admit_waiting(
+        self, plan: Plan, now_us: int, above: tuple[int, bool] | None = None
+    ) -> None:
+        """Admit what fits, only what `Request.order` puts before `above`, whenever it came.
 
         Nobody is admitted in a step that preempts: blocks are short."""
         if plan.preempted or not self.admits:
@@ -344,7 +352,7 @@ class Scheduler:
             request = self._waiting.peek()
             if request is None or len(deferred) == _MAX_DEFERRED:
                 break
-            if above is not None and request.priority >= above:
+            if above is not None and request.order[:2] >= above:
                 break
             matched = self._match(request)
             if self._prefix_is_coming(request, matched):

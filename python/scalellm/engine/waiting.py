@@ -13,10 +13,10 @@ _SLACK = 64
 
 
 class WaitingQueue:
-    """Requests to be admitted, by priority, then arrival."""
+    """Requests to be admitted, by `Request.order`."""
 
     def __init__(self) -> None:
-        self._heap: list[tuple[int, int, int]] = []
+        self._heap: list[tuple[int, bool, int, int]] = []
         self._requests: dict[int, Request] = {}
         self.num_tokens = 0  # of the queued requests, to be computed: not cached when they came
 
@@ -33,7 +33,7 @@ class WaitingQueue:
 
     def peek(self) -> Request | None:
         while self._heap:
-            request = self._requests.get(self._heap[0][2])
+            request = self._requests.get(self._heap[0][-1])
             if request is not None:
                 return request
             heapq.heappop(self._heap)
@@ -44,7 +44,7 @@ class WaitingQueue:
         if self._requests.pop(request.key, None) is None:
             return
         self.num_tokens -= request.uncached_tokens
-        if self._heap[0][2] == request.key:
+        if self._heap[0][-1] == request.key:
             heapq.heappop(self._heap)
         elif len(self._heap) > 2 * len(self._requests) + _SLACK:
             self._heap = [queued.order for queued in self._requests.values()]
