@@ -17,6 +17,7 @@ from scalellm.controller.child import HAND_OVER
 from scalellm.controller.cores import usable_cores
 from scalellm.errors import AddressInUseError, ConfigError, ServeError
 from scalellm.executor.followers import Followers
+from scalellm.executor.leave import leave
 from scalellm.executor.node import check_hosts, serve_ranks
 
 
@@ -79,7 +80,7 @@ def run(arguments: argparse.Namespace) -> int:
     finally:
         listener.close()
         executor.close()
-    return 0
+    return leave(0)
 
 
 class Stoppable(Protocol):

@@ -29,6 +29,7 @@ import torch
 from scalellm.config import EngineConfig
 from scalellm.errors import EngineError
 from scalellm.executor.hosts import come, connect, places_told
+from scalellm.executor.leave import leave
 from scalellm.executor.seat import FOLLOWED, LOGITS, STOP, Seat, Sizes, read_letter
 from scalellm.executor.single import SingleExecutor
 from scalellm.kernels.exchange import Exchange
@@ -173,4 +174,4 @@ def _end_with(control: socket.socket) -> None:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    leave(main())
