@@ -32,7 +32,7 @@ from scalellm.bench.plan import Level, Workload
 
 ROOT = Path(__file__).resolve().parent.parent
 SHAPE = "qwen3-0.3b"
-LINK_MB_S = 200
+LINK_MB_S = 400
 LINKS = {"memory": 0, "link": LINK_MB_S}
 NAMES = {"wide": "1 x TP 2", "narrow": "2 x TP 1", "auto": AUTO}
 FEW, MANY = 1, 64
