@@ -186,9 +186,9 @@ class EngineLoop:
         self._step_ms = (time.perf_counter() - began) * 1e3
         self._overhead_ms = max(0.0, self._step_ms - done.elapsed_ms)
         phases = phases_between(before, self._clock.totals())
-        tokens = sum(len(span.token_ids) for span in step.spans)
         used = used_between(used_before, self._executor.expert_use())
-        self._listener.note_step(self._steps, now_us, len(step.keys), tokens, phases, used)
+        requests, tokens = len(step.keys), step.shape.tokens
+        self._listener.note_step(self._steps, now_us, requests, tokens, phases, used)
         self._take_in(self._listener.poll(0.0))
         return True
 

@@ -101,6 +101,8 @@ class Request:
 
     status: Status = field(default=Status.WAITING, init=False)
     token_ids: list[int] = field(init=False)  # prompt, then output
+    num_prompt_tokens: int = field(init=False)
+    is_greedy: bool = field(init=False)  # nothing but largest logits is asked of outputs
     num_computed_tokens: int = field(default=0, init=False)
     block_table: "array[int]" = field(default_factory=lambda: array("i"), init=False)
     block_hashes: list[bytes] = field(default_factory=list, init=False)  # of full blocks
@@ -124,6 +126,14 @@ class Request:
 
     def __post_init__(self) -> None:
         self.token_ids = [*self.prompt_ids, *self.resume_ids]
+        self.num_prompt_tokens = len(self.prompt_ids)
+        sampling = self.sampling
+        self.is_greedy = (
+            sampling.temperature < GREEDY_BELOW
+            and not sampling.penalised
+            and not sampling.logit_bias
+            and sampling.logprobs is None
+        )
 
     @classmethod
     def from_submission(cls, given: Submitted, eos_token_ids: frozenset[int]) -> "Request":
@@ -169,45 +179,38 @@ class Request:
         return len(self.token_ids)
 
     @property
-    def num_prompt_tokens(self) -> int:
-        return len(self.prompt_ids)
-
-    @property
     def num_output_tokens(self) -> int:
-        return len(self.token_ids) - len(self.prompt_ids)
+        return len(self.token_ids) - self.num_prompt_tokens
 
     @property
     def takes_largest_logit(self) -> bool:
         """Whether the next token is the one of the largest logit, and nothing else is asked of
         the logits."""
-        sampling = self.sampling
         return (
-            sampling.temperature < GREEDY_BELOW
-            and not sampling.penalised
-            and not sampling.logit_bias
-            and sampling.logprobs is None
-            and not self.wants_prompt_logprobs
-            and self.num_output_tokens >= self.min_tokens
+            self.is_greedy
+            and (self.prompt_logprobs is None or not self.wants_prompt_logprobs)
+            and (self.min_tokens == 0 or self.num_output_tokens >= self.min_tokens)
         )
 
     @property
     def wants_prompt_logprobs(self) -> bool:
         return (
             self.prompt_logprobs is not None
-            and self.prompt_logprobs_done < len(self.prompt_ids) - 1
+            and self.prompt_logprobs_done < self.num_prompt_tokens - 1
         )
 
     def finish_after_last(self, max_model_len: int) -> FinishReason | None:
         """Why generation ends with the last output token, if it does."""
-        output = self.num_output_tokens
+        tokens = len(self.token_ids)
+        output = tokens - self.num_prompt_tokens
         if output == 0:
             return None
-        last = self.token_ids[-1]
         if output >= self.min_tokens:
+            last = self.token_ids[-1]
             if last in self.eos_token_ids:
                 return "eos"
             if last in self.stop_token_ids:
                 return "stop_token"
-        if output >= self.max_tokens or len(self.token_ids) >= max_model_len:
+        if output >= self.max_tokens or tokens >= max_model_len:
             return "length"
         return None

@@ -184,12 +184,14 @@ class Scheduler:
         prompts: list[Request] = []
         running = self._running.copy()
         plan.drafts_left = min(plan.drafts_left, plan.tokens_left - len(running))
+        block_size = self.kv.block_size
         for request in running:
             if request.status is not Status.RUNNING:
                 continue  # preempted for one before it
-            if request.num_tokens - request.num_computed_tokens > 1:
+            tokens = len(request.token_ids)
+            if tokens - request.num_computed_tokens > 1:
                 prompts.append(request)
-            elif self._grow(request, plan):
+            elif tokens <= len(request.block_table) * block_size or self._grow(request, plan):
                 drafts = self._drafts(request, plan) if self.limits.max_drafts else ()
                 plan.append(request, 1, now_us, drafts)
         plan.budget_ms = self._budget_ms(plan.shape)
@@ -228,21 +230,24 @@ class Scheduler:
             if errors and key in errors:
                 self._finish(request, "error", now_us, error=errors[key])
                 continue
-            computed = span.start + len(span.token_ids) - span.num_drafts
+            drafts = span.num_drafts
+            computed = span.start + len(span.token_ids) - drafts
             request.num_computed_tokens = computed
-            if request.wants_prompt_logprobs:
+            if request.prompt_logprobs is not None and request.wants_prompt_logprobs:
                 request.prompt_logprobs_done = min(computed, request.num_prompt_tokens - 1)
-            if computed < request.num_tokens:
+            if computed < len(request.token_ids):
                 self._store_full_blocks(request)
                 continue
             if token_id is None:
                 raise ValueError(f"request {key} reached its end but has no sampled id")
-            more = further.get(key, ())
-            if span.num_drafts:
-                self._lookups[key].learn(span.num_drafts, len(more))
-                self.num_drafts += span.num_drafts
+            token_ids: tuple[int, ...] = (token_id,)
+            if drafts:
+                more = further.get(key, ())
+                token_ids = (token_id, *more)
+                self._lookups[key].learn(drafts, len(more))
+                self.num_drafts += drafts
                 self.num_right_drafts += len(more)
-            self._append_tokens(request, (token_id, *more), now_us)
+            self._append_tokens(request, token_ids, now_us)
 
     def fail(self, step: Step, message: str, now_us: int) -> None:
         """End every request of a step that could not be computed."""
@@ -442,8 +447,6 @@ class Scheduler:
 
     def _grow(self, request: Request, plan: Plan) -> bool:
         """Take the block for one more token; False if the request had to give way itself."""
-        if self._blocks_of(request.num_tokens) <= len(request.block_table):
-            return True
         if request.reserved_blocks > 0:
             request.reserved_blocks -= 1
             self._reserved -= 1

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from scalellm.engine.request import FinishReason, Request
 from scalellm.engine.step_time import StepShape, StepTime
@@ -44,8 +45,7 @@ class Step:
     predicted_ms: float = 0.0
 
 
-@dataclass(frozen=True, slots=True)
-class Output:
+class Output(NamedTuple):
     """What happened to one request since it was last reported."""
 
     request: Request
@@ -80,20 +80,20 @@ class Plan:
         self, request: Request, tokens: int, now_us: int, drafts: Sequence[int] = ()
     ) -> None:
         """Compute `tokens` of a request, and `drafts` if these reach its end."""
+        token_ids = request.token_ids
         start = request.num_computed_tokens
         end = start + tokens
-        num_logits = 1 if end == request.num_tokens else 0
-        if request.wants_prompt_logprobs:
+        num_logits = 1 if end == len(token_ids) else 0
+        if request.prompt_logprobs is not None and request.wants_prompt_logprobs:
             first = max(start, request.prompt_logprobs_done)
             if first < min(end, request.num_prompt_tokens - 1):
                 num_logits = end - first
                 self.prompt_logits_left -= num_logits
         if request.first_scheduled_us == 0:
             request.first_scheduled_us = now_us
-        token_ids = request.token_ids
         ids = (token_ids[start],) if tokens == 1 else tuple(token_ids[start:end])
         self.keys.append(request.key)
-        last = request.num_output_tokens + 1 >= request.max_tokens
+        last = len(token_ids) - request.num_prompt_tokens + 1 >= request.max_tokens
         if drafts:
             ids, tokens = (*ids, *drafts), tokens + len(drafts)
             num_logits += len(drafts)

@@ -1,9 +1,10 @@
 """The thread that computes: forward pass and sampling of one step at a time.
 
-    loop thread     schedule N | emit N-1, take in | .......... | update N | schedule N+1 | ...
-    worker thread              | forward, sample N              |
+    loop thread     schedule N |         | emit N-1, take in | ... | update N | schedule N+1 | ...
+    worker thread              | prepare | forward, sample N       |
 
-torch releases the GIL inside its operations, so the loop thread's work hides behind the model's.
+Kernels run without the GIL, so the loop thread's work hides behind them. It only begins when they
+have: whoever holds the GIL keeps it for 5 ms, and prepare would wait for what can wait itself.
 """
 
 import os
@@ -120,25 +121,30 @@ class _Asked:
         self.rows: list[int] = []  # of the logits
         self.before: list[Sequence[int]] = []  # the drafts before it
         self.prompt_rows: dict[int, range] = {}  # span -> rows for prompt logprobs
+        self.has_drafts = False
         self.largest_only = True  # nothing but the ids of the largest logits
         end_row = 0
         for i, (span, request) in enumerate(zip(step.spans, requests, strict=True)):
-            if not span.num_logits:
+            token_ids, start, _, num_logits, _, drafts = span
+            if not num_logits:
                 continue
             first_row = end_row
-            end_row += span.num_logits
-            drafts = span.num_drafts
-            if span.start + len(span.token_ids) - drafts == request.num_tokens:
+            end_row += num_logits
+            if start + len(token_ids) - drafts == len(request.token_ids):
                 self.sampling.append(i)
                 self.rows.append(end_row - 1 - drafts)
                 self.before.append(())
                 for count in range(1, drafts + 1):
+                    self.has_drafts = True
                     self.sampling.append(i)
                     self.rows.append(end_row - 1 - drafts + count)
-                    self.before.append(span.token_ids[1 : 1 + count])
-            if span.num_logits > 1 + drafts or request.wants_prompt_logprobs:
+                    self.before.append(token_ids[1 : 1 + count])
+            if num_logits > 1 + drafts or (
+                request.prompt_logprobs is not None and request.wants_prompt_logprobs
+            ):
                 self.prompt_rows[i] = range(first_row, end_row)
-            self.largest_only = self.largest_only and request.takes_largest_logit
+            if self.largest_only and not request.takes_largest_logit:
+                self.largest_only = False
 
 
 def _accepted(step: Step, asked: _Asked, sampled: Sampled) -> Computed:
@@ -147,6 +153,10 @@ def _accepted(step: Step, asked: _Asked, sampled: Sampled) -> Computed:
     A row after drafts that has no token only ends them: if it comes to it, the next step says so.
     """
     found = Computed([None] * len(step.spans))
+    if not (asked.has_drafts or sampled.errors or sampled.logprobs):
+        for i, token_id in zip(asked.sampling, sampled.token_ids, strict=True):
+            found.token_ids[i] = token_id
+        return found
     row = 0
     while row < len(asked.sampling):
         i = asked.sampling[row]
@@ -210,6 +220,7 @@ class Worker(Generic[Result]):
 
     def __init__(self, num_threads: int | None = None, nice: int = 0) -> None:
         self._jobs: queue.SimpleQueue[Callable[[], Result] | None] = queue.SimpleQueue()
+        self._taken: queue.SimpleQueue[None] = queue.SimpleQueue()
         self._done: queue.SimpleQueue[Done[Result]] = queue.SimpleQueue()
         self._num_threads = num_threads
         self._nice = nice
@@ -229,7 +240,9 @@ class Worker(Generic[Result]):
         self._thread.join()
 
     def start(self, job: Callable[[], Result]) -> None:
+        """Returns when the job runs, and most likely has come to what needs no GIL."""
         self._jobs.put(job)
+        self._taken.get()
 
     def wait(self, timeout_s: float) -> Done[Result] | None:
         """The finished job, None if it still runs after `timeout_s`."""
@@ -244,6 +257,7 @@ class Worker(Generic[Result]):
         if self._num_threads is not None:
             torch.set_num_threads(self._num_threads)
         while (job := self._jobs.get()) is not None:
+            self._taken.put(None)  # whom it wakes has to wait for the GIL
             started = time.perf_counter()
             result: Result | None = None
             error: BaseException | None = None

@@ -9,11 +9,13 @@ KV blocks  [   b0   ][   b1   ][   b2   ][   b3   ][   b4   ]    block_table = [
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 
-@dataclass(frozen=True, slots=True)
-class Span:
-    """The part of one sequence that a step computes; a decode is a span of one token."""
+class Span(NamedTuple):
+    """The part of one sequence that a step computes; a decode is a span of one token.
+
+    A tuple, as every step makes one for each of its sequences."""
 
     token_ids: Sequence[int]  # ids at positions start .. start + len - 1; never empty
     start: int  # tokens whose keys and values are already in the KV cache

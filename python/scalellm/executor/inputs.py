@@ -46,37 +46,33 @@ def build_arrays(batch: Batch, block_size: int, num_blocks: int) -> StepArrays:
     Raises ValueError for a span that its block table does not cover or that asks for more logits
     than it computes: a scheduler's mistake that would otherwise spoil other sequences' cache.
     """
-    ids, blocks = array("q"), array("i")
-    sizes = []
-    for span in batch.spans:
-        ids.extend(span.token_ids)
-        blocks.extend(span.block_table)
-        sizes.append((len(span.token_ids), span.start, span.num_logits, len(span.block_table)))
-    counts, starts, logits, lengths = np.array(sizes, dtype=np.int64).T
-    if (wrong := (counts < 1) | (starts < 0) | (logits < 0) | (logits > counts)).any():
-        count, start, num_logits, _ = sizes[wrong.argmax()]
-        raise ValueError(f"span of {count} tokens from {start}, {num_logits} logits")
-    if (wrong := lengths * block_size < starts + counts).any():
-        count, start, _, length = sizes[wrong.argmax()]
-        raise ValueError(f"{length} blocks do not cover {start + count} tokens")
+    ids, positions, logit_rows = array("q"), array("q"), array("q")
+    spans, blocks = array("q"), array("i")
+    first = 0
+    # Plain Python: after a step's kernels everything is out of the caches, numpy's code too, and a
+    # dozen of its calls cost more than this loop over 64 sequences.
+    for token_ids, start, table, num_logits, _, _ in batch.spans:
+        count, length = len(token_ids), len(table)
+        if count < 1 or start < 0 or not 0 <= num_logits <= count:
+            raise ValueError(f"span of {count} tokens from {start}, {num_logits} logits")
+        if length * block_size < start + count:
+            raise ValueError(f"{length} blocks do not cover {start + count} tokens")
+        spans.extend((first, start, count, len(blocks)))
+        ids.extend(token_ids)
+        positions.extend(range(start, start + count))
+        blocks.extend(table)
+        first += count
+        logit_rows.extend(range(first - num_logits, first))
     tables = np.asarray(blocks)
     if tables.min() < 0 or tables.max() >= num_blocks:
         raise ValueError(f"block tables name blocks outside 0 .. {num_blocks - 1}")
-    ends = counts.cumsum()
-    firsts = ends - counts
     return StepArrays(
         token_ids=np.asarray(ids),
-        positions=_runs(starts, counts),
-        logit_rows=_runs(ends - logits, logits),
-        spans=np.stack((firsts, starts, counts, lengths.cumsum() - lengths), axis=1),
+        positions=np.asarray(positions),
+        logit_rows=np.asarray(logit_rows),
+        spans=np.asarray(spans).reshape(-1, 4),
         tables=tables,
     )
-
-
-def _runs(firsts: Ints, counts: Ints) -> Ints:
-    """first, first + 1, ... of each run, one after the other."""
-    before = counts.cumsum() - counts
-    return np.arange(counts.sum()) + np.repeat(firsts - before, counts)
 
 
 def build_step(
