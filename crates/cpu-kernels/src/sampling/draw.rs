@@ -148,6 +148,13 @@ impl Scaled {
         exp2((score - self.best) * self.factor)
     }
 
+    /// e^scaled where that is above `place`, else 0.
+    #[inline(always)]
+    fn mass_above(self, score: f32, place: f32) -> f32 {
+        let mass = self.mass(score);
+        if self.of(score) > place { mass } else { 0.0 }
+    }
+
     /// A score below which none has a scaled one of at least `least`, but for rounding, which is
     /// allowed for.
     fn score(self, least: f64) -> f32 {
@@ -191,6 +198,11 @@ fn by_group(scores: &[f32], draw: &Draw, scaled: Scaled, masses: &[f32]) -> usiz
 }
 
 /// `first` is the most likely id, which is kept whatever the row says.
+///
+/// Where top_p ends is not looked for: an id is drawn from all that it might keep, and of the mass
+/// of those before it in order it can be told whether it is kept. If it is not, neither is any
+/// after it, and one of those before it is drawn with the same noise: what a draw among the kept
+/// ones alone would have given. So a row takes 1 + ln(1 / top_p) draws, by expectation.
 fn truncated(
     level: Level,
     scores: &[f32],
@@ -201,36 +213,109 @@ fn truncated(
 ) -> usize {
     let vocab = scores.len();
     let least = draw.min_p.ln();
-    let total: f64 = own.masses.iter().map(|&mass| f64::from(mass)).sum();
-    let (from, kept) = if draw.top_k > 0 {
+    let row = Noisy {
+        level,
+        scores,
+        peaks: own.peaks,
+        scaled,
+        key: draw.key,
+        least,
+    };
+    if draw.top_k > 0 {
         let from = reached_by(own.peaks, draw.top_k.min(vocab), own.others);
         let found = Kept::gather(scores, own.peaks, scaled, from, own.candidates);
-        (from, found.top(draw.top_k, draw.top_p))
-    } else if draw.top_p < 1.0 {
-        // Ids with less than (1 - top_p) / vocab each cannot be needed to reach top_p.
-        let needed = (total * (1.0 - draw.top_p).max(0.0) / vocab as f64).ln() - 1e-3;
-        let from = scaled.score(needed.max(least - 1e-3));
-        let found = Kept::gather(scores, own.peaks, scaled, from, own.candidates);
-        (from, found.reach(draw.top_p * total))
-    } else {
-        (scaled.score(least - 1e-3), Kept::ALL)
-    };
-    let mut best = Largest::default();
-    best.offer(first, 0.0, bits(draw.key, first as u64 + TOKEN_STREAM));
-    for (peak, first, scores) in above(scores, own.peaks, from) {
-        let most = most_bits(level, draw.key, first as u64 + TOKEN_STREAM);
-        if f64::from(scaled.of(peak)) + gumbel_at_most(most) <= best.value {
-            continue;
+        return row.best(first, from, found.top(draw.top_k, draw.top_p));
+    }
+    let total: f64 = own.masses.iter().map(|&mass| f64::from(mass)).sum();
+    let wanted = draw.top_p * total;
+    if draw.top_p < 1.0 && wanted <= 1.0 {
+        return first; // whose mass is 1
+    }
+    // Ids with less than (1 - top_p) / vocab each cannot be needed to reach top_p.
+    let needed = (total * (1.0 - draw.top_p).max(0.0) / vocab as f64).ln();
+    let mut from = scaled.score(needed.max(least) - 1e-3);
+    let mut kept = Kept::ALL;
+    loop {
+        let id = row.best(first, from, kept);
+        if id == first || draw.top_p >= 1.0 {
+            return id;
         }
-        for (id, &score) in (first..).zip(scores) {
-            let scaled = scaled.of(score);
-            if kept.has(id, scaled) && f64::from(scaled) >= least {
-                let noise = bits(draw.key, id as u64 + TOKEN_STREAM);
-                best.offer(id, scaled.into(), noise);
+        let place = scaled.of(scores[id]);
+        from = scaled.score(place.into());
+        if mass_before(level, scores, own.peaks, scaled, from, id) < wanted {
+            return id;
+        }
+        kept = Kept::before(id, place);
+    }
+}
+
+/// A row, and the noise of its ids.
+struct Noisy<'a> {
+    level: Level,
+    scores: &'a [f32],
+    peaks: &'a [f32],
+    scaled: Scaled,
+    key: u64,
+    /// No id whose scaled score is below it is drawn, but for the first.
+    least: f64,
+}
+
+impl Noisy<'_> {
+    /// The id of the largest sum of score and noise among `first` and those that are kept, which
+    /// have scores of at least `from`.
+    fn best(&self, first: usize, from: f32, kept: Kept) -> usize {
+        let mut best = Largest::default();
+        best.offer(first, 0.0, bits(self.key, first as u64 + TOKEN_STREAM));
+        for (peak, first, scores) in above(self.scores, self.peaks, from) {
+            let most = most_bits(self.level, self.key, first as u64 + TOKEN_STREAM);
+            if f64::from(self.scaled.of(peak)) + gumbel_at_most(most) <= best.value {
+                continue;
+            }
+            for (id, &score) in (first..).zip(scores) {
+                let scaled = self.scaled.of(score);
+                if kept.has(id, scaled) && f64::from(scaled) >= self.least {
+                    let noise = bits(self.key, id as u64 + TOKEN_STREAM);
+                    best.offer(id, scaled.into(), noise);
+                }
             }
         }
+        best.id
     }
-    best.id
+}
+
+vectorised! {
+    /// The mass of all ids before `id`, by falling scaled score and, on ties, rising id. None of
+    /// them has a score below `from`.
+    fn mass_before(scores: &[f32], peaks: &[f32], scaled: Scaled, from: f32, id: usize) -> f64 {
+        let place = scaled.of(scores[id]);
+        let groups = scores.chunks(GROUP).zip(peaks.chunks(GROUP / SCORES));
+        let mut mass = 0.0;
+        for (group, (scores, peaks)) in groups.enumerate() {
+            let mut lanes = [0.0_f32; 16];
+            for (_, first, scores) in above(scores, peaks, from) {
+                let lower_ids = id.saturating_sub(group * GROUP + first);
+                let (lower, higher) = scores.split_at(lower_ids.min(scores.len()));
+                add_above(&mut lanes, lower, scaled, place.next_down());
+                add_above(&mut lanes, higher, scaled, place);
+            }
+            mass += f64::from(lanes.iter().sum::<f32>());
+        }
+        mass
+    }
+}
+
+/// Add the mass of those whose scaled score is above `place`.
+#[inline(always)]
+fn add_above(lanes: &mut [f32; 16], scores: &[f32], scaled: Scaled, place: f32) {
+    let (whole, rest) = scores.as_chunks::<16>();
+    for chunk in whole {
+        for (lane, &score) in lanes.iter_mut().zip(chunk) {
+            *lane += scaled.mass_above(score, place);
+        }
+    }
+    for (lane, &score) in lanes.iter_mut().zip(rest) {
+        *lane += scaled.mass_above(score, place);
+    }
 }
 
 vectorised! {

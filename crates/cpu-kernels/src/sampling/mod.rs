@@ -8,8 +8,8 @@
 //! logprobs   log-probabilities, ranks and the most likely tokens
 //! ```
 //!
-//! A row costs a pass or two over its scores: nothing is sorted but the few ids that may be kept,
-//! and of long flat tails only as much as decides where top_p ends.
+//! A row costs a pass or two over its scores: nothing is put in order but the few ids that top_k
+//! keeps, since for top_p one sum tells of an id whether it is kept.
 
 mod draw;
 mod logprobs;

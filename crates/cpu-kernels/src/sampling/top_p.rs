@@ -15,6 +15,11 @@ impl Kept {
         candidate(id, scaled) <= self.0
     }
 
+    /// Those before `id`, which is not the first.
+    pub(super) fn before(id: usize, scaled: f32) -> Self {
+        Self(candidate(id, scaled) - 1)
+    }
+
     /// Those that score at least `from`, in `candidates`.
     pub(super) fn gather<'a>(
         scores: &[f32],
@@ -50,11 +55,6 @@ fn mass_of(candidates: &[u64]) -> f64 {
 pub(super) struct Candidates<'a>(&'a mut [u64]);
 
 impl Candidates<'_> {
-    /// The fewest of the best that reach `mass`; at least one.
-    pub(super) fn reach(self, mass: f64) -> Kept {
-        keep_mass(self.0, mass)
-    }
-
     /// Of the k best, and ties with the last, the fewest that reach `share` of their mass.
     pub(super) fn top(self, k: usize, share: f64) -> Kept {
         let kept = keep_top_k(self.0, k);
