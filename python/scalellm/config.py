@@ -122,7 +122,9 @@ class EngineConfig:
         minimum=0,
         maximum=7,
     )
-    master_addr: str = setting("127.0.0.1", "Address of the first of these hosts, as it has it")
+    master_addr: str | None = setting(
+        None, "Address of the first of these hosts, as the others reach it; needed with --nnodes"
+    )
     master_port: int = setting(
         29500, "Port that its rank waits for the others at", minimum=0, maximum=65535
     )
@@ -167,6 +169,16 @@ class EngineConfig:
 
     def __post_init__(self) -> None:
         check_fields(self)
+
+    @property
+    def first_host(self) -> str:
+        """Where the ranks of several hosts meet. Raises ConfigError where nobody has said it."""
+        if self.master_addr is None:
+            raise ConfigError(
+                f"--master-addr: missing, needed with --nnodes {self.nnodes}: the first host's "
+                f"address, as the others reach it"
+            )
+        return self.master_addr
 
 
 @dataclass(frozen=True, slots=True)

@@ -85,8 +85,15 @@ def free_port():
 def other_host(folder, port, ranks=2):
     """As `scalellm engine` runs on the second of two hosts."""
     command = [sys.executable, "-m", "scalellm", "engine", str(folder), "--nnodes=2"]
-    command += ["--node-rank=1", f"--master-port={port}", f"--tensor-parallel-size={ranks}"]
+    command += ["--node-rank=1", f"--master-addr={HERE}", f"--master-port={port}"]
+    command += [f"--tensor-parallel-size={ranks}"]
     return subprocess.Popen([*command, "--cpu-threads=1"])
+
+
+def two_hosts(port, ranks=2):
+    """Settings of the first of them."""
+    there = {"nnodes": 2, "master_addr": HERE, "master_port": port}
+    return {"tensor_parallel_size": ranks, **there}
 
 
 def on_two_hosts(folder, ranks=2, **settings):
@@ -94,8 +101,7 @@ def on_two_hosts(folder, ranks=2, **settings):
     port = free_port()
     with other_host(folder, port, ranks) as other:
         try:
-            more = {"tensor_parallel_size": ranks, "nnodes": 2, "master_port": port}
-            several = load(folder, **more | settings)
+            several = load(folder, **two_hosts(port, ranks), **settings)
             try:
                 assert len(several.rank_pids) == ranks // 2 - 1, "of this host"
                 found = results(several)
@@ -132,7 +138,7 @@ def test_a_host_that_is_gone_ends_the_replica(folder, how):
     port = free_port()
     with other_host(folder, port) as other:
         try:
-            several = load(folder, tensor_parallel_size=2, nnodes=2, master_port=port)
+            several = load(folder, **two_hosts(port))
         finally:
             getattr(other, how)()  # and its rank with it
         # Whichever comes first: the end of its connection, or of a step.
@@ -150,7 +156,7 @@ def test_a_host_with_another_revision_of_the_model_is_refused(folder, tmp_path, 
     with other_host(made(tmp_path, seed=1), port) as other:
         try:
             with pytest.raises(EngineError, match=r"rank 1 could not load: .* another revision"):
-                load(folder, tensor_parallel_size=2, nnodes=2, master_port=port, **settings)
+                load(folder, **two_hosts(port), **settings)
         finally:
             other.terminate()
 
@@ -161,7 +167,7 @@ def test_an_engine_that_starts_anew_finds_the_other_host_again(folder):
     with other_host(folder, port) as other:
         try:
             for _ in range(2):
-                several = load(folder, tensor_parallel_size=2, nnodes=2, master_port=port)
+                several = load(folder, **two_hosts(port))
                 logits, _ = results(several)
                 several.close()
                 assert torch.equal(logits, expected)
@@ -177,6 +183,10 @@ def test_an_engine_that_starts_anew_finds_the_other_host_again(folder):
         (
             {"tensor_parallel_size": 2, "nnodes": 2, "node_rank": 2},
             "--node-rank: got 2, allowed: below --nnodes 2",
+        ),
+        (
+            {"tensor_parallel_size": 2, "nnodes": 2, "node_rank": 1},
+            "--master-addr: missing, needed with --nnodes 2",
         ),
     ],
 )

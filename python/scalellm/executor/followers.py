@@ -44,7 +44,7 @@ class Followers:
         """Those that `config` asks for. Raises EngineError."""
         meeting: Meeting | None = None
         if config.nnodes > 1:
-            meeting = Meeting(config.master_addr, config.master_port)
+            meeting = Meeting(config.first_host, config.master_port)
         return cls(config.tensor_parallel_size, config.nnodes, meeting)
 
     def __init__(self, ranks: int, hosts: int = 1, meeting: Meeting | None = None) -> None:

@@ -32,6 +32,8 @@ def check_hosts(config: EngineConfig) -> None:
         )
     if config.node_rank >= hosts:
         raise ConfigError(f"--node-rank: got {config.node_rank}, allowed: below --nnodes {hosts}")
+    if hosts > 1:
+        _ = config.first_host
 
 
 def serve_ranks(config: EngineConfig) -> int:
@@ -56,7 +58,7 @@ def serve_ranks(config: EngineConfig) -> int:
 
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, stop)
-    address = (config.master_addr, config.master_port)
+    address = (config.first_host, config.master_port)
     alive, _ = os.pipe()
     while not stopped.is_set():
         logger.info("ranks %s wait for rank 0 at %s:%d", [*mine], *address)

@@ -103,7 +103,7 @@ class TensorParallelExecutor(SingleExecutor):
             followers.load([order(rank, config, sizes, own.num_blocks) for rank in others])
         else:
             # All load at once, as they agree on what they have room for.
-            host = LOOPBACK if links is None else config.master_addr
+            host = LOOPBACK if links is None else config.first_host
             store = open_meeting(ranks, host)
             followers.load([order(rank, config, sizes, meeting=store.port) for rank in others])
             followers.wait_done()  # importing torch
