@@ -18,6 +18,7 @@ import tempfile
 import traceback
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,7 @@ PARTS: Mapping[str, float] = {
     "kernels": 90,
     "qwen3": 120,
     "ready": 90,
+    "shapes": 300,
     "ranks": 300,
     "peers": 280,
 }
@@ -49,14 +51,14 @@ class Figures:
     """What was measured, kept on disk."""
 
     def __init__(self, out: Path, shapes: Path) -> None:
-        self._out, self._shapes = out, shapes
+        self._out, self._folders = out, shapes
         self._path = out / "figures.json"
         self.found: dict[str, Any] = (
             json.loads(self._path.read_text(encoding="utf-8")) if self._path.exists() else {}
         )
 
     def folder(self, shape: str) -> Path:
-        folder = self._shapes / shape
+        folder = self._folders / shape
         if not folder.exists():
             make_shape.write(shape, folder)
         return folder
@@ -115,9 +117,7 @@ class Figures:
         for shape, quantization, context in ((MIXTRAL, "fp8", 576), (QWEN3, "none", 160)):
             folder = self.folder(shape)
             found[shape] = _or_error(
-                lambda folder=folder, quantization=quantization, context=context: steps.measure(
-                    folder, quantization, context, (1, 8, 32, 64)
-                )
+                partial(steps.measure, folder, quantization, context, (1, 8, 32, 64))
             )
             self.write("steps", found)
         return found
@@ -141,6 +141,14 @@ class Figures:
             self.write("ready", found)
         return found
 
+    def _shapes(self) -> dict[str, Any]:
+        import torch
+        from on_gpu import shapes
+
+        log = self._out / "shapes.log"
+        flags = [*_FLAGS, *_BF16]
+        return shapes.measure(self.folder(QWEN3), flags, torch.cuda.device_count(), log)
+
     def _ranks(self) -> dict[str, Any]:
         """Several GPUs, each a part of every layer, or of the experts whole ones."""
         import torch
@@ -152,9 +160,7 @@ class Figures:
             flags = [*_FP8, "--tensor-parallel-size", str(count)]
             for more in ([], ["--enable-expert-parallel"]):
                 name = f"{count} GPUs{', whole experts' if more else ''}"
-                found[name] = _or_error(
-                    lambda flags=[*flags, *more]: self._serve(MIXTRAL, flags, (1, 64))
-                )
+                found[name] = _or_error(partial(self._serve, MIXTRAL, [*flags, *more], (1, 64)))
                 self.write("ranks", found)
         return found
 
@@ -172,9 +178,7 @@ class Figures:
         for shape, work in serving.WORKLOADS.items():
             tokens = (work.input_tokens, work.output_tokens)
             found[shape] = _or_error(
-                lambda shape=shape, tokens=tokens: peer.measure(
-                    self.folder(shape), *tokens, (1, 8, 32, 64)
-                )
+                partial(peer.measure, self.folder(shape), *tokens, (1, 8, 32, 64))
             )
             self.write("peers", found)
         return found

@@ -18,6 +18,7 @@ _TITLES = {
     "kernels": "Kernels",
     "qwen3": "Qwen3-0.6B shape, bf16, random weights, 128 in, 64 out",
     "ready": "Seconds from start to ready, kernels compiled before",
+    "shapes": "Qwen3-0.6B shape, replicas that share GPUs",
     "ranks": "Mixtral-8x7B shape over several GPUs",
     "peers": "transformers' continuous batching, bf16, in process, all at once",
 }
@@ -101,6 +102,17 @@ def _kernels(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     return _table(("kernel", "shape", "us", "GB/s", "of bandwidth"), cells)
 
 
+def _shapes(found: Mapping[str, Any]) -> list[str]:
+    lines = [f"GPUs: {found['gpus']}", *(f"- {phase}" for phase in found.get("phases", ()))]
+    switches = ", ".join(f"{taken:.1f}" for taken in found.get("switches_s", ())) or "-"
+    cells = [
+        (found["completed"], found["failed"], f"{found['max_gap_ms']:.0f}",
+         f"{found['output_tok_s']:.0f}", switches)
+    ]  # fmt: skip
+    head = ("completed", "failed", "longest gap ms", "tok/s", "s each switch took")
+    return [*lines, "", *_table(head, cells)]
+
+
 def _steps(models: Mapping[str, Any]) -> list[str]:
     cells = []
     for model, result in models.items():
@@ -177,6 +189,7 @@ _WRITERS: Mapping[str, Callable[[Any], list[str]]] = {
     "kernels": _kernels,
     "qwen3": _served,
     "ready": _ready,
+    "shapes": _shapes,
     "ranks": _ranks,
     "peers": _peers,
 }

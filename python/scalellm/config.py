@@ -68,8 +68,12 @@ class EngineConfig:
         above=0,
         maximum=60_000,
     )
-    gpu_memory_utilization: float = setting(
-        0.9, "Share of the GPU's memory to use", above=0, maximum=1
+    gpu_memory_utilization: float | None = setting(
+        None,
+        "Share of a GPU's memory that a replica uses; default: 0.9, with `--blueprint auto` 0.45, "
+        "as replicas of two shapes share each GPU during a switch",
+        above=0,
+        maximum=1,
     )
     kv_cache_memory_bytes: int | None = setting(
         None,
@@ -169,6 +173,11 @@ class EngineConfig:
 
     def __post_init__(self) -> None:
         check_fields(self)
+
+    @property
+    def memory_share(self) -> float:
+        """Of a GPU."""
+        return 0.9 if self.gpu_memory_utilization is None else self.gpu_memory_utilization
 
     @property
     def first_host(self) -> str:
@@ -337,8 +346,8 @@ class BlueprintConfig:
 
     devices: int | None = setting(
         None,
-        "Devices to divide among the replicas, on a CPU cores; default: all, in a simulation those "
-        "of the widest calibrated shape",
+        "Devices to divide among the replicas, GPUs or on a CPU cores; default: all, in a "
+        "simulation those of the widest calibrated shape",
         _SHAPED,
         minimum=1,
         maximum=1024,

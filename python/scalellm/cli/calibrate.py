@@ -9,7 +9,7 @@ from scalellm.cli.flags import add_settings, resolve_arguments
 from scalellm.cli.model import check_folder, resolve_model
 from scalellm.config import EngineConfig, build
 from scalellm.controller.cores import usable_cores
-from scalellm.errors import ConfigError
+from scalellm.errors import ConfigError, OutOfMemoryError
 
 if TYPE_CHECKING:
     from scalellm.bench.steps import Sample
@@ -32,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--devices",
         type=int,
         metavar="N",
-        help="into so many the cores are divided; default: one for each core",
+        help="GPUs; on a CPU the cores are divided into so many; default: all, one for each core",
     )
     parser.add_argument(
         "--short", action="store_true", help="fewer steps of each kind: as at a first start"
@@ -44,10 +44,11 @@ def run(arguments: argparse.Namespace) -> int:
     weights = config.load_format != "dummy"
     folder = resolve_model(config.model, config.revision, weights)
     check_folder(folder, needs_tokenizer=False, needs_weights=weights)
-    cores = usable_cores()
-    devices = arguments.devices or cores
-    if not 1 <= devices <= cores:
-        raise ConfigError(f"--devices: got {devices}, allowed: 1 to {cores}")
+    gpus, cores = _gpus(config), usable_cores()
+    there = gpus or cores
+    devices = arguments.devices or there
+    if not 1 <= devices <= there:
+        raise ConfigError(f"--devices: got {devices}, allowed: 1 to {there}")
     widths = _widths(arguments.widths, devices)
 
     from scalellm.bench.machine import describe_machine
@@ -57,39 +58,58 @@ def run(arguments: argparse.Namespace) -> int:
     check_writable(arguments.write)
     shapes: dict[int, ShapeCost] = {}
     notes = []
+    each = max(1, cores // devices)
     for width in widths:
-        threads = width * (cores // devices)
-        shaped = replace(config, model_path=folder, tensor_parallel_size=width, cpu_threads=threads)
-        shapes[width], misfit = _measure(shaped, arguments.short)
-        notes.append(f"TP {width}: the median step is {misfit:.1%} off the line")
+        shaped = replace(
+            config, model_path=folder, tensor_parallel_size=width, cpu_threads=width * each
+        )
+        try:
+            shapes[width], misfit = _measure(shaped, arguments.short, on_gpu=gpus > 0)
+            notes.append(f"TP {width}: the median step is {misfit:.1%} off the line")
+        except OutOfMemoryError as error:
+            notes.append(f"TP {width} is left out: {error}")
         print(notes[-1], flush=True)
+    if not shapes:
+        raise OutOfMemoryError(notes[-1])
     machine = describe_machine()
+    where = f"{machine['cpu']}, {machine['cores_usable']} cores"
+    if gpus:
+        where = f"{gpus} GPUs ({', '.join(dict.fromkeys(machine['gpus']))})"
     calibration = Calibration(
         arguments.write.stem,
         "measured",
-        f"{folder.name} on {machine['cpu']}, {machine['cores_usable']} cores, "
-        f"{config.quantization} weights",
+        f"{folder.name} on {where}, {config.quantization} weights",
         shapes,
         _FRONT_MS,
         _SWITCH_MS,
     )
-    comment = f"Measured by `scalellm calibrate`; a device is {cores // devices} core(s).\n"
+    device = "a GPU" if gpus else f"{each} core(s)"
+    comment = f"Measured by `scalellm calibrate`; a device is {device}.\n"
     text = calibration_toml(calibration, comment + "\n".join(notes))
     arguments.write.write_text(text, encoding="utf-8")
     return 0
 
 
-def _widths(text: str, cores: int) -> list[int]:
+def _gpus(config: EngineConfig) -> int:
+    """Those that engines will find here; 0 where they run on a CPU."""
+    import torch
+
+    from scalellm.loader.device import choose_device
+
+    return torch.cuda.device_count() if choose_device(config.device).type == "cuda" else 0
+
+
+def _widths(text: str, devices: int) -> list[int]:
     try:
         found = sorted({int(part) for part in text.split(",")})
     except ValueError:
         found = []
-    if not found or not 1 <= found[0] <= found[-1] <= cores:
-        raise ConfigError(f"--widths: got {text!r}, allowed: 1 to {cores}, with commas between")
+    if not found or not 1 <= found[0] <= found[-1] <= devices:
+        raise ConfigError(f"--widths: got {text!r}, allowed: 1 to {devices}, with commas between")
     return found
 
 
-def _measure(config: EngineConfig, short: bool) -> "tuple[ShapeCost, float]":
+def _measure(config: EngineConfig, short: bool, on_gpu: bool) -> "tuple[ShapeCost, float]":
     from scalellm.bench.steps import SHORT_SWEEP, SWEEP, Recorder, fit, misfit, run_load, samples_of
     from scalellm.controller.blueprint.cost import ShapeCost
     from scalellm.engine.local import LocalEngine, LocalListener
@@ -106,7 +126,9 @@ def _measure(config: EngineConfig, short: bool) -> "tuple[ShapeCost, float]":
     engine = LocalEngine(loop, listener, executor.close)
     sweep = SHORT_SWEEP if short else SWEEP
     try:
-        run_load(engine, sweep[0], executor.vocab_size, seed=0)  # what allocates and compiles
+        # What allocates, and on a GPU compiles kernels and records steps for each size.
+        for load in sweep if on_gpu else sweep[:1]:
+            run_load(engine, load, executor.vocab_size, seed=0)
         recorder.steps.clear()
         for number, load in enumerate(sweep, start=1):
             run_load(engine, load, executor.vocab_size, seed=number)

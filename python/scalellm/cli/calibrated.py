@@ -15,6 +15,7 @@ from pathlib import Path
 
 from scalellm.cli.machine import package_version
 from scalellm.config import ServeConfig
+from scalellm.controller.blueprint.cost import shipped
 from scalellm.controller.child import PYTHON, die_with_parent
 from scalellm.controller.launchers.flags import engine_flags
 from scalellm.controller.report import Report
@@ -84,7 +85,7 @@ def _measure(
             said = ran.stderr.decode(errors="replace").strip()[-_SHOWN:]
             raise ServeError(
                 f"the steps' costs could not be measured (exit code {ran.returncode}): {said}; "
-                "--calibration names a file that has them"
+                f"--calibration names a file that has them, or one of {', '.join(shipped())}"
             )
         part.replace(file)
     except OSError as error:

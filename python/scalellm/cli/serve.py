@@ -4,15 +4,17 @@ import argparse
 import json
 import os
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 from scalellm.cli.calibrated import calibrated
 from scalellm.cli.flags import add_settings, unknown_variables
 from scalellm.cli.model import check_folder, resolve_model
 from scalellm.cli.served import add_models, asked
-from scalellm.config import DeploymentConfig, ServeConfig
+from scalellm.config import ServeConfig
+from scalellm.controller.blueprint.cost import read_calibration
 from scalellm.controller.deployment import Served, free_port, plan_deployment
-from scalellm.controller.gpus import visible_gpus
+from scalellm.controller.gpus import count_gpus, settled
 from scalellm.controller.launchers.kubernetes import helm_values
 from scalellm.controller.launchers.launcher import Launcher
 from scalellm.controller.launchers.local import LocalLauncher
@@ -23,6 +25,7 @@ from scalellm.controller.shapes import WIDTHS, Place, auto_widths, fitting_width
 from scalellm.controller.sharing import share
 from scalellm.controller.supervisor import Supervisor
 from scalellm.errors import ConfigError
+from scalellm.executor.node import check_hosts
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -42,45 +45,65 @@ def run(arguments: argparse.Namespace) -> int:
     port = free_port(shared.gateway.host, shared.gateway.port)
     folder = make_runtime_folder()
     try:
-        launcher = _launcher(shared.deployment, folder)
-        shared_out = share(found.models, launcher.cores, found.devices)
-        models = [_resolve(config, cores, report) for config, cores in shared_out]
+        launcher = _launcher(found.models, folder)
+        gpus = launcher.gpus or 0
+        configs = [settled(config, gpus) for config in found.models]
+        shared_out = share(configs, launcher.cores, found.devices, gpus)
+        models = [_resolve(config, cores, gpus, report) for config, cores in shared_out]
         plan = plan_deployment(models, port, folder, launcher)
         return Supervisor(plan, folder, report).run()
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _launcher(deployment: DeploymentConfig, folder: Path) -> Launcher:
+def _launcher(models: Sequence[ServeConfig], folder: Path) -> Launcher:
+    deployment = models[0].deployment
     if deployment.launcher == "ray":
         return RayLauncher(folder, deployment.ray_address, find_nodes(deployment.ray_address))
-    return LocalLauncher(folder, visible_gpus())
+    return LocalLauncher(folder, count_gpus(models))
 
 
-def _resolve(config: ServeConfig, cores: int, report: Report) -> Served:
+def _resolve(config: ServeConfig, cores: int, gpus: int, report: Report) -> Served:
     """The model's files, downloaded where that is needed."""
     before_s = report.elapsed_s()
     weights = config.engine.load_format != "dummy"
     path = resolve_model(config.engine.model, config.engine.revision, weights)
     check_folder(path, needs_tokenizer=True, needs_weights=weights)
     report.phase("resolve model", report.elapsed_s() - before_s, str(path))
+    check_hosts(config.engine)
     widths = _widths(config, path)
-    is_ours = config.deployment.launcher == "local"  # elsewhere steps cost something else
-    if is_ours and config.deployment.blueprint == "auto" and config.blueprint.calibration is None:
-        shapes, devices = auto_widths(config, Place(widths, cores))
-        config = calibrated(config, path, shapes, devices, report)
+    if config.deployment.blueprint == "auto":
+        config = _with_costs(config, path, Place(widths, cores, gpus=gpus), report)
     return Served(config, path, cores, widths)
 
 
+def _with_costs(config: ServeConfig, path: Path, place: Place, report: Report) -> ServeConfig:
+    """With a calibration: the one that was asked for, or what steps cost here."""
+    shapes, devices = auto_widths(config, place)
+    if config.blueprint.calibration is not None:
+        asked = read_calibration(config.blueprint.calibration)
+        if asked.source != "measured":
+            report.event(
+                f"the costs of {asked.name} are {asked.source}, not measured ({asked.note}); real "
+                f"steps correct their level"
+            )
+    elif config.deployment.launcher == "local":  # elsewhere steps cost something else
+        return calibrated(config, path, shapes, devices, report)
+    return config
+
+
 def _widths(config: ServeConfig, model_path: Path) -> tuple[int, ...]:
-    """Numbers of ranks that can share the model; looked up only where shapes were asked for."""
-    if config.deployment.blueprint == "static" and not config.blueprint.replica:
+    """Numbers of ranks that can share the model; looked up only where several were asked for."""
+    is_shaped = config.deployment.blueprint == "auto" or config.blueprint.replica
+    if config.engine.tensor_parallel_size == 1 and not is_shaped:
         return WIDTHS
     try:
         found = json.loads((model_path / "config.json").read_text(encoding="utf-8"))
         heads = int(found["num_attention_heads"])
         kv_heads = int(found.get("num_key_value_heads") or heads)
     except (OSError, ValueError, KeyError, TypeError) as error:
+        if not is_shaped:
+            return WIDTHS  # the engine knows more of models
         raise ConfigError(
             f"--replica: {model_path / 'config.json'} has no heads: {error}"
         ) from None

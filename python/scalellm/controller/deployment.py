@@ -18,6 +18,7 @@ from scalellm.controller.shapes import (
     WIDTHS,
     Place,
     Shapes,
+    changes_on_gpus,
     initial_state,
     served_name,
     shapes_of,
@@ -44,7 +45,7 @@ def plan_deployment(models: Sequence[Served], port: int, folder: Path, launcher:
     """The tree of one `serve`; writes the configuration files of its processes into `folder`."""
     config = models[0].config
     deployment = config.deployment
-    shapes = _shapes(models, folder, launcher.most_threads)
+    shapes = _shapes(models, folder, launcher)
     engines = _engines(models, shapes, launcher)
     launcher.check(engines)
     addresses = {engine.name: launcher.address(engine) for engine in engines}
@@ -79,12 +80,12 @@ def plan_deployment(models: Sequence[Served], port: int, folder: Path, launcher:
     )
 
 
-def _shapes(models: Sequence[Served], folder: Path, most_threads: int) -> list[Shapes]:
+def _shapes(models: Sequence[Served], folder: Path, launcher: Launcher) -> list[Shapes]:
     """The replicas of each model. Raises ConfigError naming the model, if there are several."""
     prefixes = _prefixes([model.name for model in models]) if len(models) > 1 else ["engine"]
     found = []
     for at, (model, prefix) in enumerate(zip(models, prefixes, strict=True)):
-        place = Place(model.widths, model.cores, prefix, most_threads)
+        place = Place(model.widths, model.cores, prefix, launcher.most_threads, launcher.gpus or 0)
         try:
             found.append(shapes_of(model.config, _state_file(folder, at), place))
         except ConfigError as error:
@@ -111,23 +112,20 @@ def _prefixes(names: Sequence[str]) -> list[str]:
 def _engines(
     models: Sequence[Served], shapes: Sequence[Shapes], launcher: Launcher
 ) -> list[Engine]:
-    """All that may run; on GPUs of the launcher each has some of its own."""
+    """All that may run; on GPUs of the launcher each has some of its own, but for replicas of
+    different shapes of `auto`: these lie over each other."""
     found: list[Engine] = []
-    gpus = Gpus(launcher.gpus or 0)
-    for model, shape in zip(models, shapes, strict=True):
+    gpus = _gpus_of_each(models, launcher.gpus or 0)
+    for model, shape, own in zip(models, shapes, gpus, strict=True):
         config = model.config
         is_on_gpu = config.engine.device == "cuda"
-        if config.engine.device == "auto" and launcher.gpus:
-            if shape.steering is not None:
-                raise ConfigError(
-                    "--device: got auto, which is a GPU here; allowed with --blueprint auto: cpu"
-                )
-            is_on_gpu = True
+        there: dict[int, Gpus] = {}  # of the replicas of one width
         for name, ranks in shape.widths.items():
             threads, first = shape.threads[name], 0
             if is_on_gpu and launcher.gpus is not None:
-                here, share = ranks // config.engine.nnodes, config.engine.gpu_memory_utilization
-                first = gpus.take(name, here, share)
+                here, share = ranks // config.engine.nnodes, config.engine.memory_share
+                taken = own if shape.steering is None else there.setdefault(ranks, own.untaken())
+                first = taken.take(name, here, share)
             shaped = replace(
                 config.engine, tensor_parallel_size=ranks, cpu_threads=threads, first_device=first
             )
@@ -135,6 +133,15 @@ def _engines(
             place = launcher.model(config.engine.model, model.path)
             found.append(Engine(name, len(found), place, flags, ranks, threads, is_on_gpu))
     return found
+
+
+def _gpus_of_each(models: Sequence[Served], gpus: int) -> list[Gpus]:
+    """The GPUs of each model: the same for all, unless a model's shape changes on them; then
+    `sharing.share` has divided them."""
+    if len(models) == 1 or not any(changes_on_gpus(model.config) for model in models):
+        return [Gpus(gpus)] * len(models)
+    shares = [model.config.blueprint.devices or 0 for model in models]
+    return [Gpus(own, sum(shares[:at])) for at, own in enumerate(shares)]
 
 
 def _model_section(model: Served, addresses: Sequence[str], state_file: Path) -> dict[str, object]:

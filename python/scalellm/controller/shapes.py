@@ -12,7 +12,7 @@ from scalellm.controller.blueprint.shape import Blueprint, check_fits, parse_gro
 from scalellm.controller.cores import usable_cores
 from scalellm.errors import ConfigError
 
-CALIBRATION = "cpu-qwen3-0.6b-int8"
+CALIBRATIONS = {"cpu": "cpu-qwen3-0.6b-int8", "cuda": "node-8gpu"}  # where none was measured
 WIDTHS = (1, 2, 4, 8)  # numbers of ranks that a replica can have
 
 
@@ -24,6 +24,7 @@ class Place:
     cores: int | None = None  # None: all
     prefix: str = "engine"
     most_threads: int | None = None  # of one replica, unless that is said
+    gpus: int = 0  # 0: none, or nobody knows how many
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,20 +43,24 @@ def shapes_of(config: ServeConfig, state_file: Path, place: Place | None = None)
     Raises ConfigError for what cannot be, with what would fit, before anything is started."""
     place = place or Place()
     shape, widths, prefix = config.blueprint, place.widths, place.prefix
-    cores = config.engine.cpu_threads or place.cores or usable_cores()
     check_together(config)
+    cores, there = _devices_there(config, place)
     if config.deployment.blueprint == "auto":
-        return _auto(config, cores, state_file, place)
+        return _auto(config, state_file, place)
     if shape.replica:
-        devices = shape.devices or cores
+        devices = shape.devices or there
         blueprint = parse_groups(shape.replica)
         check_fits(blueprint, devices, widths, "--replica")
         names = {f"{prefix}-{at}": tp for at, tp in enumerate(blueprint.replicas)}
         each = max(1, cores // devices)
         threads = {name: tp * each for name, tp in names.items()}
         return Shapes(names, threads, frozenset(names), None)
-    number = config.deployment.replicas
-    names = {f"{prefix}-{at}": config.engine.tensor_parallel_size for at in range(number)}
+    number, ranks = config.deployment.replicas, config.engine.tensor_parallel_size
+    if ranks not in widths:
+        raise ConfigError(
+            f"--tensor-parallel-size: got {ranks}, allowed for this model: {_listed(widths)}"
+        )
+    names = {f"{prefix}-{at}": ranks for at in range(number)}
     fair = max(1, min(cores // number, place.most_threads or cores))
     each = config.engine.cpu_threads or fair
     return Shapes(names, dict.fromkeys(names, each), frozenset(names), None)
@@ -79,9 +84,35 @@ def check_together(config: ServeConfig) -> None:
             raise ConfigError(
                 f"--nnodes: got {config.engine.nnodes}, allowed with --launcher: local, kubernetes"
             )
-    if is_auto and config.engine.device == "cuda":
-        # Replicas of the old shape and of the new one run beside each other for a while.
-        raise ConfigError("--device: got cuda, allowed with --blueprint auto: cpu")
+    if changes_on_gpus(config) and config.deployment.launcher == "ray":
+        # Replicas of the new shape would wait for the GPUs that those of the old one have.
+        raise ConfigError(
+            "--launcher: got ray, allowed with --blueprint auto on GPUs: local, kubernetes"
+        )
+
+
+def changes_on_gpus(config: ServeConfig) -> bool:
+    """Whether replicas of two shapes are on the same GPUs for a while."""
+    return config.deployment.blueprint == "auto" and config.engine.device == "cuda"
+
+
+def _devices_there(config: ServeConfig, place: Place) -> tuple[int, int]:
+    """Cores, and devices to divide: those cores, or GPUs where the model runs on them."""
+    cores = config.engine.cpu_threads or place.cores or usable_cores()
+    is_on_gpu = config.engine.device == "cuda" and place.gpus > 0
+    return cores, place.gpus if is_on_gpu else cores
+
+
+def _auto_devices(config: ServeConfig, place: Place) -> int:
+    """The devices that `auto` divides. Raises ConfigError for more than there are."""
+    _, there = _devices_there(config, place)
+    devices = config.blueprint.devices or there
+    if devices > there:
+        kind = "GPU" if config.engine.device == "cuda" else "core"
+        raise ConfigError(
+            f"--devices: got {devices}, allowed: at most {there}, one for each {kind}"
+        )
+    return devices
 
 
 def auto_widths(config: ServeConfig, place: Place) -> tuple[list[int], int]:
@@ -89,10 +120,7 @@ def auto_widths(config: ServeConfig, place: Place) -> tuple[list[int], int]:
 
     Raises ConfigError where there is nothing to choose."""
     check_together(config)
-    cores = config.engine.cpu_threads or place.cores or usable_cores()
-    devices = config.blueprint.devices or cores
-    if devices > cores:
-        raise ConfigError(f"--devices: got {devices}, allowed: at most {cores}, one for each core")
+    devices = _auto_devices(config, place)
     widths = [tp for tp in place.widths if tp <= devices]
     if len(widths) < 2:
         raise ConfigError(
@@ -102,12 +130,12 @@ def auto_widths(config: ServeConfig, place: Place) -> tuple[list[int], int]:
     return widths, devices
 
 
-def _auto(config: ServeConfig, cores: int, state_file: Path, place: Place) -> Shapes:
+def _auto(config: ServeConfig, state_file: Path, place: Place) -> Shapes:
     shape, allowed = config.blueprint, place.widths
-    calibration = read_calibration(shape.calibration or CALIBRATION)
-    devices = shape.devices or cores
-    if devices > cores:
-        raise ConfigError(f"--devices: got {devices}, allowed: at most {cores}, one for each core")
+    cores, _ = _devices_there(config, place)
+    kind = "cuda" if config.engine.device == "cuda" else "cpu"
+    calibration = read_calibration(shape.calibration or CALIBRATIONS[kind])
+    devices = _auto_devices(config, place)
     candidates = uniform([tp for tp in calibration.widths if tp in allowed], devices)
     if len(candidates) < 2:
         raise ConfigError(
@@ -122,7 +150,7 @@ def _auto(config: ServeConfig, cores: int, state_file: Path, place: Place) -> Sh
         for at in range(group.count)
     }
     first = candidates[-1] if shape.objective == "latency" else candidates[0]
-    each = cores // devices
+    each = max(1, cores // devices)
     steering = {
         "model": served_name(config.engine),
         "widths": widths,

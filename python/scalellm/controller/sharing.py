@@ -5,23 +5,38 @@ from dataclasses import dataclass, replace
 
 from scalellm.config import ServeConfig
 from scalellm.controller.blueprint.shape import parse_groups
-from scalellm.controller.shapes import served_name
+from scalellm.controller.shapes import changes_on_gpus, served_name
 from scalellm.errors import ConfigError
 
 _SHAPES_OF_AUTO = 2  # one wide replica or two narrow ones: less than that is nothing to choose
 
 
 def share(
-    configs: Sequence[ServeConfig], cores: int, devices: int | None
+    configs: Sequence[ServeConfig], cores: int, devices: int | None, gpus: int = 0
 ) -> list[tuple[ServeConfig, int]]:
-    """Each model with its devices, and the cores that these are.
+    """Each model with its devices, and the cores that go with them.
 
-    `devices`: those that several models divide; None: one for each core. One model has all cores.
-    Raises ConfigError as `divide` does."""
+    `devices`: those that several models divide; None: one for each core, or GPU if these are more
+    or a model's shape changes on them. One model has all cores. Raises ConfigError as `divide`
+    does, and for a shape that changes on GPUs beside models on the CPU."""
     if len(configs) == 1:
         return [(configs[0], cores)]
-    devices = devices or cores
-    shares = divide([Wish.of(config) for config in configs], devices)
+    wishes = [Wish.of(config) for config in configs]
+    changing = [served_name(config.engine) for config in configs if changes_on_gpus(config)]
+    if changing:
+        beside = [served_name(c.engine) for c in configs if c.engine.device != "cuda"]
+        if beside:
+            raise ConfigError(
+                f"device: got cpu for {beside[0]!r}, allowed beside --blueprint auto on GPUs, as "
+                f"{changing[0]!r} has it: cuda, as all models then divide the GPUs"
+            )
+        if devices is not None and devices > gpus:
+            raise ConfigError(
+                f"--devices: got {devices}, allowed: at most {gpus}, one for each GPU"
+            )
+        devices = devices or gpus
+    devices = devices or max(cores, gpus)
+    shares = divide(wishes, devices, has_cores=not changing)
     each = max(1, cores // devices)
     return [
         (replace(config, blueprint=replace(config.blueprint, devices=own)), own * each)
@@ -53,11 +68,11 @@ class Wish:
         return self.given or self.least
 
 
-def divide(wishes: Sequence[Wish], devices: int) -> tuple[int, ...]:
+def divide(wishes: Sequence[Wish], devices: int, has_cores: bool = True) -> tuple[int, ...]:
     """Devices of each model: what is assigned to it, or else what its plan needs and an equal part
     of what is left.
 
-    Raises ConfigError for plans that do not fit, with what would."""
+    `has_cores`: not GPUs. Raises ConfigError for plans that do not fit, with what would."""
     for wish in wishes:
         if wish.given is not None and wish.given < wish.least:
             raise ConfigError(
@@ -67,10 +82,10 @@ def divide(wishes: Sequence[Wish], devices: int) -> tuple[int, ...]:
     needed = sum(wish.needed for wish in wishes)
     if needed > devices:
         each = ", ".join(f"{wish.name!r} {wish.needed}" for wish in wishes)
+        more = f", or --devices {needed}, which lets CPU replicas share cores" if has_cores else ""
         raise ConfigError(
             f"models: {each}: together {needed} devices, and there are {devices}; what would fit: "
-            f"{_fitting(wishes, devices)}, or --devices {needed}, which lets CPU replicas share "
-            f"cores"
+            f"{_fitting(wishes, devices)}{more}"
         )
     left = devices - needed
     takers = [at for at, wish in enumerate(wishes) if wish.given is None]

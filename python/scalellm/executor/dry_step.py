@@ -9,8 +9,9 @@ from scalellm.executor.paged_inputs import build_paged_step
 from scalellm.kernels.attention import KVCache
 from scalellm.loader.load import LoadedModel, check_max_model_len, kv_dtype
 
-# Recorded steps keep activations of their own; a share of the driver's is not counted as torch's.
-RESERVE_BYTES = 512 << 20
+RESERVE_BYTES = 512 << 20  # for recorded steps, which keep activations of their own
+# What a process has that torch does not count: the driver's context, kernels, NCCL's buffers.
+UNCOUNTED_BYTES = 1 << 30
 
 
 def dry_batch(config: EngineConfig, longest: int) -> Batch:
@@ -48,7 +49,10 @@ def dry_step_bytes(config: EngineConfig, loaded: LoadedModel) -> int:
     return taken
 
 
-def gpu_kv_budget(free: int, total: int, utilization: float, step_bytes: int) -> int:
-    """Bytes for the KV cache: what is free, but for the share that is not ours to use, the largest
-    step and a reserve."""
-    return max(0, int(free - (1 - utilization) * total) - step_bytes - RESERVE_BYTES)
+def gpu_kv_budget(free: int, total: int, own: int, utilization: float, step_bytes: int) -> int:
+    """Bytes for the KV cache: what is left of this process's share, of which it has `own`, and not
+    more than is free, but for the largest step and a reserve.
+
+    What others use of the GPU is not taken from the share: they may be replicas with theirs."""
+    left = int(utilization * total) - own - UNCOUNTED_BYTES
+    return max(0, min(left, free) - step_bytes - RESERVE_BYTES)

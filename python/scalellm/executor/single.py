@@ -341,4 +341,5 @@ def _kv_budget(config: EngineConfig, loaded: LoadedModel) -> int:
         return max(0, int(available * CPU_KV_SHARE))
     step_bytes = dry_step_bytes(config, loaded)
     free, total = torch.cuda.mem_get_info(loaded.device)
-    return gpu_kv_budget(free, total, config.gpu_memory_utilization, step_bytes)
+    own = torch.cuda.memory_reserved(loaded.device)
+    return gpu_kv_budget(free, total, own, config.memory_share, step_bytes)

@@ -110,7 +110,7 @@ def load_model(
         kv_bytes_per_token=kv_bytes // config.block_size // each,
         max_model_len=config.max_model_len or min(LEAST_MODEL_LEN, limit),
         kv_cache_memory_bytes=config.kv_cache_memory_bytes,
-        available_bytes=available_device_bytes(device)
+        available_bytes=available_device_bytes(device, config.memory_share)
         if available_bytes is None
         else available_bytes,
         dtype=_name(dtype),
@@ -346,11 +346,12 @@ def kv_block_bytes(
     return geometry.bytes_per_token(kv_dtype(config, model_dtype)) * config.block_size
 
 
-def available_device_bytes(device: torch.device) -> int:
+def available_device_bytes(device: torch.device, share: float = 1.0) -> int:
+    """Memory that is free, of a GPU at most the `share` that may be used."""
     if device.type == "cpu":
         return available_cpu_bytes()
-    free, _ = torch.cuda.mem_get_info(device)
-    return free
+    free, total = torch.cuda.mem_get_info(device)
+    return min(free, int(share * total))
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -87,6 +87,11 @@ def test_every_part_is_written():
                     "of_bandwidth": 0.93,
                 }
             ],
+            "shapes": {
+                "gpus": 2, "ready_after_s": 9.0, "phases": ["steady: 1 x TP 2"],
+                "switches_s": [3.21, 4.0], "completed": 128, "failed": 0, "max_gap_ms": 812.0,
+                "output_tok_s": 900.0,
+            },
             "steps": {
                 "a": {"error": "x"},
                 "b": {
@@ -115,6 +120,7 @@ def test_every_part_is_written():
     assert "| 64 | timeout | timeout | 100 | 99.0 / 15.0 | 99.4 / 16.5 |" in text
     assert "| b | 8 | 2.00 | 1.90 | 0.10 | 0.50 |" in text
     assert "| mixtral-8x7b | 12.0 | 20 |" in text
+    assert "| 128 | 0 | 812 | 900 | 3.2, 4.0 |" in text
     assert "FAILED a" in text
     assert "not measured" not in text
 

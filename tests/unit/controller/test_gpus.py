@@ -15,23 +15,24 @@ from scalellm.config import (
     ServeConfig,
 )
 from scalellm.controller.deployment import Served, plan_deployment
-from scalellm.controller.gpus import Gpus, visible_gpus
+from scalellm.controller.gpus import Gpus, count_gpus, settled, torch_gpus
 from scalellm.controller.launchers.local import LocalLauncher
+from scalellm.controller.shapes import check_together
+from scalellm.controller.sharing import share
 from scalellm.errors import ConfigError
 
 
-@pytest.mark.parametrize(
-    ("listed", "seen"),
-    [(None, 3), ("", 0), ("-1", 0), ("2,0", 2), ("0,7,1", 1), ("GPU-a,GPU-b", 2)],
-)
-def test_gpus_are_counted_by_their_devices_and_what_may_be_seen(
-    tmp_path: Path, listed: str | None, seen: int
-) -> None:
-    for name in ("nvidia0", "nvidia1", "nvidia10", "nvidiactl", "nvidia-uvm", "null"):
-        (tmp_path / name).touch()
-    environment = {} if listed is None else {"CUDA_VISIBLE_DEVICES": listed}
-    assert visible_gpus(tmp_path, environment) == seen
-    assert visible_gpus(tmp_path / "none", {}) == 0
+@pytest.fixture
+def devices(tmp_path: Path) -> Path:
+    """A /dev of a machine with an NVIDIA GPU."""
+    (tmp_path / "dev").mkdir()
+    for name in ("nvidia0", "nvidiactl", "nvidia-uvm", "null"):
+        (tmp_path / "dev" / name).touch()
+    return tmp_path / "dev"
+
+
+def never() -> int:
+    raise AssertionError("nobody needs to know")
 
 
 def config(
@@ -49,7 +50,8 @@ def config(
 def first_devices(folder: Path, gpus: int, *configs: ServeConfig) -> list[int]:
     """Of each engine's command, in their order."""
     models = [
-        Served(named(config, f"m{at}"), folder / "model") for at, config in enumerate(configs)
+        Served(settled(named(config, f"m{at}"), gpus), folder / "model")
+        for at, config in enumerate(configs)
     ]
     plan = plan_deployment(models, 8123, folder, LocalLauncher(folder, gpus))
     found = []
@@ -101,16 +103,135 @@ def test_more_ranks_than_gpus_are_refused() -> None:
         Gpus(2).take("engine-0", 4, 0.9)
 
 
-def test_a_plan_that_changes_its_shape_has_no_gpus(tmp_path: Path) -> None:
+def test_torch_is_asked_what_the_engines_will_find(devices: Path) -> None:
+    two, one = config(2), config(1)
+    assert count_gpus([two], lambda: 3, devices) == 3
+    assert count_gpus([one, named(one, "b")], lambda: 1, devices) == 1
+    assert count_gpus([config(2, device="cuda")], lambda: 2, devices / "none") == 2
+    # A driver without a torch that can use it: what says `auto` runs on the CPU.
+    assert settled(two, count_gpus([two], lambda: 0, devices)).engine.device == "auto"
+    assert settled(two, 3).engine.device == "cuda"
+    for replicas, where in ((2, devices), (1, devices / "none")):
+        with pytest.raises(ConfigError, match="--device: got cuda, and torch sees no GPU here"):
+            count_gpus([config(replicas, device="cuda")], lambda: 0, where)
+
+
+def test_torch_is_not_asked_where_it_makes_no_difference(devices: Path) -> None:
+    for single in (config(1), config(1, device="cuda")):
+        assert count_gpus([single], never, devices) == 0
+    assert count_gpus([config(2, device="cpu")], never, devices) == 0
+    assert count_gpus([config(2)], never, devices / "none") == 0
+
+
+def test_torch_answers_as_an_engine_would() -> None:
+    import torch
+
+    assert torch_gpus() == (torch.cuda.device_count() if torch.cuda.is_available() else 0)
+
+
+# ------------------------------------------------------------ a shape that changes
+
+
+def auto(
+    gpus: int, name: str = "m", shape: dict[str, Any] | None = None, **engine: Any
+) -> ServeConfig:
+    """As `serve` has it, on a machine with so many GPUs."""
+    found = config(1, BlueprintConfig(**{"calibration": "node-8gpu", **(shape or {})}), **engine)
     deployment = DeploymentConfig(blueprint="auto")
-    for device, gpus in (("auto", 2), ("cuda", 0)):
-        asked = ServeConfig(
-            EngineConfig(device=device, cpu_threads=4),
-            GatewayConfig(),
-            deployment,
-            LogConfig(),
-            BlueprintConfig(devices=2),
-        )
-        with pytest.raises(ConfigError, match="allowed with --blueprint auto: cpu"):
-            launcher = LocalLauncher(tmp_path, gpus)
-            plan_deployment([Served(asked, tmp_path, 4)], 8123, tmp_path, launcher)
+    return settled(named(replace(found, deployment=deployment), name), gpus)
+
+
+def test_both_shapes_lie_on_the_same_gpus_and_share_their_memory(tmp_path: Path) -> None:
+    served = Served(auto(8), tmp_path)
+    plan = plan_deployment([served], 8123, tmp_path, LocalLauncher(tmp_path, 8))
+    found = {name: list(command.arguments) for name, (_, command) in plan.engines.items()}
+    firsts = {name: of[of.index("--first-device") + 1] for name, of in found.items()}
+    assert firsts == {f"engine-tp1-{at}": str(at) for at in range(8)} | {"engine-tp8-0": "0"}
+    for flags in found.values():
+        assert flags[flags.index("--gpu-memory-utilization") + 1] == "0.45"
+        assert flags[flags.index("--device") + 1] == "cuda"
+    assert plan.wanted == {"engine-tp8-0"}
+    (steering,) = plan.steering
+    assert 'source = "derived"' in steering["calibration"]
+
+
+def test_a_part_of_the_gpus_can_be_had(tmp_path: Path) -> None:
+    file = tmp_path / "costs.toml"
+    shapes = "".join(
+        f"[[shapes]]\ntp = {tp}\nbase_ms = 1.0\nmax_num_seqs = 8\nmax_num_batched_tokens = 512\n"
+        "step_budget_ms = 100\nkv_tokens = 4096\n"
+        for tp in (1, 2, 4)
+    )
+    file.write_text(f'name = "c"\nsource = "measured"\nnote = ""\n{shapes}')
+    asked = {"calibration": str(file), "devices": 4}
+    assert first_devices(tmp_path, 8, auto(8, shape=asked)) == [0, 1, 2, 3, 0, 2, 0]
+
+
+@pytest.mark.parametrize(
+    ("gpus", "shape", "engine", "said"),
+    [
+        (8, {}, {"gpu_memory_utilization": 0.6}, "--gpu-memory-utilization: got 0.6, allowed with"),
+        (4, {"devices": 8}, {}, "--devices: got 8, allowed: at most 4, one for each GPU"),
+        (4, {}, {}, "node-8gpu has widths 1, 8, the model allows 1, 2, 4, 8, and there are 4"),
+        (1, {}, {}, "auto needs two shapes to choose from"),
+    ],
+)
+def test_what_does_not_fit_is_refused_before_anything_starts(
+    tmp_path: Path, gpus: int, shape: dict[str, Any], engine: dict[str, Any], said: str
+) -> None:
+    with pytest.raises(ConfigError, match=said):
+        served = Served(auto(gpus, shape=shape, **engine), tmp_path)
+        plan_deployment([served], 8123, tmp_path, LocalLauncher(tmp_path, gpus))
+
+
+def test_half_of_the_memory_each_is_all_of_it() -> None:
+    assert auto(8, gpu_memory_utilization=0.5).engine.memory_share == 0.5
+    assert auto(0).engine.memory_share == 0.9  # on a CPU nobody asks for it
+
+
+def test_ray_gives_no_gpu_to_two_at_once() -> None:
+    found = auto(8)
+    on_ray = replace(found, deployment=replace(found.deployment, launcher="ray"))
+    with pytest.raises(ConfigError, match="--launcher: got ray, allowed with --blueprint auto on"):
+        check_together(on_ray)
+
+
+def test_a_model_beside_one_that_changes_has_gpus_of_its_own(tmp_path: Path) -> None:
+    still = settled(named(config(1, tensor_parallel_size=2), "still"), 16)
+    configs = [still, auto(16, "b", {"devices": 8}), auto(16, "c")]
+    shared = share(configs, cores=4, devices=None, gpus=16)
+    assert [config.blueprint.devices for config, _ in shared] == [4, 8, 4]
+    with pytest.raises(ConfigError, match="model 'm2': --blueprint: auto needs two shapes"):
+        first_devices_of(tmp_path, shared)
+    configs = [still, auto(16, "b", {"devices": 8})]
+    shared = share(configs, cores=4, devices=None, gpus=16)
+    assert first_devices_of(tmp_path, shared) == [0, *range(8, 16), 8]
+
+
+def first_devices_of(folder: Path, shared: list[tuple[ServeConfig, int]]) -> list[int]:
+    return first_devices(folder, 16, *(config for config, _ in shared))
+
+
+@pytest.mark.parametrize(
+    ("beside", "devices", "said"),
+    [
+        (
+            {"device": "cpu"},
+            None,
+            "device: got cpu for 'a', allowed beside --blueprint auto on GPUs",
+        ),
+        ({}, 16, "--devices: got 16, allowed: at most 8, one for each GPU"),
+        ({"tensor_parallel_size": 8}, None, "what would fit: devices of 'a' 4, 'b' 4$"),
+    ],
+)
+def test_models_that_cannot_share_the_gpus_are_refused(
+    beside: dict[str, Any], devices: int | None, said: str
+) -> None:
+    configs = [settled(named(config(1, **beside), "a"), 8), auto(8, "b")]
+    with pytest.raises(ConfigError, match=said):
+        share(configs, 4, devices, 8)
+
+
+def test_gpus_count_as_devices_where_there_are_more_than_cores() -> None:
+    configs = [settled(named(config(1, tensor_parallel_size=4), name), 8) for name in "ab"]
+    assert len(share(configs, cores=2, devices=None, gpus=8)) == 2

@@ -128,6 +128,16 @@ def test_kubernetes_gets_whole_deployments_where_shapes_were_asked_for() -> None
     assert "blueprint" not in second
 
 
+def test_kubernetes_gets_a_gpu_for_each_device() -> None:
+    auto = config({"device": "cuda"}, deployment=DeploymentConfig(blueprint="auto"),
+                  blueprint=BlueprintConfig(devices=8))  # fmt: skip
+    spread = config({"device": "cuda", "tensor_parallel_size": 4, "nnodes": 2})
+    models = helm_values([auto, spread, config()])["models"]
+    limits = [model["resources"].get("limits") for model in models]
+    assert limits == [{"nvidia.com/gpu": "8"}, {"nvidia.com/gpu": "2"}, None]
+    assert models[0]["args"] == ["--device", "cuda"]
+
+
 def test_kubernetes_gets_the_hosts_of_a_replica() -> None:
     spread = config({"tensor_parallel_size": 4, "nnodes": 2, "master_addr": "10.0.0.1"})
     (found,) = helm_values([spread])["models"]

@@ -23,7 +23,7 @@ from scalellm.controller.blueprint.policy import Settings
 from scalellm.controller.blueprint.shape import Blueprint, uniform
 from scalellm.controller.blueprint.signals import Signals
 from scalellm.controller.gateway_view import Sample, parse_metrics
-from scalellm.controller.shapes import initial_state, shapes_of
+from scalellm.controller.shapes import Place, initial_state, shapes_of
 from scalellm.errors import ConfigError
 
 NODE = read_calibration("node-8gpu")
@@ -303,3 +303,12 @@ def test_impossible_shapes_are_refused_before_anything_starts(
 ) -> None:
     with pytest.raises(ConfigError, match=named):
         shapes_of(config(DeploymentConfig(**deployment), **shape), tmp_path)
+
+
+@pytest.mark.parametrize("ranks", [3, 4])
+def test_ranks_that_the_model_does_not_allow_are_refused_too(tmp_path: Path, ranks: int) -> None:
+    asked = config()
+    asked = replace(asked, engine=replace(asked.engine, tensor_parallel_size=ranks))
+    said = f"--tensor-parallel-size: got {ranks}, allowed for this model: 1, 2$"
+    with pytest.raises(ConfigError, match=said):
+        shapes_of(asked, tmp_path, Place(widths=(1, 2)))

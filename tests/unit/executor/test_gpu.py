@@ -6,7 +6,12 @@ import torch
 
 from scalellm.config import EngineConfig
 from scalellm.executor.batch import Batch, Span
-from scalellm.executor.dry_step import RESERVE_BYTES, dry_batch, gpu_kv_budget
+from scalellm.executor.dry_step import (
+    RESERVE_BYTES,
+    UNCOUNTED_BYTES,
+    dry_batch,
+    gpu_kv_budget,
+)
 from scalellm.executor.gpu import MOST_AHEAD, GpuSteps
 from scalellm.executor.graphs import LADDER, DecodeGraphs, size_for
 from scalellm.executor.inputs import build_arrays
@@ -194,6 +199,18 @@ def test_the_dry_step_has_all_tokens_and_logits():
 
 
 def test_the_kv_cache_gets_what_is_left():
-    free, total = 100 << 30, 140 << 30
-    assert gpu_kv_budget(free, total, 0.9, 3 << 30) == (83 << 30) - RESERVE_BYTES
-    assert gpu_kv_budget(1 << 30, total, 0.9, 0) == 0
+    free, total, own = 100 << 30, 140 << 30, 40 << 30
+    kept = RESERVE_BYTES + UNCOUNTED_BYTES
+    assert gpu_kv_budget(free, total, own, 0.9, 3 << 30) == (83 << 30) - kept
+    assert gpu_kv_budget(1 << 30, total, own, 0.9, 1 << 30) == 0
+
+
+def test_replicas_that_share_a_gpu_get_their_shares_whoever_comes_first():
+    """The second one finds little free, and that is no reason to take less than its share."""
+    total, own, step = 140 << 30, 20 << 30, 2 << 30
+    first = gpu_kv_budget(total - own - UNCOUNTED_BYTES, total, own, 0.45, step)
+    free = total - 2 * (own + UNCOUNTED_BYTES) - first
+    assert gpu_kv_budget(free, total, own, 0.45, step) == first
+    assert 2 * (own + UNCOUNTED_BYTES + first + step) < total
+    # Somebody else has most of what is free.
+    assert gpu_kv_budget(4 << 30, total, own, 0.45, step) == (2 << 30) - RESERVE_BYTES

@@ -64,6 +64,9 @@ def _model(config: ServeConfig) -> dict[str, Any]:
         "cpuThreads": threads,
         "resources": {"requests": {"cpu": str(threads)}},
     }
+    if engine.device == "cuda":
+        gpus = shape.get("devices") or ranks_here
+        values["resources"]["limits"] = {"nvidia.com/gpu": str(gpus)}
     if engine.revision is not None:
         values["revision"] = engine.revision
     if engine.nnodes > 1:
