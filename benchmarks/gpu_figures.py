@@ -39,6 +39,7 @@ PARTS: Mapping[str, float] = {
     "check": 170,
     "steps": 150,
     "kernels": 90,
+    "prefill": 120,
     "qwen3": 120,
     "ready": 90,
     "shapes": 300,
@@ -109,6 +110,11 @@ class Figures:
         if "read_gb_s" not in ceilings:
             self.write("ceilings", ceilings := timing.ceilings())
         return kernels.measure(ceilings)
+
+    def _prefill(self) -> list[dict[str, Any]]:
+        from on_gpu import prefill
+
+        return prefill.measure({name: make_shape.SHAPES[name] for name in (MIXTRAL, QWEN3)})
 
     def _steps(self) -> dict[str, Any]:
         from on_gpu import steps

@@ -4,7 +4,8 @@
     python benchmarks/tune_gpu.py --model mixtral-8x7b --out tiles.toml
 
 The file is python/scalellm/kernels/tuned/NAME_OF_THE_GPU.toml: one entry for each kernel, matrix
-and number of rows. A tile that does not fit the GPU is passed over.
+and number of rows, and, where FlashInfer is installed, whose kernel computes prompts' attention. A
+tile that does not fit the GPU is passed over.
 """
 
 import argparse
@@ -14,7 +15,7 @@ from pathlib import Path
 
 import torch
 from make_shape import SHAPES
-from on_gpu import kernels, timing
+from on_gpu import kernels, prefill, timing
 from on_gpu.tiles import ROWS, Best, Problem, best_tile, problems, toml
 
 from scalellm.kernels.linear import triton as linear
@@ -62,14 +63,32 @@ def runner(problem: Problem, rows: int) -> Callable[[Tile], float]:
             for weight in weights:
                 if routed is not None:
                     moe.product_of_experts(x, weight, routed, out, outputs, problem.gated, tile)
-                elif isinstance(out, Fp8Rows):
+                elif not isinstance(out, Fp8Rows):
+                    linear.linear(x, weight, out=out, gated=problem.gated, tile=tile)
+                elif isinstance(x, Fp8Rows) and isinstance(weight, Fp8Matrix):
                     linear.linear_silu_and_mul_fp8(x, weight, tile=tile)
                 else:
-                    linear.linear(x, weight, out=out, gated=problem.gated, tile=tile)
+                    raise TypeError(f"{problem.kernel} of {type(x).__name__}")
 
         return timing.seconds(call, calls=2) / len(weights)
 
     return run
+
+
+def prefills(models: list[str]) -> str:
+    """Who computes prompts' attention, for the models' heads; nothing without FlashInfer."""
+    version = prefill.installed()
+    if version is None:
+        print("flashinfer is not installed: prompts' attention stays Triton's", flush=True)
+        return ""
+    sections = {}
+    for model in models:
+        heads, layers = prefill.heads_of(SHAPES[model]), SHAPES[model]["num_hidden_layers"]
+        for kv_dtype in (torch.bfloat16, FP8):
+            found = prefill.timed(heads, kv_dtype, layers)
+            sections[heads, kv_dtype] = prefill.toml(heads, kv_dtype, found, version)
+            print(sections[heads, kv_dtype], flush=True)
+    return "\n".join(sections.values())
 
 
 def main() -> int:
@@ -86,13 +105,14 @@ def main() -> int:
         for format in options.format or ("fp8", "bf16")
         for problem in problems(SHAPES[model], format)
     }
+    attention = prefills(options.model)
     found: list[Best] = []
     for problem in wanted:
         for rows in ROWS:
             found.append(best := best_tile(problem, rows, runner(problem, rows)))
             print(f"{problem} {rows} rows: {best.tile}, {best.seconds * 1e6:.1f} us", flush=True)
             out.parent.mkdir(parents=True, exist_ok=True)
-            out.write_text(toml(gpu, found), encoding="utf-8")
+            out.write_text(toml(gpu, found) + attention, encoding="utf-8")
     return 0
 
 

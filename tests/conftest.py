@@ -25,6 +25,10 @@ def _gpu() -> str | None:
     return None if Path("/dev/nvidia0").exists() else "no NVIDIA device"
 
 
+def _flashinfer() -> str | None:
+    return _gpu() or (None if find_spec("flashinfer") else "it is not installed")
+
+
 def _two_cores() -> str | None:
     cores = len(os.sched_getaffinity(0))
     return None if cores >= 2 else f"{cores} core"
@@ -59,6 +63,7 @@ def _cc() -> str | None:
 # What a test may need -> why it is not there, or None.
 PROBES: dict[str, Callable[[], str | None]] = {
     "cc": _cc,
+    "flashinfer": _flashinfer,
     "gpu": _gpu,
     "helm": _helm,
     "postgres": _postgres,

@@ -2,6 +2,7 @@
 
 timing    how long work on the device takes, and the device's ceilings
 kernels   experts, attention and products beside the bandwidth measured with them
+prefill   prompts' attention by Triton's kernel beside FlashInfer's
 steps     whole decode steps of the engine, and how many experts they read
 serving   TTFT and TBT through the gateway
 shapes    replicas that share GPUs, side by side and from one shape to another

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from on_gpu.timing import seconds
-from scalellm.kernels.attention import Heads, KVCache, KVGeometry, PagedStep, plan_pages
+from scalellm.kernels.attention import Heads, KVCache, KVGeometry, plan_pages
 from scalellm.kernels.attention import triton as attention
 from scalellm.kernels.linear import triton as linear
 from scalellm.kernels.linear.fp8 import Fp8Matrix
@@ -76,10 +76,7 @@ def decode(sequences: int, context: int, dtype: torch.dtype, device: torch.devic
     cache = KVCache.allocate(geometry, len(blocks), BLOCK, dtype, device).layers[0]
     index = np.arange(sequences)
     spans = np.stack((index, index * 0 + context - 1, index * 0 + 1, index * each), axis=1)
-    plan = plan_pages(spans, blocks, BLOCK)
-    step = PagedStep(
-        *(torch.from_numpy(getattr(plan, name)).to(device) for name in PagedStep.__slots__)
-    )
+    step = plan_pages(spans, blocks, BLOCK).to(device)
     query = torch.randn(sequences, 32, 128, device=device, dtype=torch.bfloat16)
     out = torch.empty_like(query)
     taken = seconds(lambda: attention.decode(query, heads, cache, step, out))

@@ -16,6 +16,7 @@ _TITLES = {
     "check": "Every kernel beside its reference",
     "steps": "Decode steps in the engine",
     "kernels": "Kernels",
+    "prefill": "Prompts' attention, queries in bf16",
     "qwen3": "Qwen3-0.6B shape, bf16, random weights, 128 in, 64 out",
     "ready": "Seconds from start to ready, kernels compiled before",
     "shapes": "Qwen3-0.6B shape, replicas that share GPUs",
@@ -100,6 +101,18 @@ def _kernels(rows: Sequence[Mapping[str, Any]]) -> list[str]:
         for r in rows
     ]  # fmt: skip
     return _table(("kernel", "shape", "us", "GB/s", "of bandwidth"), cells)
+
+
+def _prefill(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    def shown(row: Mapping[str, Any], by: str) -> str:
+        taken = row["seconds"][by]
+        return "-" if taken is None else f"{taken * 1e6:.1f} ({row['tflop_s'][by]:.0f})"
+
+    cells = [
+        (row["heads"], row["shape"], shown(row, "triton"), shown(row, "flashinfer")) for row in rows
+    ]
+    head = ("keys and values", "prompts", "Triton us (TFLOP/s)", "FlashInfer us (TFLOP/s)")
+    return _table(head, cells)
 
 
 def _shapes(found: Mapping[str, Any]) -> list[str]:
@@ -187,6 +200,7 @@ _WRITERS: Mapping[str, Callable[[Any], list[str]]] = {
     "check": _check,
     "steps": _steps,
     "kernels": _kernels,
+    "prefill": _prefill,
     "qwen3": _served,
     "ready": _ready,
     "shapes": _shapes,

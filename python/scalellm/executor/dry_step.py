@@ -5,7 +5,7 @@ import torch
 from scalellm.config import EngineConfig
 from scalellm.executor.batch import Batch, Span
 from scalellm.executor.inputs import build_arrays, build_step
-from scalellm.executor.paged_inputs import build_paged_step
+from scalellm.executor.paged_inputs import build_paged_step, prompt_kernel
 from scalellm.kernels.attention import KVCache
 from scalellm.loader.load import LoadedModel, check_max_model_len, kv_dtype
 
@@ -40,7 +40,7 @@ def dry_step_bytes(config: EngineConfig, loaded: LoadedModel) -> int:
         if loaded.config.family == "transformers":
             ids, step = build_step(arrays, cache, loaded.geometry, loaded.dtype, device)
         else:
-            ids, step = build_paged_step(arrays, cache, device)
+            ids, step = build_paged_step(arrays, cache, device, prompt_kernel(config, loaded))
         loaded.model.forward(ids, step)
         torch.cuda.synchronize(device)
         taken = torch.cuda.max_memory_allocated(device) - before

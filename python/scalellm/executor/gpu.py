@@ -20,8 +20,9 @@ from torch import Tensor
 from scalellm.config import EngineConfig
 from scalellm.executor.graphs import Copied, CudaGraphs, DecodeGraphs, Draw, Launched
 from scalellm.executor.inputs import StepArrays
-from scalellm.executor.paged_inputs import build_paged_step
+from scalellm.executor.paged_inputs import build_paged_step, prompt_kernel
 from scalellm.kernels.attention import KVCache
+from scalellm.kernels.attention.flashinfer import FlashInferPrefill
 from scalellm.kernels.sampling import DRAW, ids_of
 from scalellm.loader.load import LoadedModel
 from scalellm.models.decoder import CausalLM
@@ -50,10 +51,13 @@ class GpuSteps:
         draw: Draw,
         graphs: DecodeGraphs | None,
         tally: Tensor | None = None,
+        prompts: FlashInferPrefill | None = None,
     ) -> None:
-        """`draw`: greedy; `graphs`: None to run every step from Python; `tally`: as of Step."""
+        """`draw`: greedy; `graphs`: None to run every step from Python; `tally`: as of Step;
+        `prompts`: as of `build_paged_step`."""
         self._model, self._cache, self._device = model, cache, device
         self._draw, self._graphs, self._tally = draw, graphs, tally
+        self._prompts = prompts
         self._ahead: Ahead | None = None
         self.steps_ahead = 0  # that were asked for
 
@@ -62,7 +66,7 @@ class GpuSteps:
         self._ahead = None
         if self._graphs is not None and self._graphs.fits(arrays):
             return self._graphs.launch(arrays).logits
-        token_ids, step = build_paged_step(arrays, self._cache, self._device)
+        token_ids, step = build_paged_step(arrays, self._cache, self._device, self._prompts)
         return self._model.forward(token_ids, replace(step, tally=self._tally))
 
     def greedy(self, arrays: StepArrays, followed: bool) -> list[int | None]:
@@ -144,4 +148,5 @@ def gpu_steps(
     if not config.enforce_eager:
         most = min(config.max_num_seqs, config.max_num_batched_tokens)
         graphs = DecodeGraphs(loaded.model, cache, most, greedy, CudaGraphs(), tally)
-    return GpuSteps(loaded.model, cache, loaded.device, greedy, graphs, tally)
+    prompts = prompt_kernel(config, loaded)
+    return GpuSteps(loaded.model, cache, loaded.device, greedy, graphs, tally, prompts)

@@ -7,9 +7,12 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from scalellm.config import EngineConfig
 from scalellm.executor.inputs import StepArrays
 from scalellm.kernels.attention import KVCache, PagedStep, plan_pages
+from scalellm.kernels.attention.flashinfer import FlashInferPrefill, PlannedPrefill, open_prefill
 from scalellm.layers.step import Step
+from scalellm.loader.load import LoadedModel, kv_dtype
 
 _ALIGNED = 4  # numbers: Triton's loads are wide where an array begins at a multiple of 16 bytes
 
@@ -31,18 +34,32 @@ def upload(arrays: Sequence[npt.NDArray[np.integer]], device: torch.device) -> l
     ]
 
 
+def prompt_kernel(config: EngineConfig, loaded: LoadedModel) -> FlashInferPrefill | None:
+    """What computes prompts' attention in place of Triton's kernel, if anything does."""
+    heads = len(loaded.shard.heads(loaded.config.num_heads))
+    kv = kv_dtype(config, loaded.dtype)
+    return open_prefill(heads, loaded.geometry, config.block_size, loaded.dtype, kv, loaded.device)
+
+
 def build_paged_step(
-    arrays: StepArrays, cache: KVCache, device: torch.device
+    arrays: StepArrays,
+    cache: KVCache,
+    device: torch.device,
+    prompts: FlashInferPrefill | None = None,
 ) -> tuple[Tensor, Step]:
-    """Token ids [T] int32 and the step, as models take them on a GPU."""
+    """Token ids [T] int32 and the step, as models take them on a GPU. `prompts`: as of
+    `prompt_kernel`; what it plans holds until the next step is built."""
     plan = plan_pages(arrays.spans, arrays.tables, cache.block_size)
     token_ids, positions, logit_rows, *parts = upload(
         [
             arrays.token_ids,
             arrays.positions,
             arrays.logit_rows,
-            *(getattr(plan, name) for name in PagedStep.__slots__),
+            *plan.all,
         ],
         device,
     )
-    return token_ids, Step(positions, cache, PagedStep(*parts), logit_rows)
+    planned: PlannedPrefill | None = None
+    if prompts is not None:
+        planned = prompts.plan(arrays.spans, arrays.tables, cache.block_size)
+    return token_ids, Step(positions, cache, PagedStep.of(parts, planned), logit_rows)

@@ -10,6 +10,14 @@ A file is `tuned/NVIDIA_H200.toml`, named for the GPU; `benchmarks/tune_gpu.py` 
     tile = [16, 64, 128]       # rows, outputs, k
     warps = 4
     stages = 4
+
+    [[prefill]]                # prompts' attention: the faster one, where both can be had
+    heads = 32
+    kv_heads = 8
+    head_dim = 128
+    kv = "bfloat16"
+    windowed = false
+    by = "flashinfer"          # or "triton"
 """
 
 import re
@@ -37,6 +45,8 @@ class Tile:
 
 
 Measured = Mapping[tuple[str, int, int], Sequence[tuple[int, Tile]]]  # kernel, n, k -> by rows
+Attended = tuple[int, int, int, str, bool]  # heads, kv heads, head_dim, type of these, windowed
+PREFILLS = ("triton", "flashinfer")
 
 
 def tile_for(kernel: str, rows: int, n: int, k: int, device: torch.device, copies: int = 1) -> Tile:
@@ -70,8 +80,32 @@ def _name_of(device: torch.device) -> str:
 @cache
 def tiles_of(gpu: str) -> Measured:
     """What was measured on the GPU that calls itself `gpu`."""
+    return parse_tiles(_tuned(gpu))
+
+
+def _tuned(gpu: str) -> str:
     file = resources.files("scalellm.kernels") / "tuned" / f"{file_name(gpu)}.toml"
-    return parse_tiles(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    return file.read_text(encoding="utf-8") if file.is_file() else ""
+
+
+def fastest_prefill(
+    device: torch.device, shape: tuple[int, int, int], kv: torch.dtype, window: int | None
+) -> str:
+    """Which of PREFILLS was measured to be the faster one on such a GPU, for `shape` (heads, kv
+    heads, head_dim); Triton's by itself."""
+    attended = (*shape, type_name(kv), window is not None)
+    return parse_prefills(_tuned(_name_of(device))).get(attended, PREFILLS[0])
+
+
+def parse_prefills(text: str) -> Mapping[Attended, str]:
+    names = ("heads", "kv_heads", "head_dim", "kv", "windowed")
+    entries = tomllib.loads(text).get("prefill", ())
+    return {tuple(entry[name] for name in names): entry["by"] for entry in entries}
+
+
+def type_name(dtype: torch.dtype) -> str:
+    """torch.bfloat16 -> bfloat16"""
+    return str(dtype).removeprefix("torch.")
 
 
 def parse_tiles(text: str) -> Measured:

@@ -2,13 +2,17 @@
 
 import sys
 
+import pytest
+import torch
 from gpu_figures import PARTS
 from make_shape import SHAPES
+from on_gpu import prefill
 from on_gpu.parts import LEAST_S, run_parts
 from on_gpu.summary import summary
 from on_gpu.tiles import Best, Problem, best_tile, candidates, problems, toml
 
-from scalellm.kernels.tuning import Tile, default_tile, parse_tiles
+from scalellm.kernels.attention import Heads
+from scalellm.kernels.tuning import Tile, default_tile, parse_prefills, parse_tiles
 
 
 def test_the_matrices_of_models():
@@ -46,6 +50,19 @@ def test_the_file_is_read_back():
     tile = Tile(16, 64, 128, 4, 4)
     best = Best(Problem("linear bf16", 8, 4), 16, tile, 1e-6, 2e-6)
     assert parse_tiles(toml("A GPU", [best])) == {("linear bf16", 8, 4): [(16, tile)]}
+
+
+@pytest.mark.parametrize(
+    ("flashinfer_us", "by"),
+    [((50.0, 90.0), "flashinfer"), ((50.0, None), "triton"), ((99.0, 99.0), "triton")],
+)
+def test_whose_prompts_attention_was_faster_is_read_back(flashinfer_us, by):
+    """By enough, in every case, or else it is Triton's."""
+    heads = Heads(32, 8, 128, 4096, None)
+    found = [prefill.Timed((1, 512, 0), 100.0, us) for us in flashinfer_us]
+    text = prefill.toml(heads, torch.float8_e4m3fn, found, "1.2.3")
+    assert parse_prefills(text) == {(32, 8, 128, "float8_e4m3fn", True): by}
+    assert parse_tiles(text) == {}
 
 
 def row(concurrency, level="ok"):
@@ -87,6 +104,13 @@ def test_every_part_is_written():
                     "of_bandwidth": 0.93,
                 }
             ],
+            "prefill": [
+                {
+                    "heads": "m, bfloat16", "shape": "1 x 512 after 0",
+                    "seconds": {"triton": 1e-5, "flashinfer": None},
+                    "tflop_s": {"triton": 210.0, "flashinfer": None},
+                }
+            ],
             "shapes": {
                 "gpus": 2, "ready_after_s": 9.0, "phases": ["steady: 1 x TP 2"],
                 "switches_s": [3.21, 4.0], "completed": 128, "failed": 0, "max_gap_ms": 812.0,
@@ -120,6 +144,7 @@ def test_every_part_is_written():
     assert "| 64 | timeout | timeout | 100 | 99.0 / 15.0 | 99.4 / 16.5 |" in text
     assert "| b | 8 | 2.00 | 1.90 | 0.10 | 0.50 |" in text
     assert "| mixtral-8x7b | 12.0 | 20 |" in text
+    assert "| m, bfloat16 | 1 x 512 after 0 | 10.0 (210) | - |" in text
     assert "| 128 | 0 | 812 | 900 | 3.2, 4.0 |" in text
     assert "FAILED a" in text
     assert "not measured" not in text

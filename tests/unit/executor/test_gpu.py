@@ -107,6 +107,26 @@ def test_prompts_and_steps_beyond_the_ladder_are_not_recorded(steps, recorded):
     assert not recorded
 
 
+def test_prompts_are_planned_for_what_computes_them_and_decodes_are_not(model):
+    class Planner:
+        def __init__(self):
+            self.planned = []
+
+        def plan(self, spans, tables, block_size):
+            self.planned.append((spans.tolist(), tables.tolist(), block_size))
+            return self
+
+    cache, planner = KVCache.allocate(model.geometry, BLOCKS, BLOCK, torch.float32, CPU), Planner()
+    graphs = DecodeGraphs(model, cache, 64, draw, lambda work: work)
+    steps = GpuSteps(model, cache, CPU, draw, graphs, prompts=planner)
+    steps.forward(arrays(decode(1, 5), Span([1, 2, 3], 0, [7], 1)))
+    assert planner.planned == [([[0, 5, 1, 0], [1, 0, 3, 2]], [0, 1, 7], BLOCK)]
+    assert model.seen[-1][1].attention.prompts is planner
+    steps.forward(arrays(decode(1, 6)))
+    assert model.seen[-1][1].attention.prompts is None
+    assert len(planner.planned) == 1
+
+
 def run(steps, starts, count, **more):
     """Greedy ids of `count` steps of sequences that begin with their own number."""
     ids, found = [i + 1 for i in range(len(starts))], []

@@ -2,7 +2,7 @@
 
 cache.py lays the memory out, step.py plans a step, reference.py computes it in torch; packed.py has
 the CPU kernels' own layout and plan, cpu.py calls them; paged.py has the GPU's plan, triton.py its
-kernels.
+kernels, flashinfer.py another one for prompts.
 """
 
 from torch import Tensor

@@ -9,15 +9,28 @@
 A recorded decode step keeps these arrays and their sizes; spans of no tokens fill them up.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol, Self
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from torch import Tensor
+
+from scalellm.kernels.attention.cache import LayerCache
+from scalellm.kernels.attention.heads import Heads
 
 Ints = npt.NDArray[np.int32]
 
 PREFILL_TILE = 64  # queries of one sequence that a program attends with
+
+
+class Prompts(Protocol):
+    """Computes the spans of several tokens in place of Triton's kernel."""
+
+    def run(self, query: Tensor, heads: Heads, cache: LayerCache, out: Tensor) -> None:
+        """Of their rows of `query` [T, heads, head_dim], into `out`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +42,13 @@ class PagedStep:
     decodes: Tensor  # [D]
     tiles: Tensor  # [P, 2]
     slots: Tensor  # [T]
+    prompts: Prompts | None = None
+
+    @classmethod
+    def of(cls, arrays: Sequence[Tensor], prompts: Prompts | None = None) -> Self:
+        """Of `PagedArrays.all`, once they are on the device."""
+        spans, tables, decodes, tiles, slots = arrays
+        return cls(spans, tables, decodes, tiles, slots, prompts)
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +60,13 @@ class PagedArrays:
     decodes: Ints
     tiles: Ints
     slots: Ints
+
+    @property
+    def all(self) -> tuple[Ints, ...]:
+        return self.spans, self.tables, self.decodes, self.tiles, self.slots
+
+    def to(self, device: torch.device) -> PagedStep:
+        return PagedStep.of([torch.from_numpy(array).to(device) for array in self.all])
 
 
 def plan_pages(

@@ -33,7 +33,9 @@ def attention(
     out = query.new_empty(query.shape)
     if len(step.decodes):
         decode(query, heads, cache, step, out)
-    if len(step.tiles):
+    if step.prompts is not None:
+        step.prompts.run(query, heads, cache, out)
+    elif len(step.tiles):
         prefill(query, heads, cache, step, out)
     return out.view(len(out), -1)
 
