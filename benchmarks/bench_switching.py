@@ -29,6 +29,7 @@ from document import write_section
 
 from scalellm.bench.machine import describe_machine
 from scalellm.bench.plan import Level, Workload
+from scalellm.bench.records import Records
 
 ROOT = Path(__file__).resolve().parent.parent
 SHAPE = "qwen3-0.3b"
@@ -78,7 +79,7 @@ def measure(part: str, folder: Path, seconds: Sequence[float]) -> Found:
                 "failed": row["failed"] + row["timed_out"] + row["resent"],
                 "wrong_length": sum(
                     one["output_tokens"] != Workload().output_tokens
-                    for one in series.Records.of(row).completed()
+                    for one in Records.of(row).completed()
                 ),
                 "tok_s": series.tokens_s(row, level),
                 "tbt_ms": series.tbt_ms(row, level),

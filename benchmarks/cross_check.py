@@ -178,8 +178,8 @@ def main(arguments: Sequence[str], command: str | None = None) -> int:
     text, agree = table(found)
     print(text)
     if options.docs is not None:
-        own = shlex.join(["python", "benchmarks/cross_check.py", *arguments])
-        about = f"Medians of {options.repeats} repeats in turns:\n\n    {command or own}\n\n"
+        called = shlex.join(["python", "benchmarks/cross_check.py", *arguments])
+        about = f"Medians of {options.repeats} repeats in turns:\n\n    {command or called}\n\n"
         write_section(options.docs, "cross-check", about + text)
     return 0 if agree else 1
 

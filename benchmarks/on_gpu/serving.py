@@ -38,6 +38,6 @@ def measure(
                 options = Options(server.url, (level,), workload)
                 rows += map(dict, run_bench(options, Console(stderr=True)).rows)
     except Exception as error:
-        error.measured = found
+        vars(error)["measured"] = found
         raise
     return found

@@ -27,7 +27,7 @@ def _timed(call: Callable[[], object]) -> float:
     call()
     ended.record()
     ended.synchronize()
-    return began.elapsed_time(ended) / 1e3
+    return float(began.elapsed_time(ended)) / 1e3
 
 
 def ceilings() -> dict[str, float]:
