@@ -187,8 +187,8 @@ class EngineLoop:
         self._overhead_ms = max(0.0, self._step_ms - done.elapsed_ms)
         phases = phases_between(before, self._clock.totals())
         used = used_between(used_before, self._executor.expert_use())
-        requests, tokens = len(step.keys), step.shape.tokens
-        self._listener.note_step(self._steps, now_us, requests, tokens, phases, used)
+        count, tokens = len(step.keys), step.shape.tokens
+        self._listener.note_step(self._steps, now_us, count, tokens, phases, used)
         self._take_in(self._listener.poll(0.0))
         return True
 
