@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import errno
+import gc
 import signal
 from types import FrameType
 from typing import Protocol
@@ -72,6 +73,7 @@ def run(arguments: argparse.Namespace) -> int:
     kv_tokens = executor.num_blocks * executor.block_size
 
     def ready() -> None:
+        gc.freeze()  # what is there now stays: no collection need ever walk through torch again
         progress.done("warm up")
         progress.ready(listener.address, facts | {"kv_tokens": kv_tokens})
 

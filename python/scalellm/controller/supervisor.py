@@ -1,7 +1,7 @@
 """The root of the process tree: mechanism without policy.
 
-It spawns, reaps and signals; the controller says over a socket which replicas to start, kill or
-give up. The gateway and the controller are the root's own to restart. It runs on one thread:
+It spawns, reaps and signals; the controller says over a socket which replicas to start again, kill
+or give up. The gateway and the controller are the root's own to restart. It runs on one thread:
 signals, the controller's socket and the engines' status pipes all wake one selector.
 
     STARTING --ready--> SERVING --signal--> DRAINING --gateway gone--> STOPPING --all gone--> ENDED
@@ -102,6 +102,9 @@ class Supervisor:
         previous_fd = signal.set_wakeup_fd(waking.fileno(), warn_on_full_buffer=False)
         self._selector.register(woken, selectors.EVENT_READ, lambda: self._signals(woken))
         try:
+            for replica in self._replicas.values():
+                if replica.wanted:  # a first start is no question, and what takes longest
+                    self._order(replica, "start", "")
             while self._phase is not Phase.ENDED:
                 self._timers()
                 for key, _ in self._selector.select(self._pause_s()):

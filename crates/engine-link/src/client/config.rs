@@ -10,6 +10,8 @@ pub struct ReplicaConfig {
     /// First wait between attempts to connect; doubles up to `backoff_max`, each time with jitter.
     pub backoff_min: Duration,
     pub backoff_max: Duration,
+    /// The same for a Unix socket: asking there costs microseconds, and whoever started the engine waits for it.
+    pub backoff_max_here: Duration,
     /// An engine whose loop last came round longer ago than this is [`super::ReplicaState::Hung`].
     pub hung_after: Duration,
     /// A session on which no frame at all came for this long is lost, without reattaching.
@@ -36,6 +38,7 @@ impl Default for ReplicaConfig {
             connect_timeout: Duration::from_secs(1),
             backoff_min: Duration::from_millis(50),
             backoff_max: Duration::from_secs(2),
+            backoff_max_here: Duration::from_millis(100),
             hung_after: Duration::from_secs(5),
             peer_silence: Duration::from_secs(2),
             reattach_within: Duration::from_secs(2),

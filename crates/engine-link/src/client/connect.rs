@@ -138,11 +138,15 @@ pub(super) struct Backoff {
 }
 
 impl Backoff {
-    pub(super) fn new(config: &ReplicaConfig) -> Self {
+    pub(super) fn new(config: &ReplicaConfig, address: &Address) -> Self {
         let min = config.backoff_min.max(Duration::from_millis(1));
+        let max = match address {
+            Address::Unix(_) => config.backoff_max.min(config.backoff_max_here),
+            Address::Tcp(_) | Address::File(_) => config.backoff_max,
+        };
         Self {
             min,
-            max: config.backoff_max.max(min),
+            max: max.max(min),
             next: min,
         }
     }
@@ -167,15 +171,23 @@ mod tests {
         let config = ReplicaConfig {
             backoff_min: Duration::from_millis(100),
             backoff_max: Duration::from_millis(350),
+            backoff_max_here: Duration::from_millis(150),
             ..ReplicaConfig::default()
         };
-        let mut backoff = Backoff::new(&config);
-        for whole_ms in [100, 200, 350, 350] {
-            let wait = backoff.wait();
-            let whole = Duration::from_millis(whole_ms);
-            assert!(wait <= whole && wait >= whole / 2, "{wait:?} of {whole:?}");
+        let elsewhere = Address::Tcp("engine:1".to_owned());
+        let here = Address::Unix("/run/engine".into());
+        for (address, waits_ms) in [
+            (elsewhere, [100, 200, 350, 350]),
+            (here, [100, 150, 150, 150]),
+        ] {
+            let mut backoff = Backoff::new(&config, &address);
+            for whole_ms in waits_ms {
+                let wait = backoff.wait();
+                let whole = Duration::from_millis(whole_ms);
+                assert!(wait <= whole && wait >= whole / 2, "{wait:?} of {whole:?}");
+            }
+            backoff.reset();
+            assert!(backoff.wait() <= Duration::from_millis(100));
         }
-        backoff.reset();
-        assert!(backoff.wait() <= Duration::from_millis(100));
     }
 }

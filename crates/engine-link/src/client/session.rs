@@ -71,7 +71,7 @@ impl SessionTask {
     }
 
     pub(super) async fn run(mut self, mut stopped: watch::Receiver<bool>) {
-        let mut backoff = Backoff::new(&self.shared.config);
+        let mut backoff = Backoff::new(&self.shared.config, &self.shared.address);
         loop {
             let opened = tokio::select! {
                 biased;
