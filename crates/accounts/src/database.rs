@@ -1,5 +1,6 @@
 //! SQLite or PostgreSQL behind one pool. Every statement is written in what both understand.
 
+use std::fmt::Write as _;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
@@ -138,11 +139,15 @@ impl Database {
         &self.pool
     }
 
-    /// The table whose column `value` has the elements of the JSON array that is bound at `place`.
-    pub(crate) fn elements_of_json(&self, place: &str) -> String {
+    /// Adds the place of a statement's value `number`, from 1 on. SQLite's have no numbers, which would be names: sqlx
+    /// asks for each place's, and SQLite looks through all of them for it.
+    pub(crate) fn push_place(&self, statement: &mut String, number: usize) {
         match self.dialect {
-            Dialect::Sqlite => format!("json_each({place})"),
-            Dialect::Postgres => format!("json_array_elements({place}::json) AS element(value)"),
+            Dialect::Sqlite => statement.push('?'),
+            Dialect::Postgres => {
+                // Writing to a String cannot fail.
+                let _ = write!(statement, "${number}");
+            }
         }
     }
 

@@ -10,7 +10,6 @@ use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering::Relaxed};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use parking_lot::Mutex;
-use serde_json::{Value, json};
 use sqlx::AssertSqlSafe;
 use tokio::sync::{mpsc, watch};
 
@@ -18,8 +17,10 @@ use crate::accounts::{Settings, Shared};
 use crate::database::Database;
 use crate::error::Result;
 
-/// Rows of one statement.
+/// Rows of one transaction.
 const BATCH: usize = 500;
+/// Rows of one statement. All but a batch's last one have as many, so that it is compiled once.
+const ROWS: usize = 100;
 const PRUNE_EVERY: Duration = Duration::from_secs(60);
 const PRUNE_AT_ONCE: i64 = 10_000;
 pub const RUNNING: &str = "running";
@@ -27,11 +28,11 @@ pub const RUNNING: &str = "running";
 /// What one request has used so far.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Usage {
-    pub request_id: String,
+    pub request_id: Arc<str>,
     /// Empty for a request without a key.
     pub key_id: String,
     pub tenant: String,
-    pub model: String,
+    pub model: Arc<str>,
     pub route: &'static str,
     pub started_at_ms: i64,
     pub duration_us: i64,
@@ -234,58 +235,77 @@ impl Writer {
 }
 
 async fn write(database: &Database, gateway: u64, rows: &[(u64, Usage)]) -> Result<()> {
-    let rows = rows
-        .iter()
-        .map(|(number, usage)| {
-            json!([
-                format!("{gateway:016x}-{number:x}"),
-                usage.request_id,
-                usage.key_id,
-                usage.tenant,
-                usage.model,
-                usage.route,
-                usage.started_at_ms,
-                usage.duration_us,
-                usage.first_token_us,
-                usage.prompt_tokens,
-                usage.cached_tokens,
-                usage.output_tokens,
-                usage.status,
-                usage.outcome,
-                usage.replays,
-                usage.safety,
-            ])
-        })
-        .collect();
     let work = async {
         let mut tx = database.begin().await?;
-        sqlx::query(AssertSqlSafe(insertion(database)))
-            .bind(Value::Array(rows).to_string())
-            .execute(&mut *tx)
-            .await?;
+        for rows in rows.chunks(ROWS) {
+            let statement = AssertSqlSafe(insertion(database, rows.len()));
+            let mut query = sqlx::query(statement).persistent(rows.len() == ROWS);
+            for (number, usage) in rows {
+                query = query
+                    .bind(format!("{gateway:016x}-{number:x}"))
+                    .bind(&*usage.request_id)
+                    .bind(&usage.key_id)
+                    .bind(&usage.tenant)
+                    .bind(&*usage.model)
+                    .bind(usage.route)
+                    .bind(usage.started_at_ms)
+                    .bind(usage.duration_us)
+                    .bind(usage.first_token_us)
+                    .bind(usage.prompt_tokens)
+                    .bind(usage.cached_tokens)
+                    .bind(usage.output_tokens)
+                    .bind(usage.status)
+                    .bind(usage.outcome)
+                    .bind(usage.replays)
+                    .bind(&usage.safety);
+            }
+            query.execute(&mut *tx).await?;
+        }
         Ok(tx.commit().await?)
     };
     database.limited(work).await
 }
 
-/// Takes all rows as one JSON array of arrays: one statement for any number of them, and one value to bind, where
-/// sqlx's SQLite looks each of 15 values a row up among the names of all others.
-fn insertion(database: &Database) -> String {
-    format!(
-        "INSERT INTO requests (id, request_id, key_id, tenant, model, route, started_at, duration_us, first_token_us, \
-         prompt_tokens, cached_tokens, output_tokens, status, outcome, replays, safety) \
-         SELECT value ->> 0, value ->> 1, value ->> 2, value ->> 3, value ->> 4, value ->> 5, \
-         CAST(value ->> 6 AS BIGINT), CAST(value ->> 7 AS BIGINT), CAST(value ->> 8 AS BIGINT), \
-         CAST(value ->> 9 AS BIGINT), CAST(value ->> 10 AS BIGINT), CAST(value ->> 11 AS BIGINT), \
-         CAST(value ->> 12 AS BIGINT), value ->> 13, CAST(value ->> 14 AS BIGINT), value ->> 15 \
-         FROM {} WHERE true \
-         ON CONFLICT (id) DO UPDATE SET duration_us = excluded.duration_us, \
+const COLUMNS: [&str; 16] = [
+    "id",
+    "request_id",
+    "key_id",
+    "tenant",
+    "model",
+    "route",
+    "started_at",
+    "duration_us",
+    "first_token_us",
+    "prompt_tokens",
+    "cached_tokens",
+    "output_tokens",
+    "status",
+    "outcome",
+    "replays",
+    "safety",
+];
+
+/// Inserts so many rows, whose values are bound in the order of [`COLUMNS`].
+fn insertion(database: &Database, rows: usize) -> String {
+    let mut statement = format!("INSERT INTO requests ({}) VALUES ", COLUMNS.join(", "));
+    for row in 0..rows {
+        for column in 0..COLUMNS.len() {
+            statement.push_str(match (row, column) {
+                (0, 0) => "(",
+                (_, 0) => "), (",
+                _ => ", ",
+            });
+            database.push_place(&mut statement, row * COLUMNS.len() + column + 1);
+        }
+    }
+    statement.push_str(
+        ") ON CONFLICT (id) DO UPDATE SET duration_us = excluded.duration_us, \
          first_token_us = excluded.first_token_us, prompt_tokens = excluded.prompt_tokens, \
          cached_tokens = excluded.cached_tokens, output_tokens = excluded.output_tokens, status = excluded.status, \
          outcome = excluded.outcome, replays = excluded.replays, \
          safety = excluded.safety WHERE requests.outcome = 'running'",
-        database.elements_of_json("$1")
-    )
+    );
+    statement
 }
 
 fn unix_ms() -> i64 {

@@ -19,10 +19,10 @@ impl Live for Running {
 
 fn usage(model: &str, output_tokens: i64, outcome: &'static str) -> Usage {
     Usage {
-        request_id: "same-for-all".to_owned(),
+        request_id: "same-for-all".into(),
         key_id: "key-1".to_owned(),
         tenant: "acme".to_owned(),
-        model: model.to_owned(),
+        model: model.into(),
         route: "/v1/completions",
         started_at_ms: 1_709_210_096_789,
         duration_us: 10,
