@@ -96,7 +96,7 @@ impl Replica {
     }
 
     /// The last load that a frame carried; zeros before the first.
-    pub fn load(&self) -> proto::Load {
+    pub fn load(&self) -> Arc<proto::Load> {
         self.shared.load()
     }
 

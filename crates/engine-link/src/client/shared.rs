@@ -36,7 +36,7 @@ pub(super) struct Shared {
 struct Seen {
     slots: Vec<SlotState>,
     info: Option<Arc<proto::DescribeResponse>>,
-    load: proto::Load,
+    load: Arc<proto::Load>,
     hung: bool,
     /// Nobody will connect any more.
     ended: bool,
@@ -60,7 +60,7 @@ impl Shared {
             seen: Mutex::new(Seen {
                 slots: vec![SlotState::Connecting; sessions],
                 info: None,
-                load: proto::Load::default(),
+                load: Arc::default(),
                 hung: false,
                 ended: false,
             }),
@@ -96,8 +96,8 @@ impl Shared {
         self.seen.lock().info.clone()
     }
 
-    pub(super) fn load(&self) -> proto::Load {
-        self.seen.lock().load.clone()
+    pub(super) fn load(&self) -> Arc<proto::Load> {
+        Arc::clone(&self.seen.lock().load)
     }
 
     fn tick(&self) {
@@ -126,10 +126,10 @@ impl Shared {
             if seen.info.as_deref() == Some(&info) {
                 return;
             }
-            seen.load = proto::Load {
+            seen.load = Arc::new(proto::Load {
                 epoch: info.epoch,
                 ..proto::Load::default()
-            };
+            });
             seen.info = Some(Arc::new(info));
         }
         self.tick();
@@ -147,7 +147,7 @@ impl Shared {
             }
             let changed = seen.hung != hung || seen.load.draining != load.draining;
             let was_hung = std::mem::replace(&mut seen.hung, hung);
-            seen.load = load;
+            seen.load = Arc::new(load);
             (was_hung, changed)
         };
         if hung && !was_hung {

@@ -181,7 +181,7 @@ fn write_expert_use(out: &mut String, told: &[Told]) {
     type Count = fn(&ExpertUse) -> u64;
     let used: Vec<(&str, ExpertUse)> = told
         .iter()
-        .filter_map(|one| Some((one.labels.as_str(), one.replica.load().expert_use?)))
+        .filter_map(|one| Some((one.labels.as_str(), one.replica.load().expert_use.clone()?)))
         .collect();
     let families: [(&str, &str, Count); 3] = [
         (
