@@ -51,17 +51,19 @@ pub struct Pause<'a> {
 }
 
 impl Pause<'_> {
-    /// Does short work that waits, up to [`SHORT_IN_A_ROW`] of it.
+    /// Lets other threads have the core, and does short work that waits, up to [`SHORT_IN_A_ROW`] of it.
     pub fn take(&mut self) {
         let Some(queue) = self.queue else { return };
+        let start = Instant::now();
+        // The threads that read and write the sockets may share the core, and would wait for whole time slices.
+        std::thread::yield_now();
         for _ in 0..SHORT_IN_A_ROW {
             let Some(job) = queue.jobs.lock().short.pop_front() else {
-                return;
+                break;
             };
-            let start = Instant::now();
             job(&mut Pause::none());
-            self.took += start.elapsed();
         }
+        self.took += start.elapsed();
     }
 
     /// How long all pauses took so far.
