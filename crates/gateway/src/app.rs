@@ -1,10 +1,11 @@
 //! What all requests share.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering::SeqCst};
 
 use parking_lot::RwLock;
 use scalellm_accounts::Accounts;
-use tokio::sync::watch;
+use tokio::sync::{Notify, watch};
 use tokio_rustls::TlsAcceptor;
 
 use crate::body::BodyMemory;
@@ -53,7 +54,9 @@ pub struct App {
     pub traces: Option<Traces>,
     phase: watch::Sender<Phase>,
     /// HTTP requests whose response has not ended.
-    in_flight: watch::Sender<usize>,
+    in_flight: AtomicUsize,
+    /// Of [`Self::in_flight`], that it became zero.
+    became_idle: Notify,
 }
 
 impl App {
@@ -84,7 +87,8 @@ impl App {
             body_memory: BodyMemory::new(config.max_body_memory_bytes),
             recent: RecentRequests::new(),
             phase: watch::Sender::new(Phase::Serving),
-            in_flight: watch::Sender::new(0),
+            in_flight: AtomicUsize::new(0),
+            became_idle: Notify::new(),
             metrics,
             changes,
             log,
@@ -133,24 +137,29 @@ impl App {
     }
 
     pub fn request_started(&self) {
-        self.in_flight.send_modify(|count| *count += 1);
+        self.in_flight.fetch_add(1, SeqCst);
     }
 
     pub fn request_ended(&self) {
-        self.in_flight.send_modify(|count| *count -= 1);
+        if self.in_flight.fetch_sub(1, SeqCst) == 1 {
+            self.became_idle.notify_waiters();
+        }
     }
 
     #[must_use]
     pub fn in_flight(&self) -> usize {
-        *self.in_flight.borrow()
+        self.in_flight.load(SeqCst)
     }
 
     pub async fn idle(&self) {
-        let _ = self
-            .in_flight
-            .subscribe()
-            .wait_for(|count| *count == 0)
-            .await;
+        loop {
+            // Hears from here on, so that what ends between the look and the wait is not missed.
+            let became_idle = self.became_idle.notified();
+            if self.in_flight() == 0 {
+                return;
+            }
+            became_idle.await;
+        }
     }
 
     /// Seconds after which a client may find another server in this one's place.

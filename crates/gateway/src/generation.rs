@@ -138,7 +138,7 @@ impl Generation {
             progress.prompt_tokens = prompt_tokens.iter().map(|n| *n as u64).sum();
             progress.replica = choices
                 .first()
-                .and_then(|choice| replica_name(model, choice));
+                .and_then(|choice| model.address(choice.replica));
         });
         Ok(Generation {
             answers: Answers::of(&model.served, choices.len()),
@@ -331,7 +331,7 @@ impl Generation {
                 .saturating_sub(in_engine + progress.times.own_output_work());
             let submitted_us = self.app.clock.unix_us(self.submitted);
             let link_out = between(submitted_us, times.received_us).min(link);
-            progress.replica = replica_name(&self.model, choice);
+            progress.replica = self.model.address(choice.replica);
             for (stage, took) in [
                 (Stage::LinkOut, link_out),
                 (
@@ -443,8 +443,4 @@ fn note_route(record: &RequestRecord, model: &Model, attempt: &Attempt) {
                 .then(|| RouteNote::new(replica, choice));
         });
     }
-}
-
-fn replica_name(model: &Model, choice: &Choice) -> Option<String> {
-    Some(model.replicas.get(choice.replica)?.address().to_string())
 }

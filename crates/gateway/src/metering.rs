@@ -77,7 +77,7 @@ fn usage(
     let key = record.key().map(|state| state.key());
     let took = Instant::now().saturating_duration_since(record.started);
     Usage {
-        request_id: record.id.clone(),
+        request_id: Arc::clone(&record.id),
         key_id: key.as_ref().map(|key| key.id.clone()).unwrap_or_default(),
         tenant: key
             .as_ref()
@@ -86,7 +86,7 @@ fn usage(
         model: progress
             .model
             .as_ref()
-            .map(|model| model.name.to_string())
+            .map(|model| Arc::clone(&model.name))
             .unwrap_or_default(),
         route: record.route,
         started_at_ms: count(clock.unix_us(record.started) / 1000),

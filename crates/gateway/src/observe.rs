@@ -26,6 +26,7 @@ use crate::written::Written;
 use crate::{auth, metering, quota, routes};
 
 const REPLAYS: HeaderName = HeaderName::from_static("x-scalellm-replays");
+const REQUEST_ID: HeaderName = HeaderName::from_static(REQUEST_ID_HEADER);
 const SERVER_TIMING: HeaderName = HeaderName::from_static("server-timing");
 /// nginx's status for a client that left before its answer.
 const CLIENT_LEFT: u16 = 499;
@@ -51,8 +52,8 @@ pub async fn observe(State(app): State<Arc<App>>, mut request: Request, next: Ne
         .as_ref()
         .and_then(|traces| traces.begin(parent, &id));
     let record = RequestRecord::new(
-        id,
-        request.method().to_string(),
+        id.into(),
+        request.method().clone(),
         request.uri().path().to_owned(),
         route,
         first_byte.unwrap_or(now),
@@ -102,13 +103,10 @@ pub async fn observe(State(app): State<Arc<App>>, mut request: Request, next: Ne
         headers.insert(ROUTE_HEADER, value);
     }
     for (name, value) in [
-        (
-            HeaderName::from_static(REQUEST_ID_HEADER),
-            record.id.clone(),
-        ),
-        (SERVER_TIMING, times.server_timing()),
+        (REQUEST_ID, HeaderValue::from_str(&record.id)),
+        (SERVER_TIMING, HeaderValue::try_from(times.server_timing())),
     ] {
-        if let Ok(value) = HeaderValue::from_str(&value) {
+        if let Ok(value) = value {
             headers.insert(name, value);
         }
     }
@@ -254,13 +252,13 @@ impl Drop for RequestEnd {
                 ($level:ident) => {
                     tracing::$level!(
                         target: "access",
-                        request_id = record.id,
-                        method = record.method,
+                        request_id = &*record.id,
+                        method = record.method.as_str(),
                         path = record.path,
                         status,
                         outcome,
                         model = progress.model.as_ref().map(|model| &*model.name),
-                        replica = progress.replica,
+                        replica = progress.replica.as_deref(),
                         prompt_tokens = progress.prompt_tokens,
                         cached_tokens = progress.cached_tokens,
                         output_tokens = progress.output_tokens,

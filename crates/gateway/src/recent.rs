@@ -20,10 +20,10 @@ pub const KEPT_REQUESTS: usize = 4096;
 /// A request for a model that has ended.
 #[derive(Debug, Clone)]
 pub struct EndedRequest {
-    pub id: String,
+    pub id: Arc<str>,
     pub route: &'static str,
-    pub model: String,
-    pub replica: Option<String>,
+    pub model: Arc<str>,
+    pub replica: Option<Arc<str>>,
     pub status: u16,
     pub started_us: u64,
     pub prompt_tokens: u64,
@@ -67,9 +67,9 @@ impl EndedRequest {
         let detokenise_us = progress.first_detokenise_us;
         let first = written.first.zip(detokenise_us);
         Some(EndedRequest {
-            id: record.id.clone(),
+            id: Arc::clone(&record.id),
             route: record.route,
-            model: model.name.to_string(),
+            model: Arc::clone(&model.name),
             replica: progress.replica.clone(),
             status,
             started_us: clock.unix_us(record.started),
@@ -101,10 +101,10 @@ impl EndedRequest {
             .collect();
         json!({
             "sequence": sequence,
-            "id": self.id,
+            "id": &*self.id,
             "route": self.route,
-            "model": self.model,
-            "replica": self.replica,
+            "model": &*self.model,
+            "replica": self.replica.as_deref(),
             "status": self.status,
             "started_us": self.started_us,
             "prompt_tokens": self.prompt_tokens,
@@ -206,9 +206,9 @@ mod tests {
 
     fn ended() -> EndedRequest {
         EndedRequest {
-            id: "r".to_owned(),
+            id: "r".into(),
             route: "/v1/completions",
-            model: "m".to_owned(),
+            model: "m".into(),
             replica: None,
             status: 200,
             started_us: 1,

@@ -3,7 +3,7 @@
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
-use axum::http::{HeaderMap, HeaderValue};
+use axum::http::{HeaderMap, HeaderValue, Method};
 use parking_lot::Mutex;
 use scalellm_accounts::KeyState;
 use scalellm_engine_link::proto;
@@ -21,8 +21,8 @@ pub const REQUEST_ID_HEADER: &str = "x-request-id";
 const MAX_ID_BYTES: usize = 128;
 
 pub struct RequestRecord {
-    pub id: String,
-    pub method: String,
+    pub id: Arc<str>,
+    pub method: Method,
     pub path: String,
     /// The route's pattern; "other" where none matched.
     pub route: &'static str,
@@ -41,7 +41,7 @@ pub struct Progress {
     pub model: Option<Arc<Served>>,
     /// The same, where replicas of our own compute it.
     pub own: Option<Arc<Model>>,
-    pub replica: Option<String>,
+    pub replica: Option<Arc<str>>,
     pub wish: RouteWish,
     /// If the client wishes to know.
     pub route: Option<RouteNote>,
@@ -100,8 +100,8 @@ impl Progress {
 impl RequestRecord {
     #[must_use]
     pub fn new(
-        id: String,
-        method: String,
+        id: Arc<str>,
+        method: Method,
         path: String,
         route: &'static str,
         started: Instant,

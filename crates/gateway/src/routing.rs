@@ -88,6 +88,8 @@ impl fmt::Display for RouteNote {
 pub struct Routing {
     router: Arc<Mutex<Router>>,
     policy: Policy,
+    /// Of each replica, made of its address: the same in every gateway.
+    ids: Vec<u64>,
     /// Of each replica, prompt tokens that were sent, not expected in its cache, and not answered.
     sent_tokens: Vec<Arc<AtomicUsize>>,
     counts: [AtomicU64; Reason::ALL.len()],
@@ -95,11 +97,13 @@ pub struct Routing {
 
 impl Routing {
     #[must_use]
-    pub fn new(policy: Policy, replicas: usize) -> Routing {
+    pub fn new(policy: Policy, addresses: &[Arc<str>]) -> Routing {
+        let id = |address: &Arc<str>| stable_hash(address.as_bytes());
         Routing {
             router: Arc::new(Mutex::new(Router::new(policy))),
             policy,
-            sent_tokens: (0..replicas).map(|_| Arc::default()).collect(),
+            ids: addresses.iter().map(id).collect(),
+            sent_tokens: addresses.iter().map(|_| Arc::default()).collect(),
             counts: std::array::from_fn(|_| AtomicU64::new(0)),
         }
     }
@@ -185,7 +189,7 @@ impl Routing {
         let block_size = info.map_or(0, |info| info.block_size);
         Candidate {
             index,
-            id: stable_hash(replica.address().to_string().as_bytes()),
+            id: self.ids.get(index).copied().unwrap_or_default(),
             running: load.running,
             waiting: load.waiting,
             backlog_tokens: load.backlog_tokens,

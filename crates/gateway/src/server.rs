@@ -26,7 +26,6 @@ use crate::connection::{ClientSocket, ConnectionState};
 use crate::error::GatewayError;
 use crate::socket::Socket;
 
-const MAX_HEADERS: usize = 100;
 const MAX_HEAD_BYTES: usize = 64 << 10;
 const MAX_STREAMS_PER_CONNECTION: u32 = 256;
 const HTTP2_PING: Duration = Duration::from_secs(20);
@@ -288,11 +287,11 @@ impl Drop for OpenConnection {
 
 fn protocol(header_timeout: Duration) -> auto::Builder<TokioExecutor> {
     let mut builder = auto::Builder::new(TokioExecutor::new());
+    // Its own limit of 100 headers is as good as any, and set here it would fill as many for each request.
     builder
         .http1()
         .timer(TokioTimer::new())
         .header_read_timeout(header_timeout)
-        .max_headers(MAX_HEADERS)
         .max_buf_size(MAX_HEAD_BYTES);
     builder
         .http2()

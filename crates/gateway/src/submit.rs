@@ -20,7 +20,7 @@ pub fn submit(
     choice: u32,
 ) -> proto::Submit {
     proto::Submit {
-        trace_id: record.id.clone(),
+        trace_id: record.id.to_string(),
         prompt_tokens: u32::try_from(prompt.ids.len()).unwrap_or(u32::MAX),
         // A step is needed to see the prompt's logprobs, even if no token is wanted.
         max_tokens: prompt.max_tokens.max(1),

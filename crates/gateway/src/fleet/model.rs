@@ -22,6 +22,8 @@ pub struct Model {
     pub replicas: Vec<Arc<Replica>>,
     /// Of them, those that get no new requests.
     drained: Vec<Arc<Replica>>,
+    /// Of each replica, as the log tells it.
+    addresses: Vec<Arc<str>>,
     pub faults: Faults,
     max_model_len: Option<u32>,
     pub routing: Routing,
@@ -53,7 +55,8 @@ impl Model {
         faults: Faults,
     ) -> Result<Model, GatewayError> {
         let addresses = config.addresses(index)?;
-        let routing = Routing::new(config.policy(index)?, addresses.len());
+        let names: Vec<Arc<str>> = addresses.iter().map(|a| a.to_string().into()).collect();
+        let routing = Routing::new(config.policy(index)?, &names);
         let replicas: Vec<Arc<Replica>> = addresses
             .into_iter()
             .enumerate()
@@ -70,6 +73,7 @@ impl Model {
             text,
             replicas,
             drained,
+            addresses: names,
             routing,
             faults,
             max_model_len: config.max_model_len,
@@ -120,6 +124,12 @@ impl Model {
             0 => config.max_in_flight,
             places => places.min(config.max_in_flight),
         }
+    }
+
+    /// The address of a replica.
+    #[must_use]
+    pub fn address(&self, replica: usize) -> Option<Arc<str>> {
+        self.addresses.get(replica).map(Arc::clone)
     }
 
     #[must_use]

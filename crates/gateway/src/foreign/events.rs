@@ -4,6 +4,7 @@
 //! or if the model is called otherwise there. What has come of an unfinished event waits for the rest.
 
 use std::ops::Range;
+use std::sync::LazyLock;
 
 use bytes::{Bytes, BytesMut};
 use memchr::memmem::Finder;
@@ -53,11 +54,13 @@ struct Counted {
     choices: Option<Vec<IgnoredAny>>,
 }
 
+// To prepare a search takes longer than to search a small answer.
+static USAGE_KEY: LazyLock<Finder<'static>> = LazyLock::new(|| Finder::new(b"\"usage\""));
+static MODEL_KEY: LazyLock<Finder<'static>> = LazyLock::new(|| Finder::new(b"\"model\""));
+
 /// What is read from and written into answers: whole ones, and those of streams.
 #[derive(Debug)]
 pub struct Answers {
-    usage_key: Finder<'static>,
-    model_key: Finder<'static>,
     /// The model's name in the client's words, as JSON; `None` if the upstream calls it the same.
     model: Option<String>,
 }
@@ -66,8 +69,6 @@ impl Answers {
     #[must_use]
     pub fn new(model: Option<&str>) -> Answers {
         Answers {
-            usage_key: Finder::new(b"\"usage\""),
-            model_key: Finder::new(b"\"model\""),
             model: model.map(|name| serde_json::Value::from(name).to_string()),
         }
     }
@@ -75,7 +76,7 @@ impl Answers {
     /// The usage that an answer tells, and whether it tells anything else.
     #[must_use]
     pub fn usage(&self, json: &[u8]) -> Option<(Usage, bool)> {
-        let told = values(&self.usage_key, json).any(|value| value.first() == Some(&b'{'));
+        let told = values(&USAGE_KEY, json).any(|value| value.first() == Some(&b'{'));
         if !told {
             return None;
         }
@@ -90,7 +91,7 @@ impl Answers {
     #[must_use]
     pub fn renamed(&self, json: &[u8]) -> Option<Vec<u8>> {
         let name = self.model.as_ref()?;
-        let value = values(&self.model_key, json).next()?;
+        let value = values(&MODEL_KEY, json).next()?;
         let end = string_end(value)?;
         let at = json.len() - value.len();
         if &value[..end] == name.as_bytes() {

@@ -1,7 +1,9 @@
 //! The head of an upstream's answer.
 
+use std::mem::MaybeUninit;
+
 use axum::http::{HeaderMap, HeaderName, HeaderValue, StatusCode, header};
-use httparse::{EMPTY_HEADER, Response, Status};
+use httparse::{ParserConfig, Response, Status};
 
 use super::framing::Framing;
 
@@ -31,9 +33,11 @@ impl Head {
     /// # Errors
     /// What came is no HTTP, or does not say where its body ends.
     pub fn parse(bytes: &[u8]) -> Result<Option<(Head, usize)>, String> {
-        let mut fields = [EMPTY_HEADER; MAX_HEADERS];
-        let mut response = Response::new(&mut fields);
-        let length = match response.parse(bytes) {
+        let mut fields = [const { MaybeUninit::uninit() }; MAX_HEADERS];
+        let mut response = Response::new(&mut []);
+        let parsing = ParserConfig::default();
+        let parsed = parsing.parse_response_with_uninit_headers(&mut response, bytes, &mut fields);
+        let length = match parsed {
             Ok(Status::Complete(length)) => length,
             Ok(Status::Partial) => return Ok(None),
             Err(error) => return Err(format!("it is no HTTP: {error}")),

@@ -109,7 +109,7 @@ impl ForeignModel {
             .map(|(upstream, drained)| {
                 json!({
                     "name": upstream.told_as,
-                    "url": upstream.name,
+                    "url": &*upstream.name,
                     "state": upstream.state(),
                     "drained": drained,
                     "in_flight_requests": upstream.counts.in_flight.load(Relaxed),

@@ -177,7 +177,7 @@ impl Relay<'_> {
             }
             tried.push(index);
             let upstream = Arc::clone(&self.model.upstreams[index]);
-            record.update(|progress| progress.replica = Some(upstream.name.clone()));
+            record.update(|progress| progress.replica = Some(Arc::clone(&upstream.name)));
             upstream.counts.requests.fetch_add(1, Relaxed);
             let failed = tokio::select! {
                 attempt = self.attempt(&upstream, &mut counting) => match attempt {
@@ -347,8 +347,8 @@ impl Relay<'_> {
         }
         let reason = failure.to_string();
         tracing::warn!(
-            request_id = self.record.id,
-            upstream = upstream.name,
+            request_id = &*self.record.id,
+            upstream = &*upstream.name,
             reason,
             "no answer"
         );

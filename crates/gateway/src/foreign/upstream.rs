@@ -33,7 +33,7 @@ const MAX_HEALTH_BYTES: usize = 1 << 20;
 
 pub struct Upstream {
     /// Its `url`, by which metrics and the log call it.
-    pub name: String,
+    pub name: Arc<str>,
     /// What clients are told in its place.
     pub told_as: String,
     /// The model's name there.
@@ -102,7 +102,7 @@ impl Upstream {
             .transpose()
             .map_err(bad)?;
         let upstream = Arc::new(Upstream {
-            name: config.url.clone(),
+            name: config.url.as_str().into(),
             told_as: engine_name("upstream", &config.url),
             model: model.to_owned(),
             timeouts: config.timeouts(),
@@ -144,7 +144,7 @@ impl Upstream {
         self.health.failures.store(0, Relaxed);
         self.health.was_well.store(true, Relaxed);
         if self.health.down.swap(false, Relaxed) {
-            tracing::info!(upstream = self.name, "the upstream is back");
+            tracing::info!(upstream = &*self.name, "the upstream is back");
         }
     }
 
@@ -157,7 +157,7 @@ impl Upstream {
         }
         *self.health.since.lock() = Some(Instant::now());
         if !self.health.down.swap(true, Relaxed) {
-            tracing::warn!(upstream = self.name, reason, "the upstream is down");
+            tracing::warn!(upstream = &*self.name, reason, "the upstream is down");
         }
     }
 

@@ -187,7 +187,7 @@ impl Notes<'_> {
         self.record
             .update(|progress| progress.safety.note(&hook.name, action));
         tracing::info!(
-            request_id = self.record.id,
+            request_id = &*self.record.id,
             model = &*self.served.name,
             hook = &*hook.name,
             action,

@@ -101,7 +101,7 @@ impl ChatTemplates {
         messages: &Value,
         options: &ChatOptions,
     ) -> Result<String, TextError> {
-        let mut messages = plain_messages(messages)?;
+        let messages = plain_messages(messages)?;
         let Some(given) = options
             .template
             .as_deref()
@@ -112,7 +112,7 @@ impl ChatTemplates {
                 .environment
                 .get_template(name)
                 .map_err(|e| failure(&e))?;
-            return self.render_with(&template, source, &mut messages, options);
+            return self.render_with(&template, source, messages, options);
         };
         let mut environment = self.environment.clone();
         environment
@@ -121,7 +121,7 @@ impl ChatTemplates {
         let template = environment
             .get_template("chat_template")
             .map_err(|e| failure(&e))?;
-        self.render_with(&template, given, &mut messages, options)
+        self.render_with(&template, given, messages, options)
     }
 
     fn find(&self, name: &str) -> Option<&(String, String, Option<String>)> {
@@ -160,7 +160,7 @@ impl ChatTemplates {
         &self,
         template: &Template<'_, '_>,
         source: &str,
-        messages: &mut [Map<String, Value>],
+        mut messages: Vec<Map<String, Value>>,
         options: &ChatOptions,
     ) -> Result<String, TextError> {
         let text = match (
@@ -171,7 +171,7 @@ impl ChatTemplates {
                 let reason = "continue_final_message and add_generation_prompt exclude each other";
                 return Err(TextError::Messages(reason.to_owned()));
             }
-            (true, false) => Some(mark_final_message(messages, source)?),
+            (true, false) => Some(mark_final_message(&mut messages, source)?),
             (false, _) => None,
         };
         let mut variables = self.special_tokens.clone();
@@ -180,7 +180,7 @@ impl ChatTemplates {
         }
         variables.insert(
             "messages".to_owned(),
-            messages.iter().cloned().map(Value::Object).collect(),
+            messages.into_iter().map(Value::Object).collect(),
         );
         if let Some(tools) = &options.tools {
             variables.insert("tools".to_owned(), tools.clone());
@@ -220,13 +220,20 @@ fn environment() -> Environment<'static> {
     environment.set_fuel(Some(MAX_INSTRUCTIONS));
     environment.set_recursion_limit(MAX_RECURSION);
     environment.set_formatter(|output, state, value| {
-        let text = str_of(value);
+        let written;
+        let text = match value.as_str() {
+            Some(text) => text,
+            None => {
+                written = str_of(value);
+                &written
+            }
+        };
         let printed = state.get_or_insert_extension(Printed(0));
         printed.0 = printed.0.saturating_add(text.len());
         if printed.0 > MAX_OUTPUT_BYTES {
             return Err(too_much_output());
         }
-        output.write_str(&text).map_err(Error::from)
+        output.write_str(text).map_err(Error::from)
     });
     python::install(&mut environment);
     environment

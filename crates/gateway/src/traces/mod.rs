@@ -195,7 +195,7 @@ impl Exporter {
                 Ok(()) => {
                     self.counts.exported.fetch_add(requests, Relaxed);
                     if std::mem::take(&mut self.is_failing) {
-                        tracing::info!(collector = self.collector.name, "traces are taken again");
+                        tracing::info!(collector = &*self.collector.name, "traces are taken again");
                     }
                     return;
                 }
@@ -205,7 +205,7 @@ impl Exporter {
             if !std::mem::replace(&mut self.is_failing, true) {
                 let reason = &refused.reason;
                 tracing::warn!(
-                    collector = self.collector.name,
+                    collector = &*self.collector.name,
                     reason,
                     "traces are not taken"
                 );

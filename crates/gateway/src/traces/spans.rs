@@ -164,14 +164,14 @@ fn about(request: &EndedRequest) -> Vec<Value> {
         attribute("http.route", request.route),
         attribute("http.response.status_code", request.status),
         attribute("gen_ai.provider.name", "scalellm"),
-        attribute("gen_ai.request.model", request.model.as_str()),
+        attribute("gen_ai.request.model", &*request.model),
         attribute("gen_ai.usage.input_tokens", request.prompt_tokens),
         attribute(
             "gen_ai.usage.cache_read.input_tokens",
             request.cached_tokens,
         ),
         attribute("gen_ai.usage.output_tokens", request.output_tokens),
-        attribute("scalellm.request_id", request.id.as_str()),
+        attribute("scalellm.request_id", &*request.id),
         attribute("scalellm.replays", request.replays),
     ];
     found.extend(operation.map(|one| attribute("gen_ai.operation.name", one.name())));
