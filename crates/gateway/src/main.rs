@@ -5,6 +5,9 @@ use std::process::ExitCode;
 
 use scalellm_gateway::{Config, GatewayError, serve};
 
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+
 const USAGE: &str = "usage: scalellm-gateway --config FILE\n       scalellm-gateway --version";
 
 fn main() -> ExitCode {

@@ -17,6 +17,10 @@ mod routing;
 mod sampling;
 mod text;
 
+/// Of this library alone: what Python and torch allocate stays with theirs.
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+
 #[pymodule]
 fn _core(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add("__version__", env!("CARGO_PKG_VERSION"))?;
