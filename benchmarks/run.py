@@ -1,6 +1,6 @@
 """`make bench`: docs/performance.md anew, on a machine with nothing else to do.
 
-    make bench                                        all steps; about half an hour
+    make bench                                        all steps; about 50 minutes
     make bench ARGS="--steps gateways,peers --minutes 20"
     make bench ARGS="--fresh"                         forget what earlier calls measured
 
@@ -8,6 +8,7 @@ gateways   bench_gateway.py, twice                                              
 fast       bench_peers.py: the fast systems, in turns, twice                             6
 slow       bench_peers.py: the others, once; `timeout` at 60 s                          12
 mixtral    bench_peers.py on the Mixtral shape at 1, 8, 64, once                         4
+engine     bench_engine.py: start, memory, time outside kernels, gaps, prefixes         10
 parallel   tensor_parallel.py: ranks, and a mixture beside a dense model of its active size  4
 ablation   ablation.py before a fake engine and the real one                             3
 checks     bench_accuracy.py and cross_check.py, into docs/benchmarking.md               5
@@ -27,6 +28,7 @@ from pathlib import Path
 
 import ablation
 import bench_accuracy
+import bench_engine
 import bench_gateway
 import bench_peers
 import cross_check
@@ -69,6 +71,10 @@ def mixtral(left_s: float, fresh: Sequence[str], command: str) -> int:
     return _peers(left_s, command, 240.0, *flags, "--repeats", "1", *fresh)
 
 
+def engine(_left_s: float, _fresh: Sequence[str], _command: str) -> int:
+    return bench_engine.main(["--docs", str(PERFORMANCE)])
+
+
 def parallel(_left_s: float, _fresh: Sequence[str], _command: str) -> int:
     shapes = (
         ("--shape", "qwen3-0.6b"),
@@ -95,6 +101,7 @@ STEPS: Mapping[str, Step] = {
     "fast": fast,
     "slow": slow,
     "mixtral": mixtral,
+    "engine": engine,
     "parallel": parallel,
     "ablation": parts,
     "checks": checks,
