@@ -93,15 +93,20 @@ async fn alone(channel: Channel, sent: Instant) -> Result<Duration, Failure> {
     let mut engine = EngineClient::new(channel);
     let asked = engine.session(ReceiverStream::new(messages)).await?;
     let (mut frames, mut first) = (asked.into_inner(), None);
-    while let Some(frame) = frames.message().await? {
+    let mut is_over = false;
+    while !is_over {
+        let Some(frame) = frames.message().await? else {
+            return Err("the session ended before its request".into());
+        };
         for output in frame.outputs {
-            let first = *first.get_or_insert_with(|| sent.elapsed());
-            if output.finish_reason() != proto::FinishReason::Unspecified {
-                return Ok(first);
-            }
+            first.get_or_insert_with(|| sent.elapsed());
+            is_over |= output.finish_reason() != proto::FinishReason::Unspecified;
         }
     }
-    Err("the session ended before its request".into())
+    // The engine takes it as goodbye: it would hold a session for a reattachment otherwise.
+    drop(to_engine);
+    while let Ok(Some(_)) = frames.message().await {}
+    first.ok_or_else(|| "no output".into())
 }
 
 async fn connected(socket: &Path) -> Result<Channel, Failure> {
