@@ -28,7 +28,7 @@ from scalellm.loader.packed_file import DamagedFileError, MappedWeights, Part, f
 
 # Less is packed sooner than it is found.
 LEAST_BYTES = 64 << 20
-_FREE_BYTES = 1 << 30  # left on the disk
+_FREE_BYTES = 1 << 30  # at most left on the disk: as much as is written, up to this
 _ATTEMPTS = 3
 
 
@@ -108,9 +108,10 @@ class PackedCache:
             if left < 0:
                 file.unlink(missing_ok=True)  # who has mapped it keeps it
         free = shutil.disk_usage(self.folder).free
-        if free < wanted_bytes + _FREE_BYTES:
+        needed = wanted_bytes + min(wanted_bytes, _FREE_BYTES)
+        if free < needed:
             raise UncachedError(
-                f"{self.folder} has {free >> 20} MiB free, {wanted_bytes >> 20} MiB are needed"
+                f"{self.folder} has {free >> 20} MiB free, {needed >> 20} MiB are needed"
             )
 
 

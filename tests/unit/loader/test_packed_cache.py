@@ -1,9 +1,11 @@
 """Packed weights as files: right, shared, rebuilt when damaged, bounded; and never in the way."""
 
 import os
+import shutil
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,7 +17,13 @@ from scalellm.kernels.linear import PackedMatrix
 from scalellm.layers.weights import MatrixSpec, Use
 from scalellm.loader import load
 from scalellm.loader.packed_cache import PackedCache, UncachedError, cache_folder
-from scalellm.loader.packed_file import DamagedFileError, MappedWeights, MatrixPart, TensorPart
+from scalellm.loader.packed_file import (
+    DamagedFileError,
+    MappedWeights,
+    MatrixPart,
+    TensorPart,
+    file_bytes,
+)
 from scalellm.loader.packing import Packing, PackingSource
 from scalellm.loader.sources import DummySource, InventorySource
 
@@ -192,6 +200,15 @@ def test_least_recently_used_files_give_way(tmp_path):
 def test_model_larger_than_the_cache_is_no_file(tmp_path):
     with pytest.raises(UncachedError, match="--packed-cache-size"):
         take(PackedCache(tmp_path, limit_bytes=1000), Sources())
+
+
+def test_disk_is_not_filled(cache, monkeypatch):
+    needed = file_bytes(plan())
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=2 * needed - 1))
+    with pytest.raises(UncachedError, match="MiB free"):
+        take(cache, Sources())
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=2 * needed))
+    assert take(cache, Sources())[1].exists()
 
 
 def test_folder_that_cannot_be_is_no_obstacle(tmp_path):

@@ -103,7 +103,11 @@ impl Engine {
 impl Drop for Engine {
     fn drop(&mut self) {
         if let Some(listener) = self.listener.take() {
+            let address = listener.address().clone();
             listener.abort();
+            if let Address::Unix(path) = address {
+                let _ = std::fs::remove_file(path);
+            }
         }
     }
 }
