@@ -204,10 +204,10 @@ def test_model_larger_than_the_cache_is_no_file(tmp_path):
 
 def test_disk_is_not_filled(cache, monkeypatch):
     needed = file_bytes(plan())
-    monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=2 * needed - 1))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=2 * needed - 1))
     with pytest.raises(UncachedError, match="MiB free"):
         take(cache, Sources())
-    monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=2 * needed))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=2 * needed))
     assert take(cache, Sources())[1].exists()
 
 
