@@ -9,6 +9,7 @@
 //! reservation   what one request holds of its key's budgets
 //! clerk         the task that asks the database, so that requests do not
 //! usage         what requests used, written in batches by one task
+//! usage_table   the rows that it writes
 //! report, admin sums and changes for operators
 //! accounts      all of it behind one face
 //! ```
@@ -29,6 +30,7 @@ mod secret;
 mod sharing;
 pub mod store;
 mod usage;
+mod usage_table;
 mod window;
 
 pub use accounts::{Accounts, Counts, Denied, Settings, WhenDown};

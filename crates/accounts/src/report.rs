@@ -118,7 +118,7 @@ pub async fn usage(database: &Database, query: &Query) -> Result<Vec<Sum>> {
     sql += &SUMS
         .map(|sum| format!("CAST(COALESCE({sum}, 0) AS BIGINT)"))
         .join(", ");
-    sql += " FROM requests WHERE 1 = 1";
+    sql += " FROM all_usage WHERE 1 = 1";
     let mut places = 0;
     let mut condition = |condition: &str, is_set: bool| {
         if is_set {

@@ -1,8 +1,9 @@
 //! What every request used, written in batches by one task.
 //!
-//! A request has one row, by an id made here. It is written when the request ends, and, marked `running`, in every
-//! interval while it lasts, so that a killed gateway loses at most one interval (and one write) of tokens. A row that
-//! is not `running` any more never changes: nothing is counted twice, however often a write is repeated.
+//! A request has one row, by its start and a number made here. It is written when the request ends, and, marked
+//! `running`, in every interval while it lasts, so that a killed gateway loses at most one interval (and one write) of
+//! tokens. A row that is not `running` any more never changes: nothing is counted twice, however often a write is
+//! repeated.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -10,17 +11,14 @@ use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering::Relaxed};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use parking_lot::Mutex;
-use sqlx::AssertSqlSafe;
 use tokio::sync::{mpsc, watch};
 
 use crate::accounts::{Settings, Shared};
-use crate::database::Database;
-use crate::error::Result;
+use crate::key::Key;
+use crate::usage_table::UsageTable;
 
 /// Rows of one transaction.
 const BATCH: usize = 500;
-/// Rows of one statement. All but a batch's last one have as many, so that it is compiled once.
-const ROWS: usize = 100;
 const PRUNE_EVERY: Duration = Duration::from_secs(60);
 const PRUNE_AT_ONCE: i64 = 10_000;
 pub const RUNNING: &str = "running";
@@ -29,11 +27,10 @@ pub const RUNNING: &str = "running";
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Usage {
     pub request_id: Arc<str>,
-    /// Empty for a request without a key.
-    pub key_id: String,
-    pub tenant: String,
+    pub key: Option<Arc<Key>>,
     pub model: Arc<str>,
     pub route: &'static str,
+    /// The same whenever it is asked for, as it is part of the row's name.
     pub started_at_ms: i64,
     pub duration_us: i64,
     pub first_token_us: Option<i64>,
@@ -58,7 +55,6 @@ type Running = (Instant, Arc<dyn Live>);
 
 /// Requests that run, and the way of those that ended to the writer.
 pub struct Meters {
-    gateway: u64,
     next: AtomicU64,
     live: Mutex<HashMap<u64, Running>>,
     ended: mpsc::Sender<(u64, Usage)>,
@@ -72,7 +68,6 @@ impl Meters {
     pub(crate) fn new(settings: &Settings) -> (Arc<Meters>, mpsc::Receiver<(u64, Usage)>) {
         let (ended, records) = mpsc::channel(settings.usage_queue.max(1));
         let meters = Meters {
-            gateway: rand::random(),
             next: AtomicU64::new(0),
             live: Mutex::default(),
             ended,
@@ -133,11 +128,13 @@ pub(crate) struct Writer {
     interval: Duration,
     kept: Duration,
     pruned: Option<Instant>,
+    table: UsageTable,
 }
 
 impl Writer {
     pub fn new(shared: Arc<Shared>, meters: Arc<Meters>, settings: &Settings) -> Writer {
         Writer {
+            table: UsageTable::new(shared.database.clone()),
             shared,
             meters,
             interval: settings.usage_interval,
@@ -188,11 +185,11 @@ impl Writer {
     }
 
     /// Empties `batch` into the database; false, and `batch` as it was, if it did not take it.
-    async fn write_ended(&self, batch: &mut Vec<(u64, Usage)>) -> bool {
+    async fn write_ended(&mut self, batch: &mut Vec<(u64, Usage)>) -> bool {
         if batch.is_empty() {
             return true;
         }
-        let written = write(&self.shared.database, self.meters.gateway, batch).await;
+        let written = self.table.write(batch).await;
         self.shared.heard(written.as_ref().copied());
         if written.is_err() {
             return false;
@@ -203,11 +200,11 @@ impl Writer {
         true
     }
 
-    async fn write_running(&self) {
+    async fn write_running(&mut self) {
         let running = self.meters.running_longer_than(self.interval);
         for chunk in running.chunks(BATCH) {
             // Not tried again: the next interval brings newer figures.
-            if let Err(error) = write(&self.shared.database, self.meters.gateway, chunk).await {
+            if let Err(error) = self.table.write(chunk).await {
                 self.shared.heard(Err(&error));
                 return;
             }
@@ -221,91 +218,10 @@ impl Writer {
         }
         self.pruned = Some(now);
         let before_ms = unix_ms() - i64::try_from(self.kept.as_millis()).unwrap_or(i64::MAX / 2);
-        let query = sqlx::query(
-            "DELETE FROM requests WHERE id IN (SELECT id FROM requests WHERE started_at < $1 LIMIT $2)",
-        )
-        .bind(before_ms)
-        .bind(PRUNE_AT_ONCE)
-        .execute(self.shared.database.pool());
-        let pruned = async { Ok(query.await?) };
-        if let Err(error) = self.shared.database.limited(pruned).await {
+        if let Err(error) = self.table.forget(before_ms, PRUNE_AT_ONCE).await {
             tracing::debug!(%error, "old usage stays a little longer");
         }
     }
-}
-
-async fn write(database: &Database, gateway: u64, rows: &[(u64, Usage)]) -> Result<()> {
-    let work = async {
-        let mut tx = database.begin().await?;
-        for rows in rows.chunks(ROWS) {
-            let statement = AssertSqlSafe(insertion(database, rows.len()));
-            let mut query = sqlx::query(statement).persistent(rows.len() == ROWS);
-            for (number, usage) in rows {
-                query = query
-                    .bind(format!("{gateway:016x}-{number:x}"))
-                    .bind(&*usage.request_id)
-                    .bind(&usage.key_id)
-                    .bind(&usage.tenant)
-                    .bind(&*usage.model)
-                    .bind(usage.route)
-                    .bind(usage.started_at_ms)
-                    .bind(usage.duration_us)
-                    .bind(usage.first_token_us)
-                    .bind(usage.prompt_tokens)
-                    .bind(usage.cached_tokens)
-                    .bind(usage.output_tokens)
-                    .bind(usage.status)
-                    .bind(usage.outcome)
-                    .bind(usage.replays)
-                    .bind(&usage.safety);
-            }
-            query.execute(&mut *tx).await?;
-        }
-        Ok(tx.commit().await?)
-    };
-    database.limited(work).await
-}
-
-const COLUMNS: [&str; 16] = [
-    "id",
-    "request_id",
-    "key_id",
-    "tenant",
-    "model",
-    "route",
-    "started_at",
-    "duration_us",
-    "first_token_us",
-    "prompt_tokens",
-    "cached_tokens",
-    "output_tokens",
-    "status",
-    "outcome",
-    "replays",
-    "safety",
-];
-
-/// Inserts so many rows, whose values are bound in the order of [`COLUMNS`].
-fn insertion(database: &Database, rows: usize) -> String {
-    let mut statement = format!("INSERT INTO requests ({}) VALUES ", COLUMNS.join(", "));
-    for row in 0..rows {
-        for column in 0..COLUMNS.len() {
-            statement.push_str(match (row, column) {
-                (0, 0) => "(",
-                (_, 0) => "), (",
-                _ => ", ",
-            });
-            database.push_place(&mut statement, row * COLUMNS.len() + column + 1);
-        }
-    }
-    statement.push_str(
-        ") ON CONFLICT (id) DO UPDATE SET duration_us = excluded.duration_us, \
-         first_token_us = excluded.first_token_us, prompt_tokens = excluded.prompt_tokens, \
-         cached_tokens = excluded.cached_tokens, output_tokens = excluded.output_tokens, status = excluded.status, \
-         outcome = excluded.outcome, replays = excluded.replays, \
-         safety = excluded.safety WHERE requests.outcome = 'running'",
-    );
-    statement
 }
 
 fn unix_ms() -> i64 {

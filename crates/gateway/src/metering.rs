@@ -74,15 +74,10 @@ fn usage(
     outcome: &'static str,
 ) -> Usage {
     let count = |n: u64| i64::try_from(n).unwrap_or(i64::MAX);
-    let key = record.key().map(|state| state.key());
     let took = Instant::now().saturating_duration_since(record.started);
     Usage {
         request_id: Arc::clone(&record.id),
-        key_id: key.as_ref().map(|key| key.id.clone()).unwrap_or_default(),
-        tenant: key
-            .as_ref()
-            .map(|key| key.tenant.clone())
-            .unwrap_or_default(),
+        key: record.key().map(|state| state.key()),
         model: progress
             .model
             .as_ref()

@@ -5,9 +5,9 @@ use std::time::Duration;
 
 use parking_lot::Mutex;
 use scalellm_accounts::report::{self, GroupBy, Query};
-use scalellm_accounts::{Live, RUNNING, Usage};
+use scalellm_accounts::{Accounts, Class, Key, Limits, Live, RUNNING, Usage};
 
-use crate::support::{fresh, started};
+use crate::support::{fresh, settings, started};
 
 struct Running(Mutex<Usage>);
 
@@ -17,11 +17,26 @@ impl Live for Running {
     }
 }
 
+fn acme() -> Key {
+    Key {
+        id: "key-1".to_owned(),
+        shown: String::new(),
+        name: String::new(),
+        tenant: "acme".to_owned(),
+        class: Class::default(),
+        weight: 1,
+        models: None,
+        limits: Limits::default(),
+        created_at_ms: 0,
+        expires_at_ms: None,
+        revoked_at_ms: None,
+    }
+}
+
 fn usage(model: &str, output_tokens: i64, outcome: &'static str) -> Usage {
     Usage {
         request_id: "same-for-all".into(),
-        key_id: "key-1".to_owned(),
-        tenant: "acme".to_owned(),
+        key: Some(Arc::new(acme())),
         model: model.into(),
         route: "/v1/completions",
         started_at_ms: 1_709_210_096_789,
@@ -96,4 +111,69 @@ async fn every_request_counts_once_while_it_runs_and_when_it_ended() {
     };
     let none = report::usage(after.database(), &nobody).await.unwrap();
     assert_eq!((none.len(), none[0].requests), (1, 0));
+}
+
+async fn written(accounts: &Accounts, rows: u64) {
+    while accounts.counts().usage_written < rows {
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+}
+
+#[tokio::test]
+async fn what_is_written_twice_counts_once() {
+    let fresh = fresh().await;
+    let accounts = started(&fresh.url).await;
+    let running = Arc::new(Running(Mutex::new(usage("a", 1, RUNNING))));
+    let number = accounts.meters().begin(running);
+    accounts.meters().end(number, usage("a", 7, "ok"));
+    written(&accounts, 1).await;
+    accounts.meters().end(number, usage("a", 9, "error"));
+    written(&accounts, 2).await;
+    let sums = report::usage(accounts.database(), &Query::default()).await;
+    let sums = sums.unwrap();
+    assert_eq!(
+        (sums[0].requests, sums[0].failed, sums[0].output_tokens),
+        (1, 0, 7)
+    );
+}
+
+#[tokio::test]
+async fn usage_of_an_older_version_counts_and_is_forgotten_in_time() {
+    let fresh = fresh().await;
+    let accounts = started(&fresh.url).await;
+    sqlx::query(
+        "INSERT INTO requests (id, request_id, key_id, tenant, model, route, started_at, duration_us, prompt_tokens, \
+         cached_tokens, output_tokens, status, outcome) \
+         VALUES ('00-1', 'r', 'key-1', 'acme', 'a', '/v1/completions', 1709210096789, 1, 5, 0, 4, 200, 'ok')",
+    )
+    .execute(accounts.database().pool())
+    .await
+    .unwrap();
+    let running = Arc::new(Running(Mutex::new(usage("a", 1, RUNNING))));
+    let number = accounts.meters().begin(running.clone());
+    accounts.meters().end(number, usage("a", 7, "ok"));
+    written(&accounts, 1).await;
+    let acmes = Query {
+        group_by: vec![GroupBy::Key, GroupBy::Tenant],
+        key: Some("key-1".to_owned()),
+        since_ms: Some(1_709_210_096_789),
+        ..Query::default()
+    };
+    let sums = report::usage(accounts.database(), &acmes).await.unwrap();
+    assert_eq!(
+        (sums.len(), sums[0].requests, sums[0].output_tokens),
+        (1, 2, 11)
+    );
+    assert_eq!(sums[0].group["tenant"], "acme");
+    accounts.shutdown().await;
+    let mut forgetful = settings(&fresh.url);
+    forgetful.usage_kept = Duration::ZERO;
+    let accounts = Accounts::start(forgetful).unwrap();
+    while !report::usage(accounts.database(), &acmes)
+        .await
+        .unwrap()
+        .is_empty()
+    {
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
 }
