@@ -158,6 +158,7 @@ def is_quiet(url: str) -> bool:
     return is_at_rest(url) and found["connections_open"] == 1 and found["usage_waiting"] == 0
 
 
+@pytest.mark.timeout(120 + 2 * MIXED_LOAD_S)
 def test_clients_that_come_and_leave_leave_nothing_behind(server: Serve) -> None:
     url = server.url
     pids = {name: process(server, name.encode()) for name in ("gateway", "engine")}
