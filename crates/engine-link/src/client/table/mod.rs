@@ -224,6 +224,7 @@ impl Table {
         Outgoing {
             table: self.clone(),
             generation,
+            gave_chunk: false,
         }
     }
 

@@ -1,6 +1,6 @@
 //! What one stream sends, message by message.
 
-use std::pin::Pin;
+use std::pin::{Pin, pin};
 use std::sync::Arc;
 use std::task::{Context, Poll};
 
@@ -12,23 +12,34 @@ use crate::proto::{self, to_engine};
 pub(in crate::client) struct Outgoing {
     pub(super) table: Arc<Table>,
     pub(super) generation: u64,
+    /// The last message was a part of a long prompt.
+    pub(super) gave_chunk: bool,
 }
 
 impl futures_util::Stream for Outgoing {
     type Item = proto::ToEngine;
 
     fn poll_next(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<proto::ToEngine>> {
-        let mut state = self.table.state.lock();
-        if state.generation != self.generation {
+        let this = self.get_mut();
+        if std::mem::take(&mut this.gave_chunk) {
+            // The thread's other tasks go on between two chunks: several long prompts take milliseconds.
+            let _ = pin!(tokio::task::yield_now()).poll(cx);
+            return Poll::Pending;
+        }
+        let mut state = this.table.state.lock();
+        if state.generation != this.generation {
             // Never `None`: the engine would take it as goodbye while the session reattaches. And no waker: it would
             // displace that of the stream which now is the session's.
             return Poll::Pending;
         }
-        self.table.writer.register(cx.waker());
-        match self.table.next_message(&mut state) {
-            Some(message) => Poll::Ready(Some(proto::ToEngine {
-                message: Some(message),
-            })),
+        this.table.writer.register(cx.waker());
+        match this.table.next_message(&mut state) {
+            Some(message) => {
+                this.gave_chunk = matches!(message, to_engine::Message::PromptChunk(_));
+                Poll::Ready(Some(proto::ToEngine {
+                    message: Some(message),
+                }))
+            }
             None if state.closed => Poll::Ready(None),
             None => Poll::Pending,
         }

@@ -21,11 +21,18 @@ fn table(chunk_ids: usize) -> (Arc<Table>, Outgoing) {
     (table, outgoing)
 }
 
+fn poll(outgoing: &mut Outgoing) -> Poll<Option<Message>> {
+    let mut cx = Context::from_waker(Waker::noop());
+    let polled = Pin::new(outgoing).poll_next(&mut cx);
+    polled.map(|message| message.and_then(|m| m.message))
+}
+
+/// The next message, behind the pause that may come before it.
 fn next(outgoing: &mut Outgoing) -> Option<Message> {
-    match Pin::new(outgoing).poll_next(&mut Context::from_waker(Waker::noop())) {
-        Poll::Ready(message) => message.and_then(|m| m.message),
+    (0..2).find_map(|_| match poll(outgoing) {
+        Poll::Ready(message) => message,
         Poll::Pending => None,
-    }
+    })
 }
 
 fn prompt(length: u32) -> proto::Submit {
@@ -88,6 +95,20 @@ fn small_requests_pass_between_the_chunks_of_large_ones() {
         before += 1;
     }
     assert!(before <= 6, "{before} messages came first");
+}
+
+#[test]
+fn the_threads_other_tasks_go_on_between_chunks() {
+    let (table, mut outgoing) = table(10);
+    let _large = table.submit(prompt(30)).expect("taken");
+    assert!(matches!(next(&mut outgoing), Some(Message::Submit(_))));
+    for _ in 0..2 {
+        assert!(matches!(
+            poll(&mut outgoing),
+            Poll::Ready(Some(Message::PromptChunk(_)))
+        ));
+        assert_eq!(poll(&mut outgoing), Poll::Pending);
+    }
 }
 
 #[test]
