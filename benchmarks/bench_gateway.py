@@ -43,6 +43,7 @@ COLUMNS = (
     ("QPS, 500-byte prompts", ("request_s",)),
     ("CPU us a request", ("cpu_us_request",)),
     ("CPU us a token: flat out, paced", ("cpu_us_chunk", "cpu_us_paced_chunk")),
+    ("tokens a write", ("tokens_per_write",)),
     ("added ms, p50, p99: 2,000/s", ("added_2000_p50_ms", "added_2000_p99_ms")),
     ("5,000/s", ("added_5000_p50_ms", "added_5000_p99_ms")),
     ("10,000/s", ("added_10000_p50_ms", "added_10000_p99_ms")),
@@ -58,7 +59,8 @@ ABOUT = """\
 Each gateway alone on one core; the load and the endpoint (or engine) of set speed behind it share
 another, which bounds what the fastest can show. ScaleLLM has keys, metering (SQLite), metrics and
 stage times on. Closed loop of 64 with answers of 16 tokens in one piece; tokens: 64 streams flat
-out, then 256 streams of one every 20 ms; added: end to end at constant arrivals, less the same load
+out, then 256 streams of one every 20 ms; a write: of those flat out, all calls of write and writev
+count, so it is no less; added: end to end at constant arrivals, less the same load
 sent straight to the endpoint, where the gateway can answer as many; 220 KB: 16 at once, each text
 new; beside those: p99 of small requests, 200 a second, over their p99 alone; twice the load: with
 64 places before an engine of 20 ms, p99 of what is answered over that at 80% of the load, and the

@@ -59,6 +59,8 @@ class Figures:
     request_s: float | None = None
     cpu_us_request: float | None = None
     cpu_us_chunk: float | None = None
+    # Of the streams that go as fast as they can; all that the gateway writes counts.
+    tokens_per_write: float | None = None
     cpu_us_paced_chunk: float | None = None
     # At so many requests a second; None where it cannot answer as many.
     added_2000_p50_ms: float | None = None
@@ -118,6 +120,8 @@ def measure_gateway(gateway: Gateway, repeat: int, bench: Bench) -> Figures:
         found = replace(found, ready_s=server.ready_after_s, idle_mib=mib)
         found = _small_requests(found, server, bench)
         found = _chunks(found, server, bench)
+        if not gateway.writes_are_counted:
+            found = replace(found, tokens_per_write=None)
         found = _big_requests(found, server, bench)
         for rate in _RATES:
             found = _added(found, server, behind, bench, rate)
@@ -162,8 +166,15 @@ def _small_requests(found: Figures, server: Running, bench: Bench) -> Figures:
 
 def _chunks(found: Figures, server: Running, bench: Bench) -> Figures:
     level = {"concurrency": _CONCURRENCY, "duration_s": bench.amounts.seconds}
+    written = server.processes.write_calls()
     row, cpu_s = _costed(server, bench.prompts.small, level, _STREAM_TOKENS, stream=True)
-    return _plus(found, row, cpu_us_chunk=1e6 * cpu_s / max(row["output_tokens"], 1))
+    written = server.processes.write_calls() - written
+    return _plus(
+        found,
+        row,
+        cpu_us_chunk=1e6 * cpu_s / max(row["output_tokens"], 1),
+        tokens_per_write=row["output_tokens"] / max(written, 1),
+    )
 
 
 def _paced_chunks(found: Figures, server: Running, bench: Bench) -> Figures:

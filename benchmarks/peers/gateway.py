@@ -46,6 +46,8 @@ class Gateway:
     limited: Callable[[Path, int, Backend], Launch] | None = None
     # Thousands of requests a second are out of its reach.
     slow: bool = False
+    # It writes to its sockets by write and writev, which the kernel counts; it does not count send.
+    writes_are_counted: bool = True
 
 
 @dataclass(frozen=True, slots=True)

@@ -43,4 +43,6 @@ def _launch(cache: Path, port: int, backend: Backend) -> Launch:
     )
 
 
-GATEWAY = Gateway("litellm", f"LiteLLM {VERSION}", _build, _launch, slow=True)
+GATEWAY = Gateway(
+    "litellm", f"LiteLLM {VERSION}", _build, _launch, slow=True, writes_are_counted=False
+)

@@ -54,7 +54,11 @@ class ProcessTree:
 
     def pss_bytes(self) -> int:
         """Proportional set size: pages shared by n processes count 1/n in each."""
-        return sum(self._pss_bytes(stat.pid) for stat in self._stats())
+        return sum(_KIB * self._number(stat.pid, "smaps_rollup", "Pss:") for stat in self._stats())
+
+    def write_calls(self) -> int:
+        """Calls of write and writev so far, to sockets and files, of the living; without send."""
+        return sum(self._number(stat.pid, "io", "syscw:") for stat in self._stats())
 
     def _stats(self) -> list[_Stat]:
         """Of every member, parents before children."""
@@ -90,10 +94,11 @@ class ProcessTree:
             int(fields[_STARTED]),
         )
 
-    def _pss_bytes(self, pid: int) -> int:
+    def _number(self, pid: int, file: str, name: str) -> int:
+        """What a line of one of a process's files says; 0 where there is none."""
         try:
-            text = (self._proc / str(pid) / "smaps_rollup").read_text(encoding="utf-8")
+            text = (self._proc / str(pid) / file).read_text(encoding="utf-8")
         except OSError:
             return 0
-        line = next((line for line in text.splitlines() if line.startswith("Pss:")), "Pss: 0 kB")
-        return int(line.split()[1]) * _KIB
+        line = next((line for line in text.splitlines() if line.startswith(name)), f"{name} 0")
+        return int(line.split()[1])
