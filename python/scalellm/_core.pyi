@@ -280,6 +280,11 @@ def cpu_matrix_bytes(code: list[int]) -> int:
     """Bytes of a packed matrix. Raises ValueError for a layout that there is not."""
 
 def cpu_matrix_pack(code: list[int], weight: int, out: int, size: int) -> None: ...
+def cpu_matrix_pack_int4(
+    code: list[int], weight: tuple[int, int, int], parts: int, out: _SliceAt
+) -> None:
+    """`weight`: addresses of numbers uint8 [n, k], scales float32 and zeros uint8 [n, parts]."""
+
 def cpu_matrix_select(
     code: list[int], weight: _SliceAt, ranges: list[tuple[int, int]], out: _SliceAt
 ) -> None:

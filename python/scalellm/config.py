@@ -47,7 +47,7 @@ class EngineConfig:
     quantization: str = setting(
         "auto",
         "Weights quantised at load, and inputs as they come: int8 and int4 on a CPU, fp8 on a GPU; "
-        "`auto`: int8 on a CPU, unless --dtype is given",
+        "`auto`: int8 on a CPU, unless --dtype is given, and a checkpoint's own int8 or int4",
         choices=("auto", "none", "int8", "int4", "fp8"),
     )
     kv_cache_dtype: str = setting(

@@ -16,7 +16,7 @@ use rand::{RngExt, SeedableRng};
 use scalellm_cpu_kernels::bf16;
 use scalellm_cpu_kernels::ceiling::{Ceilings, median};
 use scalellm_cpu_kernels::cpu::Cpu;
-use scalellm_cpu_kernels::linear::{Format, Layout, Output, Packed, linear, pack};
+use scalellm_cpu_kernels::linear::{Format, Int4, Layout, Output, Packed, linear, pack, pack_int4};
 use scalellm_cpu_kernels::pages::Pages;
 use scalellm_cpu_kernels::rows::{Rows, RowsMut};
 
@@ -37,14 +37,26 @@ const SHAPES: [(&str, usize, usize, usize, bool); 6] = [
     ("large down", 4096, 14336, 8, false),
 ];
 
+/// `int4`, `int4-128`, `int4-128-zeros` and the like.
+fn int4(name: &str) -> Result<Format, Box<dyn Error>> {
+    let (name, zeros) = match name.strip_suffix("-zeros") {
+        Some(name) => (name, true),
+        None => (name, false),
+    };
+    let group = match name.strip_prefix("int4") {
+        Some("") => 32,
+        Some(rest) => rest.trim_start_matches('-').parse()?,
+        None => return Err(format!("no format {name}").into()),
+    };
+    Ok(Format::Int4 { group, zeros })
+}
+
 fn main() -> Result<(), Box<dyn Error>> {
     let mut arguments = std::env::args().skip(1);
     let format = match arguments.next().as_deref() {
         None | Some("int8") => Format::Int8,
         Some("bf16") => Format::Bf16,
-        Some("int4") => Format::Int4 { group: 32 },
-        Some("int4-128") => Format::Int4 { group: 128 },
-        Some(other) => return Err(format!("no format {other}").into()),
+        Some(other) => int4(other)?,
     };
     let rows = arguments.next().unwrap_or("1,8,64,256".to_owned());
     let rows = rows
@@ -76,12 +88,28 @@ fn main() -> Result<(), Box<dyn Error>> {
         }
         let layout = Layout::new(format, n, k, k_groups, gated)?;
         let copies = (ROUND_BYTES / layout.bytes()).max(1);
-        let weight: Vec<_> = (0..n * k)
-            .map(|_| bf16::from_f32(rng.random::<f32>() - 0.5))
-            .collect();
         let mut pages = Pages::new(copies * layout.bytes())?;
         let (first, others) = pages.bytes_mut().split_at_mut(layout.bytes());
-        pack(&cpu, &layout, Rows::of(&weight, k), first);
+        if let Format::Int4 { zeros: true, .. } = format {
+            let parts = n * layout.scale_groups();
+            let mut whole = |count| {
+                (0..count)
+                    .map(|_| rng.random_range(0..16))
+                    .collect::<Vec<u8>>()
+            };
+            let (numbers, zeros, scales) = (whole(n * k), whole(parts), vec![0.01; parts]);
+            let weight = Int4 {
+                numbers: Rows::of(&numbers, k),
+                scales: Rows::of(&scales, parts / n),
+                zeros: Rows::of(&zeros, parts / n),
+            };
+            pack_int4(&cpu, &layout, &weight, first);
+        } else {
+            let weight: Vec<_> = (0..n * k)
+                .map(|_| bf16::from_f32(rng.random::<f32>() - 0.5))
+                .collect();
+            pack(&cpu, &layout, Rows::of(&weight, k), first);
+        }
         for bytes in others.chunks_exact_mut(layout.bytes()) {
             bytes.copy_from_slice(first);
         }

@@ -28,6 +28,7 @@ pub fn register(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_function(wrap_pyfunction!(cpu_start, module)?)?;
     module.add_function(wrap_pyfunction!(cpu_matrix_bytes, module)?)?;
     module.add_function(wrap_pyfunction!(cpu_matrix_pack, module)?)?;
+    module.add_function(wrap_pyfunction!(cpu_matrix_pack_int4, module)?)?;
     module.add_function(wrap_pyfunction!(cpu_matrix_select, module)?)?;
     module.add_function(wrap_pyfunction!(cpu_linear, module)?)?;
     module.add_function(wrap_pyfunction!(cpu_kv_block_bytes, module)?)?;
@@ -94,7 +95,10 @@ pub fn layout(code: &[usize]) -> PyResult<Layout> {
     let format = match format {
         0 => Format::Bf16,
         1 => Format::Int8,
-        2 => Format::Int4 { group: scale_group },
+        2 | 3 => Format::Int4 {
+            group: scale_group,
+            zeros: format == 3,
+        },
         _ => return Err(refused(format!("matrix format {format}"))),
     };
     Layout::new(format, n, k, groups, gated != 0).map_err(refused)
@@ -115,7 +119,8 @@ fn cpu_matrix_pack(
     size: usize,
 ) -> PyResult<()> {
     let layout = layout(&code)?;
-    if size != layout.bytes() || !out.is_multiple_of(64) {
+    let has_zeros = matches!(layout.format(), Format::Int4 { zeros: true, .. });
+    if size != layout.bytes() || !out.is_multiple_of(64) || has_zeros {
         return Err(refused(format!("{size} bytes at {out:#x} for {layout:?}")));
     }
     on_cpu(py, |cpu| {
@@ -125,6 +130,41 @@ fn cpu_matrix_pack(
         // SAFETY: the caller's tensor has `size` bytes, nobody else's.
         let out = unsafe { std::slice::from_raw_parts_mut(out as *mut u8, size) };
         linear::pack(cpu, &layout, weight, out);
+    })
+}
+
+/// Pack contiguous int4 numbers u8 [n, k], and f32 scales and u8 zeros [n, `parts`], into the `size`
+/// bytes at `out`.
+#[pyfunction]
+fn cpu_matrix_pack_int4(
+    py: Python<'_>,
+    code: Vec<usize>,
+    weight: (usize, usize, usize),
+    parts: usize,
+    out: SliceAt,
+) -> PyResult<()> {
+    let layout = layout(&code)?;
+    let has_zeros = matches!(layout.format(), Format::Int4 { zeros: true, .. });
+    let fits = out.1 == layout.bytes() && parts == layout.scale_groups();
+    if !has_zeros || !fits || !out.0.is_multiple_of(64) {
+        return Err(refused(format!(
+            "{} bytes at {:#x} and {parts} scale groups for {layout:?}",
+            out.1, out.0
+        )));
+    }
+    on_cpu(py, |cpu| {
+        let (n, k) = (layout.n(), layout.k());
+        let (numbers, scales, zeros) = weight;
+        // SAFETY: the caller's tensors have these sizes, and `out` is nobody else's.
+        unsafe {
+            let weight = linear::Int4 {
+                numbers: Rows::from_raw(numbers as *const u8, n, k, k),
+                scales: Rows::from_raw(scales as *const f32, n, parts, parts),
+                zeros: Rows::from_raw(zeros as *const u8, n, parts, parts),
+            };
+            let out = std::slice::from_raw_parts_mut(out.0 as *mut u8, out.1);
+            linear::pack_int4(cpu, &layout, &weight, out);
+        }
     })
 }
 

@@ -12,7 +12,7 @@ from scalellm.loader.digest import weights_digest
 
 # Raised whenever a kernel's results change in any bit: replicas of other generations do not replay
 # each other's requests.
-KERNEL_GENERATION = 3
+KERNEL_GENERATION = 4
 
 
 def numerics_digest(parts: Mapping[str, object]) -> str:

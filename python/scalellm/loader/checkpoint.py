@@ -2,9 +2,8 @@
 
 import json
 from collections.abc import Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
-from functools import partial
 from math import prod
 from pathlib import Path
 from typing import Any, Self
@@ -19,7 +18,15 @@ from scalellm.kernels.quantise import FP8, GROUP
 from scalellm.layers.shard import WHOLE, Shard
 from scalellm.layers.weights import MatrixSpec, PlainMatrices, Slice
 from scalellm.loader.config import read_json
-from scalellm.loader.quantised import UNUSED, ScaledBytes, Scheme, Stored
+from scalellm.loader.quantised import (
+    UNUSED,
+    Grouped,
+    Read,
+    ScaledBytes,
+    Scheme,
+    Stored,
+    WholeNumbers,
+)
 from scalellm.loader.staging import Staging
 
 INDEX = "model.safetensors.index.json"
@@ -66,6 +73,22 @@ class Checkpoint:
             return None
         marker = f"{name.removesuffix('weight')}{self.scheme.marker}"
         return self.scheme if marker in self.tensors else None
+
+    def int4_groups(self) -> dict[str, int]:
+        """Of every matrix of int4 numbers, by its name without ".weight", how many inputs one after
+        another share a scale."""
+        found: dict[str, int] = {}
+        if not isinstance(self.scheme, Grouped):
+            return found
+        with CheckpointSource(self, torch.float32, torch.device("cpu")) as source:
+            for name in self.tensors:
+                matrix, _, suffix = name.rpartition(".")
+                if suffix == self.scheme.marker:
+                    with suppress(KeyError):  # `check` names what is missing
+                        group = self.scheme.int4_group(source.reader(matrix))
+                        if group is not None:
+                            found[matrix] = group
+        return found
 
     @property
     def numbers(self) -> int:
@@ -164,7 +187,7 @@ class CheckpointSource(PlainMatrices):
             self._copy(out, part.of(self.stored(name)))
             return
         try:
-            out.copy_(part.of(scheme.numbers(partial(self._part, name), *part.whole)))
+            out.copy_(part.of(scheme.numbers(self.reader(part.name), *part.whole)))
         except ValueError as error:
             raise ModelFileError(f"{self._checkpoint.folder}: {name}: {error}") from None
 
@@ -179,13 +202,28 @@ class CheckpointSource(PlainMatrices):
         parts = []
         for name, outputs in spec.parts:
             scheme = self._checkpoint.scheme_of(f"{name}.weight")
-            read = partial(self._part, f"{name}.weight")
+            read = self.reader(name)
             part = scheme.int8(read, outputs) if isinstance(scheme, ScaledBytes) else None
             if part is None:
                 return None
             parts.append(part)
         weights, scales = zip(*parts, strict=True)
         return torch.cat(weights), torch.cat(scales)
+
+    def int4(self, spec: MatrixSpec) -> WholeNumbers:
+        """A matrix all of whose parts are in `int4_groups`, alike."""
+        parts = []
+        for name, outputs in spec.parts:
+            scheme = self._checkpoint.scheme_of(f"{name}.weight")
+            if not isinstance(scheme, Grouped):
+                raise TypeError(f"{name} is no int4")
+            parts.append(scheme.whole_numbers(self.reader(name), outputs, spec.k))
+        return WholeNumbers(
+            torch.cat([part.numbers for part in parts]),
+            torch.cat([part.scales for part in parts]),
+            torch.cat([part.zeros for part in parts]),
+            parts[0].group,
+        )
 
     def fp8(self, spec: MatrixSpec) -> Fp8Matrix | None:
         """The matrix as the checkpoint has it, if that is fp8 which a GPU multiplies, in all parts.
@@ -197,7 +235,7 @@ class CheckpointSource(PlainMatrices):
             scheme = self._checkpoint.scheme_of(name)
             if not isinstance(scheme, ScaledBytes):
                 return None
-            found = scheme.fp8(partial(self._part, name), part.whole[0])
+            found = scheme.fp8(self.reader(part.name), part.whole[0])
             if found is None:
                 return None
             weight, of_weight = found
@@ -219,9 +257,9 @@ class CheckpointSource(PlainMatrices):
             first += len(weight)
         return Fp8Matrix(data.view(FP8), torch.cat(scales).to(self.device))
 
-    def _part(self, name: str, suffix: str) -> Tensor:
-        """One of the tensors that make the matrix `name`, which ends in ".weight"."""
-        return self.stored(f"{name.removesuffix('weight')}{suffix}")
+    def reader(self, matrix: str) -> Read:
+        """Reads one of the tensors that make a matrix, named without ".weight", by its suffix."""
+        return lambda suffix: self.stored(f"{matrix}.{suffix}")
 
     def stored(self, name: str) -> Tensor:
         """The tensor as the checkpoint has it, on the CPU. Raises ModelFileError."""

@@ -11,6 +11,7 @@ import torch
 from scalellm.config import EngineConfig
 from scalellm.errors import ConfigError
 from scalellm.kernels.attention import KVGeometry, PackedKVCache
+from scalellm.kernels.linear.packed import INT4_ZEROS
 from scalellm.layers.shard import WHOLE, Shard
 from scalellm.layers.weights import WeightSource
 from scalellm.loader.checkpoint import Checkpoint, CheckpointSource
@@ -26,9 +27,9 @@ from scalellm.loader.packed_cache import (
     cache_folder,
     checkpoint_identity,
 )
-from scalellm.loader.packed_file import MappedWeights
+from scalellm.loader.packed_file import MappedWeights, MatrixPart
 from scalellm.loader.packing import Packing, PackingSource
-from scalellm.loader.quantised import ScaledBytes, Scheme
+from scalellm.loader.quantised import Grouped, ScaledBytes, Scheme
 from scalellm.loader.sharding import ShardSource, check_division
 from scalellm.loader.sources import DummySource, InventorySource
 from scalellm.models.config import ModelConfig
@@ -46,7 +47,7 @@ class LoadedModel:
     dtype: torch.dtype
     device: torch.device
     weight_bytes: int
-    quantization: str  # "none", "int8", "int4" or "fp8"
+    quantization: str  # "none", "int8", "int4", "int4+int8" or "fp8"
     packed: bool  # its matrices are laid out for the CPU's kernels
     shard: Shard  # what of it this process has
     mapped_bytes: int  # of them, in files: memory that the kernel could take away, but must not
@@ -86,11 +87,11 @@ def load_model(
     check_division(
         model_config, packing, config.tensor_parallel_size, config.enable_expert_parallel
     )
-    quantization = "fp8" if fp8 else "none" if packing is None else packing.quantization
+    if packing is not None and checkpoint is not None and keeps_int4(config, scheme, packing):
+        packing = replace(packing, int4_groups=checkpoint.int4_groups())
+    quantization = "fp8" if fp8 else "none" if packing is None else packing.name
     if quantization == "int8" and config.quantization == "auto":
         reason += "; int8, as --quantization auto chooses on a CPU"
-    if scheme is not None:
-        reason += f"; the checkpoint is {scheme.description}"
     inventory = InventorySource(dtype, packing, fp8)
     if model_config.family == "transformers":
         numbers = (
@@ -103,6 +104,10 @@ def load_model(
         if checkpoint is not None:
             tied = frozenset(("lm_head.weight",) if model_config.tie_word_embeddings else ())
             checkpoint.check(inventory.shapes, ignored=tied)
+    if scheme is not None:
+        reason += f"; the checkpoint is {scheme.description}"
+        if packing is not None and keeps_int4(config, scheme, packing):
+            reason += f", {_kept(inventory)} stay so (docs/quantisation.md says which)"
     each = shard.ranks if device.type == "cuda" else 1  # ranks with memory of their own
     kv_bytes = kv_block_bytes(config, model_config.kv_geometry, dtype, packing is not None)
     check_fits(
@@ -298,6 +303,18 @@ def keeps_fp8(
         and scheme.dtype == "F8_E4M3"
         and fp8_obstacle(device, model.family, dtype) is None
     )
+
+
+def keeps_int4(config: EngineConfig, scheme: Scheme | None, packing: Packing) -> bool:
+    """Whether a checkpoint's int4 stays so: where nobody asked for another format of weights."""
+    chosen = packing.quantization == "int8" and config.quantization == "auto"
+    return isinstance(scheme, Grouped) and (chosen or packing.quantization == "int4")
+
+
+def _kept(inventory: InventorySource) -> str:
+    """How many matrices are laid out as the checkpoint's int4 numbers."""
+    formats = [part.layout.format for part in inventory.plan if isinstance(part, MatrixPart)]
+    return f"{formats.count(INT4_ZEROS)} of {len(formats)} matrices"
 
 
 def _really_tied(checkpoint: Checkpoint) -> bool:

@@ -109,7 +109,34 @@ class ScaledBytes(Scheme):
 
 
 @dataclass(frozen=True, slots=True)
-class Awq(Scheme):
+class WholeNumbers:
+    """A matrix [n, k]: (numbers - zeros) * scales, of each input's group."""
+
+    numbers: Tensor  # uint8 [n, k]
+    scales: Tensor  # float32 [n, groups]
+    zeros: Tensor  # uint8 [n, groups]
+    group: Tensor  # of each input, int64 [k]
+
+
+class Grouped(Scheme):
+    """Whole numbers with a scale and a zero for each group of inputs."""
+
+    @abstractmethod
+    def whole_numbers(self, read: Read, n: int, k: int) -> WholeNumbers:
+        """The matrix as it is stored."""
+
+    @abstractmethod
+    def int4_group(self, read: Read) -> int | None:
+        """Inputs one after another that share a scale, if the numbers are of 4 bits."""
+
+    def numbers(self, read: Read, n: int, k: int) -> Tensor:
+        found = self.whole_numbers(read, n, k)
+        zeros, scales = found.zeros.float()[:, found.group], found.scales[:, found.group]
+        return (found.numbers.float() - zeros) * scales
+
+
+@dataclass(frozen=True, slots=True)
+class Awq(Grouped):
     """4 bits and zeros for each group of inputs (Lin et al., 2023), as AutoAWQ's gemm kernels."""
 
     group: int | None  # inputs with a scale; None for all of them
@@ -124,24 +151,25 @@ class Awq(Scheme):
             "scales": Stored(((groups, n),), _FLOATS),
         }
 
-    def numbers(self, read: Read, n: int, k: int) -> Tensor:
-        stored = self._outputs(read("qweight"), n)
-        zeros = self._outputs(read("qzeros"), n)
-        scales = read("scales").float()
+    def whole_numbers(self, read: Read, n: int, k: int) -> WholeNumbers:
+        numbers, zeros = (self._outputs(read(name), n) for name in ("qweight", "qzeros"))
         group = torch.arange(k) // (self.group or k)
-        return ((stored - zeros[group]) * scales[group]).t()
+        return WholeNumbers(numbers, read("scales").float().t(), zeros, group)
+
+    def int4_group(self, read: Read) -> int | None:
+        return self.group or len(read("qweight"))
 
     def _outputs(self, words: Tensor, n: int) -> Tensor:
-        """[rows, n / 8] words to [rows, n] whole numbers."""
+        """[rows, n / 8] words to [n, rows] whole numbers."""
         nibbles = _parts_of_words(words, 4)
         out = torch.empty_like(nibbles)
         for nibble, output in enumerate(_AWQ_OUTPUT_OF_NIBBLE):
             out[..., output] = nibbles[..., nibble]
-        return out.flatten(1)[:, :n]
+        return out.flatten(1)[:, :n].t()
 
 
 @dataclass(frozen=True, slots=True)
-class Gptq(Scheme):
+class Gptq(Grouped):
     """4 or 8 bits and zeros for each group of inputs (Frantar et al., 2022), in any order."""
 
     bits: int
@@ -159,17 +187,22 @@ class Gptq(Scheme):
             "g_idx": Stored(((k,),), ("I32",)),
         }
 
-    def numbers(self, read: Read, n: int, k: int) -> Tensor:
-        stored = _parts_of_words(read("qweight").t().contiguous(), self.bits)
+    def whole_numbers(self, read: Read, n: int, k: int) -> WholeNumbers:
+        numbers = _parts_of_words(read("qweight").t().contiguous(), self.bits).flatten(1)
         words = read("qzeros")
         if self.zeros_less_one:  # taken from whole words, so that a zero of 0 borrowed
             words = words + sum(1 << place for place in range(0, 32, self.bits))
         zeros = _parts_of_words(words, self.bits).flatten(1)[:, :n]
-        scales = read("scales").float()
-        group = read("g_idx").long()
+        scales, group = read("scales").float(), read("g_idx").long()
         if bool(((group < 0) | (group >= len(scales))).any()):
             raise ValueError(f"g_idx names groups outside 0 .. {len(scales) - 1}")
-        return (stored.flatten(1)[:, :k] - zeros[group].t()) * scales[group].t()
+        return WholeNumbers(numbers[:, :k], scales.t(), zeros.t(), group)
+
+    def int4_group(self, read: Read) -> int | None:
+        inputs = read("g_idx").long()
+        group = self.group or len(inputs)
+        in_order = torch.equal(inputs, torch.arange(len(inputs)) // group)
+        return group if self.bits == 4 and in_order else None
 
 
 def read_scheme(path: Path, raw: object) -> Scheme:
@@ -264,6 +297,8 @@ def _groups(k: int, group: int | None) -> int:
 
 
 def _parts_of_words(words: Tensor, bits: int) -> Tensor:
-    """int32 [..] to whole numbers [.., 32 / bits], lowest bits first."""
-    shifts = torch.arange(0, 32, bits, dtype=torch.int32)
-    return (words.unsqueeze(-1) >> shifts) & ((1 << bits) - 1)
+    """int32 [..] to uint8 [.., 32 / bits], lowest bits first."""
+    parts = torch.empty(*words.shape, 32 // bits, dtype=torch.uint8)
+    for part in range(32 // bits):
+        parts[..., part] = (words >> part * bits) & ((1 << bits) - 1)
+    return parts

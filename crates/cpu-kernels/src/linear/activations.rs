@@ -6,7 +6,7 @@
 //!           a unit is 4 int8 or 2 bf16 neighbours along k
 //! scales    per tile: [groups][rows of the tile] f32, the int8 value times this is the activation
 //! offsets   per tile: [groups][offsets][rows of the tile] i32, -128 or -8 times the sum of the
-//!           int8 values: what unsigned weights add too much
+//!           int8 values: what unsigned weights add too much; -1 times where weights have zeros
 //! ```
 //!
 //! A group of a row with something infinite or NaN in it has NaN as its scale. Groups whose largest
@@ -207,7 +207,9 @@ fn fill(layout: &Layout, x: Rows<bf16>, part: Part) {
     match layout.format() {
         Format::Bf16 => interleave(layout, x, part),
         Format::Int8 => quantise(layout, x, part, layout.group_k(), 128),
-        Format::Int4 { group } => quantise(layout, x, part, group, 8),
+        Format::Int4 { group, zeros } => {
+            quantise(layout, x, part, group, if zeros { 1 } else { 8 });
+        }
     }
 }
 }

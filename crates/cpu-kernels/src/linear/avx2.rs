@@ -7,14 +7,14 @@
 
 use std::arch::x86_64::{
     __m128i, __m256, __m256i, _mm_and_si128, _mm_load_si128, _mm_set1_epi8, _mm_set1_epi32,
-    _mm_srli_epi16, _mm256_add_epi32, _mm256_add_ps, _mm256_and_si256, _mm256_castsi256_ps,
-    _mm256_cvtepi8_epi16, _mm256_cvtepi32_ps, _mm256_cvtepu8_epi16, _mm256_cvtepu16_epi32,
-    _mm256_fmadd_ps, _mm256_hadd_epi32, _mm256_load_ps, _mm256_load_si256, _mm256_madd_epi16,
-    _mm256_mul_ps, _mm256_permute4x64_epi64, _mm256_set1_epi32, _mm256_set1_ps, _mm256_setzero_ps,
-    _mm256_setzero_si256, _mm256_slli_epi32, _mm256_store_ps,
+    _mm_srli_epi16, _mm256_add_epi32, _mm256_add_ps, _mm256_and_si256, _mm256_andnot_si256,
+    _mm256_castsi256_ps, _mm256_cvtepi8_epi16, _mm256_cvtepi32_ps, _mm256_cvtepu8_epi16,
+    _mm256_cvtepu16_epi32, _mm256_fmadd_ps, _mm256_hadd_epi32, _mm256_load_ps, _mm256_load_si256,
+    _mm256_madd_epi16, _mm256_mul_ps, _mm256_permute4x64_epi64, _mm256_set1_epi32, _mm256_set1_ps,
+    _mm256_setzero_ps, _mm256_setzero_si256, _mm256_slli_epi32, _mm256_store_ps,
 };
 
-use super::layout::{BF16_SCALES, CHANNELS, F32_SCALES, Format};
+use super::layout::{CHANNELS, F32_SCALES, Format, ZERO_BITS, int4_scales};
 use super::tile::{Tree, Work};
 
 /// Rows of a tile.
@@ -60,9 +60,14 @@ fn tile<const R: usize>(work: &Work, tree: &mut Tree) {
                 add(tree, work.group, half, &int8::<R>(work, half));
             }
         }
-        Format::Int4 { group: span } => {
+        Format::Int4 { group: span, zeros } => {
             for half in 0..2 {
-                add(tree, work.group, half, &int4::<R>(work, half, span));
+                let sums = if zeros {
+                    int4::<R, true>(work, half, span)
+                } else {
+                    int4::<R, false>(work, half, span)
+                };
+                add(tree, work.group, half, &sums);
             }
         }
     }
@@ -160,10 +165,14 @@ unsafe fn load(from: *const u8) -> [__m128i; 4] {
     }
 }
 
-/// Both sums of each channel and the row's offset, as floats.
+/// Both sums of each channel and the row's offset, `zeros` times if there are any, as floats.
 #[inline]
 #[target_feature(enable = "avx2")]
-fn whole<const R: usize>(sums: &Pairs<R>, offsets: &[i32; R]) -> Halves<R> {
+fn whole<const R: usize>(
+    sums: &Pairs<R>,
+    offsets: &[i32; R],
+    zeros: Option<[__m256i; 2]>,
+) -> Halves<R> {
     let mut out = [[_mm256_setzero_ps(); 2]; R];
     for (row, out) in out.iter_mut().enumerate() {
         let sums = &sums[row];
@@ -171,6 +180,8 @@ fn whole<const R: usize>(sums: &Pairs<R>, offsets: &[i32; R]) -> Halves<R> {
         for (half, out) in out.iter_mut().enumerate() {
             let mixed = _mm256_hadd_epi32(sums[half * 2], sums[half * 2 + 1]);
             let sum = _mm256_permute4x64_epi64::<0b11_01_10_00>(mixed);
+            // A sum of 128 int8 fits in 16 bits; above a zero there are only zeros.
+            let offset = zeros.map_or(offset, |zeros| _mm256_madd_epi16(zeros[half], offset));
             *out = _mm256_cvtepi32_ps(_mm256_add_epi32(sum, offset));
         }
     }
@@ -207,30 +218,33 @@ fn int8<const R: usize>(work: &Work, half: usize) -> Halves<R> {
         }
     }
     let offsets = &work.tile.offsets.as_chunks::<R>().0[0];
-    scaled(whole(&sums, offsets), work.tile.scales)
+    scaled(whole(&sums, offsets, None), work.tile.scales)
 }
 
 #[inline]
 #[target_feature(enable = "avx2,fma")]
-fn int4<const R: usize>(work: &Work, half: usize, span: usize) -> Halves<R> {
+fn int4<const R: usize, const ZEROS: bool>(work: &Work, half: usize, span: usize) -> Halves<R> {
     let pairs = span / 8;
-    let size = BF16_SCALES + pairs * STEP;
+    let head = int4_scales(ZEROS);
+    let size = head + pairs * STEP;
     let (weights, values) = (work.block, work.tile.values);
     let parts = weights.len() / size;
     let offsets = work.tile.offsets.as_chunks::<R>().0;
     assert_eq!(values.len(), parts * span * R, "activations of a group");
     assert_eq!(offsets.len(), parts, "offsets of a group");
     let low = _mm_set1_epi8(0x0f);
+    let zero_bits = _mm256_set1_epi32(ZERO_BITS.cast_signed());
     let mut total = [[_mm256_setzero_ps(); 2]; R];
     for (part, offsets) in offsets.iter().enumerate() {
         let mut sums = [[_mm256_setzero_si256(); 4]; R];
         let mut scales = [_mm256_setzero_ps(); 2];
-        // SAFETY: `part` is below the number of parts of `weights`, each 64 bytes of scales and
+        let mut zeros = None;
+        // SAFETY: `part` is below the number of parts of `weights`, each `head` bytes of scales and
         // `pairs` steps in a block aligned to 64; `values` has 2 R units for each step.
         unsafe {
             let block = weights.as_ptr().add(part * size);
             for step in 0..pairs {
-                let w = load(block.add(BF16_SCALES + step * STEP + half * 64));
+                let w = load(block.add(head + step * STEP + half * 64));
                 let x = values.as_ptr().add((part * pairs + step) * 2 * R * 4);
                 let mut nibbles = w;
                 for w in &mut nibbles {
@@ -242,13 +256,20 @@ fn int4<const R: usize>(work: &Work, half: usize, span: usize) -> Halves<R> {
                 }
                 dot(&mut sums, nibbles, x.add(R * 4));
             }
-            for (quarter, scale) in scales.iter_mut().enumerate() {
-                let bits = _mm_load_si128(block.add(half * 32 + quarter * 16).cast());
-                let bits = _mm256_slli_epi32::<16>(_mm256_cvtepu16_epi32(bits));
-                *scale = _mm256_castsi256_ps(bits);
+            if ZEROS {
+                let both = [0, 1]
+                    .map(|quarter| _mm256_load_si256(block.add(half * 64 + quarter * 32).cast()));
+                zeros = Some(both.map(|both| _mm256_and_si256(both, zero_bits)));
+                scales = both.map(|both| _mm256_castsi256_ps(_mm256_andnot_si256(zero_bits, both)));
+            } else {
+                for (quarter, scale) in scales.iter_mut().enumerate() {
+                    let bits = _mm_load_si128(block.add(half * 32 + quarter * 16).cast());
+                    let bits = _mm256_slli_epi32::<16>(_mm256_cvtepu16_epi32(bits));
+                    *scale = _mm256_castsi256_ps(bits);
+                }
             }
         }
-        let sums = whole(&sums, offsets);
+        let sums = whole(&sums, offsets, zeros);
         for (row, total) in total.iter_mut().enumerate() {
             for (quarter, total) in total.iter_mut().enumerate() {
                 *total = _mm256_fmadd_ps(sums[row][quarter], scales[quarter], *total);

@@ -13,13 +13,14 @@
 
 use std::arch::x86_64::{
     __m256i, __m512, __m512bh, __m512i, _MM_HINT_T1, _mm_prefetch, _mm512_add_ps, _mm512_and_si512,
-    _mm512_castsi512_ps, _mm512_castsi512_si256, _mm512_cvtepi32_ps, _mm512_cvtepu16_epi32,
-    _mm512_dpbf16_ps, _mm512_dpbusd_epi32, _mm512_extracti64x4_epi64, _mm512_fmadd_ps,
-    _mm512_load_ps, _mm512_load_si512, _mm512_mul_ps, _mm512_set1_epi8, _mm512_set1_epi32,
-    _mm512_set1_ps, _mm512_setzero_ps, _mm512_slli_epi32, _mm512_srli_epi16, _mm512_store_ps,
+    _mm512_andnot_si512, _mm512_castsi512_ps, _mm512_castsi512_si256, _mm512_cvtepi32_ps,
+    _mm512_cvtepu16_epi32, _mm512_dpbf16_ps, _mm512_dpbusd_epi32, _mm512_extracti64x4_epi64,
+    _mm512_fmadd_ps, _mm512_load_ps, _mm512_load_si512, _mm512_madd_epi16, _mm512_mul_ps,
+    _mm512_set1_epi8, _mm512_set1_epi32, _mm512_set1_ps, _mm512_setzero_ps, _mm512_slli_epi32,
+    _mm512_srli_epi16, _mm512_store_ps,
 };
 
-use super::layout::{BF16_SCALES, CHANNELS, F32_SCALES, Format};
+use super::layout::{CHANNELS, F32_SCALES, Format, ZERO_BITS, int4_scales};
 use super::tile::{MAX_ROWS, Tree, Work};
 
 /// Rows of a tile of bf16 or int8 weights.
@@ -36,6 +37,7 @@ const PAIR: usize = CHANNELS * 4;
 const BF16: u8 = 0;
 const INT8: u8 = 1;
 const INT4: u8 = 2;
+const INT4_ZEROS: u8 = 3;
 
 /// Fetches memory while a block is computed, evenly over its steps.
 struct Ahead<'a> {
@@ -88,7 +90,8 @@ pub(super) unsafe fn product(work: &Work, tree: &mut Tree) {
     match work.format {
         Format::Bf16 => of_rows!(BF16, 1 2 3 4 5 6 7 8 9 10 11 12 13),
         Format::Int8 => of_rows!(INT8, 1 2 3 4 5 6 7 8 9 10 11 12 13),
-        Format::Int4 { .. } => of_rows!(INT4, 1 2 3 4 5 6),
+        Format::Int4 { zeros: false, .. } => of_rows!(INT4, 1 2 3 4 5 6),
+        Format::Int4 { zeros: true, .. } => of_rows!(INT4_ZEROS, 1 2 3 4 5 6),
     }
 }
 
@@ -97,7 +100,8 @@ fn tile<const R: usize, const FORMAT: u8>(work: &Work, tree: &mut Tree) {
     let mut sums = match FORMAT {
         BF16 => bf16::<R>(work),
         INT8 => int8::<R>(work),
-        _ => int4::<R>(work),
+        INT4 => int4::<R, false>(work),
+        _ => int4::<R, true>(work),
     };
     let level = work.group.trailing_ones() as usize;
     for left in &tree.0[..level] {
@@ -210,12 +214,13 @@ fn int8<const R: usize>(work: &Work) -> Vectors<__m512, R> {
 
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
-fn int4<const R: usize>(work: &Work) -> Vectors<__m512, R> {
-    let Format::Int4 { group: span } = work.format else {
+fn int4<const R: usize, const ZEROS: bool>(work: &Work) -> Vectors<__m512, R> {
+    let Format::Int4 { group: span, .. } = work.format else {
         unreachable!("int4 weights")
     };
     let pairs = span / 8;
-    let size = BF16_SCALES + pairs * PAIR;
+    let head = int4_scales(ZEROS);
+    let size = head + pairs * PAIR;
     let (weights, values) = (work.block, work.tile.values);
     let parts = weights.len() / size;
     let offsets = work.tile.offsets.as_chunks::<R>().0;
@@ -223,20 +228,30 @@ fn int4<const R: usize>(work: &Work) -> Vectors<__m512, R> {
     assert_eq!(offsets.len(), parts, "offsets of a group");
     let mut ahead = Ahead::new(work, parts * pairs);
     let low = _mm512_set1_epi8(0x0f);
+    let zero_bits = _mm512_set1_epi32(ZERO_BITS.cast_signed());
     let mut total = [[_mm512_setzero_ps(); 2]; R];
     for part in 0..parts {
         let mut sums = [[_mm512_set1_epi32(0); 2]; R];
         let offsets = &offsets[part];
-        for (row, sums) in sums.iter_mut().enumerate() {
-            *sums = [_mm512_set1_epi32(offsets[row]); 2];
-        }
-        // SAFETY: `part` is below the number of parts of `weights`, each 64 bytes of scales and
+        // SAFETY: `part` is below the number of parts of `weights`, each `head` bytes of scales and
         // `pairs` pairs in a block aligned to 64; `values` has 2 R units for each pair.
         unsafe {
             let block = weights.as_ptr().add(part * size);
+            if ZEROS {
+                let zeros = pair(block).map(|scale| _mm512_and_si512(scale, zero_bits));
+                for (row, sums) in sums.iter_mut().enumerate() {
+                    // A sum of 128 int8 fits in 16 bits; above a zero there are only zeros.
+                    let offset = _mm512_set1_epi32(offsets[row]);
+                    *sums = zeros.map(|zero| _mm512_madd_epi16(zero, offset));
+                }
+            } else {
+                for (row, sums) in sums.iter_mut().enumerate() {
+                    *sums = [_mm512_set1_epi32(offsets[row]); 2];
+                }
+            }
             for step in 0..pairs {
                 ahead.step();
-                let w = pair(block.add(BF16_SCALES + step * PAIR));
+                let w = pair(block.add(head + step * PAIR));
                 let x = values.as_ptr().add((part * pairs + step) * 2 * R * 4);
                 let halves = [
                     [_mm512_and_si512(w[0], low), _mm512_and_si512(w[1], low)],
@@ -253,11 +268,15 @@ fn int4<const R: usize>(work: &Work) -> Vectors<__m512, R> {
                     }
                 }
             }
-            let scales = _mm512_load_si512(block.cast());
-            let scales = [
-                wide(_mm512_castsi512_si256(scales)),
-                wide(_mm512_extracti64x4_epi64::<1>(scales)),
-            ];
+            let scales = if ZEROS {
+                pair(block).map(|scale| _mm512_castsi512_ps(_mm512_andnot_si512(zero_bits, scale)))
+            } else {
+                let scales = _mm512_load_si512(block.cast());
+                [
+                    wide(_mm512_castsi512_si256(scales)),
+                    wide(_mm512_extracti64x4_epi64::<1>(scales)),
+                ]
+            };
             for (row, total) in total.iter_mut().enumerate() {
                 let sums = [
                     _mm512_cvtepi32_ps(sums[row][0]),

@@ -10,6 +10,8 @@
 //! block, int8  [32] f32 scales, [steps of 4 inputs][32 channels][4] u8, weight + 128
 //! block, int4  per scale group: [32] bf16 scales,
 //!              [steps of 8 inputs][32 channels][4] u8, weight + 8: low half inputs 0-3, high 4-7
+//!   with zeros [32] f32 scales, whose lowest four bits are the channel's zero, in place of those;
+//!              numbers of 0 to 15 in place of weight + 8: (number - zero) * scale is the weight
 //! ```
 //!
 //! Blocks are multiples of 64 bytes. Whole panels (with one group) or whole groups (with all
@@ -31,6 +33,9 @@ const MAX_CHANNELS: usize = 1 << 24;
 pub(super) const F32_SCALES: usize = CHANNELS * 4;
 pub(super) const BF16_SCALES: usize = CHANNELS * 2;
 
+/// What of a scale is its zero. Scales of f16 and bf16 do not use these bits of an f32.
+pub(super) const ZERO_BITS: u32 = 0xf;
+
 /// How weights are kept.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Format {
@@ -38,9 +43,15 @@ pub enum Format {
     Bf16,
     /// Symmetric with one scale for each output channel; activations int8 per token and group.
     Int8,
-    /// Symmetric with a scale for every `group` (32, 64 or 128) weights of a channel along k;
-    /// activations as for `Int8`.
-    Int4 { group: usize },
+    /// A scale for every `group` (32, 64 or 128) weights of a channel along k, and a zero if there
+    /// are `zeros`, else symmetric; activations as for `Int8`.
+    Int4 { group: usize, zeros: bool },
+}
+
+/// Bytes of a panel's scales in each scale group of int4.
+#[inline(always)]
+pub(super) const fn int4_scales(zeros: bool) -> usize {
+    if zeros { F32_SCALES } else { BF16_SCALES }
 }
 
 /// Why a layout or a packed weight is refused.
@@ -105,7 +116,7 @@ impl Layout {
                 k,
             });
         }
-        if let Format::Int4 { group } = format
+        if let Format::Int4 { group, .. } = format
             && !matches!(group, 32 | 64 | 128)
         {
             return Err(LinearError::ScaleGroup(group));
@@ -117,7 +128,7 @@ impl Layout {
         let block_k = group_k.next_multiple_of(match format {
             Format::Bf16 => 2,
             Format::Int8 => 4,
-            Format::Int4 { group } => group,
+            Format::Int4 { group, .. } => group,
         });
         Ok(Self {
             format,
@@ -132,7 +143,9 @@ impl Layout {
             block_bytes: match format {
                 Format::Bf16 => block_k * CHANNELS * 2,
                 Format::Int8 => F32_SCALES + block_k * CHANNELS,
-                Format::Int4 { group } => block_k / group * (BF16_SCALES + group * CHANNELS / 2),
+                Format::Int4 { group, zeros } => {
+                    block_k / group * (int4_scales(zeros) + group * CHANNELS / 2)
+                }
             },
         })
     }
@@ -201,6 +214,12 @@ impl Layout {
         (column / width, half * width + column % width)
     }
 
+    /// Scale groups of a channel of int4, in all of k.
+    #[must_use]
+    pub fn scale_groups(&self) -> usize {
+        self.k_groups * self.offsets()
+    }
+
     /// Inputs of a group, without padding.
     #[inline]
     pub(super) fn group_k(&self) -> usize {
@@ -224,7 +243,7 @@ impl Layout {
         match self.format {
             Format::Bf16 => 0,
             Format::Int8 => 1,
-            Format::Int4 { group } => self.block_k() / group,
+            Format::Int4 { group, .. } => self.block_k() / group,
         }
     }
 }

@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! layout       how a packed weight lies in memory; slices of it
-//! pack         quantises and packs
+//! pack         quantises and packs, or packs what is quantised
 //! activations  quantises and interleaves a batch's rows
 //! tile         what a kernel computes: sums of one panel (32 channels) and one tile of rows
 //! schedule     divides a product into tasks
@@ -44,7 +44,7 @@ mod tests;
 pub use epilogue::Output;
 pub use greedy::{greedy, greedy_among};
 pub use layout::{Format, Layout, LinearError, Packed, VERSION};
-pub use pack::pack;
+pub use pack::{Int4, pack, pack_int4};
 pub use reduced::reduced;
 pub(crate) use reduced::{finish, partial};
 pub use select::{select, selected};

@@ -2,7 +2,7 @@
 
 use half::bf16;
 
-use super::layout::{BF16_SCALES, CHANNELS, F32_SCALES, Format};
+use super::layout::{CHANNELS, F32_SCALES, Format, ZERO_BITS, int4_scales};
 use super::tile::{Tree, Work};
 
 /// Rows of a tile.
@@ -13,7 +13,7 @@ pub(super) fn product(work: &Work, tree: &mut Tree) {
         let sums = match work.format {
             Format::Bf16 => bf16_row(work, row),
             Format::Int8 => int8_row(work, row),
-            Format::Int4 { group } => int4_row(work, row, group),
+            Format::Int4 { group, zeros } => int4_row(work, row, group, zeros),
         };
         tree.add(work.group, row, sums);
     }
@@ -57,14 +57,15 @@ fn int8_row(work: &Work, row: usize) -> [f32; CHANNELS] {
     sums.map(|sum| sum as f32 * work.tile.scales[row])
 }
 
-fn int4_row(work: &Work, row: usize, span: usize) -> [f32; CHANNELS] {
+fn int4_row(work: &Work, row: usize, span: usize, zeros: bool) -> [f32; CHANNELS] {
     let mut total = [0.0_f32; CHANNELS];
     let mut x = units(work, row);
     let offsets = work.tile.offsets[row..].iter().step_by(work.tile.rows);
-    let parts = work.block.chunks(BF16_SCALES + span * CHANNELS / 2);
+    let parts = work.block.chunks(int4_scales(zeros) + span * CHANNELS / 2);
     for (part, &offset) in parts.zip(offsets) {
-        let mut sums = [offset; CHANNELS];
-        let (scales, values) = part.split_at(BF16_SCALES);
+        let (scales, values) = part.split_at(int4_scales(zeros));
+        let (scales, times) = scales_and_offsets(scales, zeros);
+        let mut sums = times.map(|times| times.wrapping_mul(offset));
         for pair in values.as_chunks::<{ CHANNELS * 4 }>().0 {
             for half in [pair.map(|w| w & 0x0f), pair.map(|w| w >> 4)] {
                 if let Some(x) = x.next() {
@@ -72,9 +73,26 @@ fn int4_row(work: &Work, row: usize, span: usize) -> [f32; CHANNELS] {
                 }
             }
         }
-        for ((total, sum), scale) in total.iter_mut().zip(sums).zip(scales.as_chunks().0) {
-            *total = (sum as f32).mul_add(bf16::from_ne_bytes(*scale).to_f32(), *total);
+        for ((total, sum), scale) in total.iter_mut().zip(sums).zip(scales) {
+            *total = (sum as f32).mul_add(scale, *total);
         }
     }
     total.map(|total| total * work.tile.scales[row])
+}
+
+/// Of each channel the scale, and how often a row's offset is added: the zero, or once.
+fn scales_and_offsets(bytes: &[u8], zeros: bool) -> ([f32; CHANNELS], [i32; CHANNELS]) {
+    let (mut scales, mut times) = ([0.0; CHANNELS], [1; CHANNELS]);
+    if zeros {
+        for (lane, bytes) in bytes.as_chunks().0.iter().enumerate() {
+            let bits = u32::from_ne_bytes(*bytes);
+            scales[lane] = f32::from_bits(bits & !ZERO_BITS);
+            times[lane] = (bits & ZERO_BITS).cast_signed();
+        }
+    } else {
+        for (scale, bytes) in scales.iter_mut().zip(bytes.as_chunks().0) {
+            *scale = bf16::from_ne_bytes(*bytes).to_f32();
+        }
+    }
+    (scales, times)
 }

@@ -3,7 +3,7 @@
 
 use std::ops::Range;
 
-use super::layout::{BF16_SCALES, CHANNELS, F32_SCALES, Format, Layout, LinearError, Packed};
+use super::layout::{CHANNELS, F32_SCALES, Format, Layout, LinearError, Packed, int4_scales};
 use crate::cpu::Cpu;
 use crate::rows::RowsMut;
 
@@ -22,9 +22,9 @@ impl Runs {
         let (scale, block, per_step, times) = match layout.format() {
             Format::Bf16 => (0, layout.block_k(), 2, 1),
             Format::Int8 => (F32_SCALES / CHANNELS, layout.block_k(), 4, 1),
-            Format::Int4 { group } => {
+            Format::Int4 { group, zeros } => {
                 let times = layout.block_k() / group;
-                (BF16_SCALES / CHANNELS, group, 8, times)
+                (int4_scales(zeros) / CHANNELS, group, 8, times)
             }
         };
         Self {

@@ -5,12 +5,12 @@ use std::ops::Range;
 use rand::rngs::StdRng;
 use rand::{RngExt, SeedableRng};
 
+use super::tests::{FORMATS, pack_any};
 use super::*;
 use crate::ranks::Sizes;
 use crate::ranks::tests::on_ranks;
 use crate::scratch::Scratch;
 
-const FORMATS: [Format; 3] = [Format::Bf16, Format::Int8, Format::Int4 { group: 32 }];
 const ROWS: usize = 15;
 
 fn one(range: Range<usize>) -> Vec<Range<usize>> {
@@ -28,7 +28,7 @@ fn with_packed<T>(cpu: &Cpu, layout: Layout, body: impl FnOnce(&Packed) -> T) ->
     let mut scratch = Scratch::default();
     let [bytes] = scratch.parts([layout.bytes()]);
     let weight = random(layout.n() * layout.k());
-    pack(cpu, &layout, Rows::of(&weight, layout.k()), bytes);
+    pack_any(cpu, &layout, Rows::of(&weight, layout.k()), bytes);
     body(&Packed::new(layout, bytes).unwrap())
 }
 

@@ -85,7 +85,22 @@ impl Operands {
         for row in this.w.chunks_mut(group_k) {
             match case.format {
                 Format::Bf16 | Format::Int8 => grid(row, group_k, -127, 127, -127),
-                Format::Int4 { group } => grid(row, group, -8, 7, -8),
+                Format::Int4 {
+                    group,
+                    zeros: false,
+                } => grid(row, group, -8, 7, -8),
+                Format::Int4 { group, zeros: true } => {
+                    for (index, part) in row.chunks_mut(group).enumerate() {
+                        let zero = (index * 7 % 16) as i32;
+                        grid(
+                            part,
+                            group,
+                            -zero,
+                            15 - zero,
+                            if zero > 7 { -zero } else { 15 - zero },
+                        );
+                    }
+                }
             }
         }
         this
@@ -94,7 +109,7 @@ impl Operands {
     fn packed(&self, case: &Case, cpu: &Cpu) -> Aligned {
         let layout = case.layout();
         let mut bytes = Aligned::new(layout.bytes());
-        pack(cpu, &layout, Rows::of(&self.w, case.k), bytes.bytes());
+        pack_any(cpu, &layout, Rows::of(&self.w, case.k), bytes.bytes());
         bytes
     }
 
@@ -121,8 +136,9 @@ impl Operands {
                     _ if !quantised => (vec![0.0; case.k], vec![0.0; case.k]),
                     Format::Bf16 => (vec![0.0; case.k], vec![0.0; case.k]),
                     Format::Int8 => (errors(x, group_k, half), errors(w, case.k, half)),
-                    Format::Int4 { group } => {
+                    Format::Int4 { group, .. } => {
                         // One of 8 steps where the larger side is the other one; a rounded scale.
+                        // With zeros: half of a step, which is at most 4 / 15 of the largest.
                         let groups = w.chunks(group_k);
                         let dw = groups.flat_map(|w| errors(w, group, 1.1 / 8.0)).collect();
                         (errors(x, group_k, half), dw)
@@ -199,13 +215,12 @@ fn run(
 }
 
 fn format() -> impl Strategy<Value = Format> {
-    prop_oneof![
-        Just(Format::Bf16),
-        Just(Format::Int8),
-        Just(Format::Int4 { group: 32 }),
-        Just(Format::Int4 { group: 64 }),
-        Just(Format::Int4 { group: 128 }),
-    ]
+    prop_oneof![Just(Format::Bf16), Just(Format::Int8), int4(),]
+}
+
+fn int4() -> impl Strategy<Value = Format> {
+    let group = prop_oneof![Just(32), Just(64), Just(128)];
+    (group, any::<bool>()).prop_map(|(group, zeros)| Format::Int4 { group, zeros })
 }
 
 fn case() -> impl Strategy<Value = Case> {
@@ -226,6 +241,41 @@ fn case() -> impl Strategy<Value = Case> {
             seed,
         }
     })
+}
+
+/// As `pack`; with zeros, in the smallest scales of powers of two that reach all numbers.
+pub(super) fn pack_any(cpu: &Cpu, layout: &Layout, weight: Rows<bf16>, out: &mut [u8]) {
+    let Format::Int4 { group, zeros: true } = layout.format() else {
+        return pack(cpu, layout, weight, out);
+    };
+    let parts = (0..weight.rows()).flat_map(|row| {
+        let groups = weight.row(row).chunks(layout.group_k());
+        groups.flat_map(|groups| groups.chunks(group))
+    });
+    let mut numbers = Vec::new();
+    let (mut scales, mut zeros) = (Vec::new(), Vec::new());
+    for part in parts {
+        let extreme =
+            |pick: fn(f64, f64) -> f64| part.iter().fold(0.0, |found, w| pick(found, w.to_f64()));
+        let (low, high) = (extreme(f64::min), extreme(f64::max));
+        let scale = if high > low {
+            ((high - low) / 15.0).log2().ceil().exp2()
+        } else {
+            1.0
+        };
+        let zero = (-low / scale).round();
+        let number = |w: &bf16| (w.to_f64() / scale + zero).round().clamp(0.0, 15.0) as u8;
+        numbers.extend(part.iter().map(number));
+        scales.push(scale as f32);
+        zeros.push(zero as u8);
+    }
+    let parts = scales.len() / weight.rows();
+    let weight = Int4 {
+        numbers: Rows::of(&numbers, layout.k()),
+        scales: Rows::of(&scales, parts),
+        zeros: Rows::of(&zeros, parts),
+    };
+    pack_int4(cpu, layout, &weight, out);
 }
 
 fn cpus() -> Vec<Cpu> {
@@ -269,6 +319,56 @@ proptest! {
                 let bound = error * 1.003 + exact.abs() * 0.004 + 1e-30;
                 let error = (f64::from(*found) - exact).abs();
                 prop_assert!(error <= bound, "{} {exact} {found} {bound}", cpu.level);
+            }
+        }
+    }
+
+    #[test]
+    fn int4_with_zeros_is_its_numbers(case in case(), span in 0..3, seed in any::<u64>()) {
+        let group = 32_usize << span;
+        let case = Case { format: Format::Int4 { group, zeros: true }, gated: false, ..case };
+        let mut rng = StdRng::seed_from_u64(seed);
+        let operands = Operands::exact(&case);
+        let layout = case.layout();
+        let group_k = layout.group_k();
+        let parts = group_k.div_ceil(group) * case.k_groups;
+        let extremes = [0, 0, 15, 15, 8, 1, 14, rng.random_range(0..16)];
+        let mut whole = |count: usize| -> Vec<u8> {
+            (0..count).map(|_| extremes[rng.random_range(0..8)]).collect()
+        };
+        let (numbers, zeros) = (whole(case.n * case.k), whole(case.n * parts));
+        let scales: Vec<f32> = (0..case.n * parts)
+            .map(|_| half::f16::from_f32(rng.random_range(-0.1..0.9)).to_f32())
+            .collect();
+        let weight = Int4 {
+            numbers: Rows::of(&numbers, case.k),
+            scales: Rows::of(&scales, parts),
+            zeros: Rows::of(&zeros, parts),
+        };
+        let mut bytes = Aligned::new(layout.bytes());
+        pack_int4(&Cpu::new(2, 0).unwrap(), &layout, &weight, bytes.bytes());
+        let packed = Packed::new(layout, bytes.bytes()).unwrap();
+        for mut cpu in cpus() {
+            let x = Rows::of(&operands.x, case.k);
+            let found = run(&case, &mut cpu, &packed, x, &operands.bias, true);
+            for (index, found) in found.iter().enumerate() {
+                let (row, channel) = (index / case.n, index % case.n);
+                let bias = if case.bias { operands.bias[channel].to_f64() } else { 0.0 };
+                let (mut exact, mut size) = (bias, bias.abs());
+                for input in 0..case.k {
+                    let part = input / group_k * (parts / case.k_groups) + input % group_k / group;
+                    let [number, zero] = [
+                        numbers[channel * case.k + input],
+                        zeros[channel * parts + part],
+                    ]
+                    .map(f64::from);
+                    let scale = f64::from(scales[channel * parts + part]);
+                    let product = (number - zero) * scale * x.row(row)[input].to_f64();
+                    exact += product;
+                    size += product.abs();
+                }
+                let error = (f64::from(*found) - exact).abs();
+                prop_assert!(error <= size * 3e-6 + 1e-30, "{} {exact} {found}", cpu.level);
             }
         }
     }
@@ -319,7 +419,18 @@ fn plain(format: Format, rows: usize, n: usize, k: usize, k_groups: usize) -> Ca
     }
 }
 
-const FORMATS: [Format; 3] = [Format::Bf16, Format::Int8, Format::Int4 { group: 32 }];
+pub(super) const FORMATS: [Format; 4] = [
+    Format::Bf16,
+    Format::Int8,
+    Format::Int4 {
+        group: 32,
+        zeros: false,
+    },
+    Format::Int4 {
+        group: 32,
+        zeros: true,
+    },
+];
 
 #[test]
 fn slices_along_k_add_up_in_the_tree_to_the_whole() {
@@ -475,7 +586,16 @@ fn sizes_that_cannot_be_are_refused() {
     );
     assert!(new(4, 12, 3, false).is_err());
     assert_eq!(new(5, 12, 1, true), Err(LinearError::Gated(5)));
-    let int4 = Layout::new(Format::Int4 { group: 16 }, 4, 64, 1, false);
+    let int4 = Layout::new(
+        Format::Int4 {
+            group: 16,
+            zeros: true,
+        },
+        4,
+        64,
+        1,
+        false,
+    );
     assert_eq!(int4, Err(LinearError::ScaleGroup(16)));
     let layout = new(32, 64, 1, false).unwrap();
     let mut bytes = Aligned::new(layout.bytes() + 64);

@@ -133,6 +133,24 @@ def pack(weight: Tensor, layout: MatrixLayout) -> PackedMatrix:
     return PackedMatrix(layout, data)
 
 
+def pack_int4(numbers: Tensor, scales: Tensor, zeros: Tensor, layout: MatrixLayout) -> PackedMatrix:
+    """Lay (numbers - zeros) * scales out as they are: `numbers` uint8 [n, k], of 0 to 15; `scales`
+    float32, of 20 bits of precision, and `zeros` uint8, of 0 to 15, for each of a channel's scale
+    groups: [n, k / layout.scale_group], rounded up."""
+    groups = -(-layout.k // layout.scale_group)
+    shapes = [tuple(part.shape) for part in (numbers, scales, zeros)]
+    types = [part.dtype for part in (numbers, scales, zeros)]
+    if shapes != [(layout.n, layout.k), (layout.n, groups), (layout.n, groups)] or types != [
+        torch.uint8, torch.float32, torch.uint8,
+    ]:  # fmt: skip
+        raise ValueError(f"{types} {shapes} are not {layout}")
+    numbers, scales, zeros = numbers.contiguous(), scales.contiguous(), zeros.contiguous()
+    data = aligned_bytes(layout.num_bytes)
+    places = (numbers.data_ptr(), scales.data_ptr(), zeros.data_ptr())
+    _core.cpu_matrix_pack_int4(layout.code, places, groups, (data.data_ptr(), data.numel()))
+    return PackedMatrix(layout, data)
+
+
 def pack_int8(weight: Tensor, scales: Tensor, layout: MatrixLayout) -> PackedMatrix:
     """Lay `weight` [n, k] int8, from -127 on, with `scales` [n] float32 out as they are.
 

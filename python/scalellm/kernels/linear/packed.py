@@ -8,8 +8,10 @@ from torch import Tensor
 
 from scalellm import _core
 
-FORMATS = ("bf16", "int8", "int4")
-INT4_GROUP = 32  # weights along k that share a scale
+INT4_ZEROS = "int4-zeros"  # int4 that is no rounding of ours: with a zero beside each scale
+FORMATS = ("bf16", "int8", "int4", INT4_ZEROS)
+INT4_GROUP = 32  # weights along k that share a scale, where we choose
+INT4_GROUPS = (128, 64, 32)  # as many as can share one
 _PANEL = 32  # rows that lie together; of a gated matrix 16 of the gate and 16 of the up rows
 
 
@@ -19,6 +21,7 @@ class MatrixLayout:
 
     `groups`: runs of k whose activations have a scale of their own, 1, or 8 where devices divide k.
     `gated`: its rows are gate rows, then as many up rows.
+    `scale_group`: weights along k that share a scale of int4, one of INT4_GROUPS.
     """
 
     format: str  # one of FORMATS
@@ -26,11 +29,13 @@ class MatrixLayout:
     k: int
     groups: int = 1
     gated: bool = False
+    scale_group: int = INT4_GROUP
 
     @property
     def code(self) -> list[int]:
         """The layout as the operators of cpu.py take it."""
-        return [FORMATS.index(self.format), INT4_GROUP, self.n, self.k, self.groups, self.gated]
+        format = FORMATS.index(self.format)
+        return [format, self.scale_group, self.n, self.k, self.groups, self.gated]
 
     @property
     def num_bytes(self) -> int:
