@@ -18,10 +18,12 @@ Rows of a block that were not written yet are zero or belong to nobody, and are 
 clears the rest of a block when a sequence begins it, so that masked rows can never carry a NaN.
 """
 
+import mmap
+from contextlib import suppress
 from dataclasses import dataclass
+from math import prod
 from typing import Self
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -82,9 +84,14 @@ class KVCache:
 
 
 def zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Zeros; on a CPU of pages that are committed as they are first written."""
+    """Zeros; on a CPU of pages that are committed as they are first written.
+
+    Of small pages: a prompt's first step waits for the huge ones that its blocks are the first of,
+    and reading keys and values from huge ones is no faster (docs/log.md)."""
     if device.type != "cpu":
         return torch.zeros(shape, dtype=dtype, device=device)
-    # numpy's zeros come from the kernel untouched; torch.zeros would write, and so commit, all.
-    size = int(np.prod(shape)) * dtype.itemsize
-    return torch.from_numpy(np.zeros(size, dtype=np.uint8)).view(dtype).view(shape)
+    size = prod(shape) * dtype.itemsize
+    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with suppress(AttributeError, OSError):  # a system without huge pages
+        memory.madvise(mmap.MADV_NOHUGEPAGE)
+    return torch.frombuffer(memory, dtype=dtype).view(shape)
