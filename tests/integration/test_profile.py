@@ -45,23 +45,23 @@ def take_apart(url: str, concurrency: int, requests: int, endpoint: str = "chat"
     return found.inside
 
 
-def add_up(inside: Inside) -> bool:
-    """Gateway and engine account for 95 in 100 of both waits, and count nothing twice."""
+def add_up(inside: Inside, within: float) -> bool:
+    """Gateway and engine account for all but `within` of both waits, and count nothing twice."""
     assert inside.token is not None
     for waterfall in (inside.first, inside.token):
         # With the way to the client all of it is explained, always.
         assert sum(share.share for share in waterfall.shares) == pytest.approx(1.0)
         counted_twice = sum(share.share for share in waterfall.shares if share.share < 0)
-        if abs(waterfall.inside_share - 1.0) > 0.05 or counted_twice < -0.05:
+        if abs(waterfall.inside_share - 1.0) > within or counted_twice < -0.05:
             return False
     return True
 
 
-def take_apart_well(url: str, concurrency: int, requests: int) -> Inside:
+def take_apart_well(url: str, concurrency: int, requests: int, within: float = 0.05) -> Inside:
     """A client whose thread lost its core for a while read late: then measure again."""
     for _ in range(ATTEMPTS):
         inside = take_apart(url, concurrency, requests)
-        if add_up(inside):
+        if add_up(inside, within):
             return inside
     pytest.fail(f"{inside.first.inside_share:.3f} of TTFT is accounted for: {inside}")
 
@@ -83,7 +83,8 @@ def test_shares_before_an_engine_of_known_speed(url: str, concurrency: int, requ
 
 
 def test_shares_of_a_real_engine(real: str) -> None:
-    inside = take_apart_well(real, 4, 16)
+    # Its first token takes milliseconds, and its client waits for one of their cores.
+    inside = take_apart_well(real, 4, 16, within=0.2)
     assert inside.token is not None
     stages = {share.stage for share in inside.token.shares}
     assert {"step: schedule", "step: prepare", "step: sample", "step: update"} <= stages
