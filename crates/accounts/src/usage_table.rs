@@ -1,6 +1,6 @@
 //! Usage as the database holds it: what requests have in common is stored once, each request is a row of numbers.
 
-use std::collections::HashSet;
+use std::collections::{BTreeMap, HashSet};
 use std::hash::{DefaultHasher, Hash, Hasher};
 
 use sqlx::AssertSqlSafe;
@@ -74,13 +74,17 @@ impl UsageTable {
     /// `Unavailable`.
     pub async fn write(&mut self, rows: &[(u64, Usage)]) -> Result<()> {
         let kinds: Vec<i64> = rows.iter().map(|(_, u)| Kind::of(u).id()).collect();
-        let mut new = HashSet::new();
+        // In order: gateways that store the same ones at once must not wait for each other.
+        let new: BTreeMap<i64, &Usage> = kinds
+            .iter()
+            .zip(rows)
+            .filter(|(kind, _)| !self.stored_kinds.contains(kind))
+            .map(|(kind, (_, usage))| (*kind, usage))
+            .collect();
         let work = async {
             let mut tx = self.database.begin().await?;
-            for (kind, (_, usage)) in kinds.iter().zip(rows) {
-                if !self.stored_kinds.contains(kind) && new.insert(*kind) {
-                    store_kind(&mut tx, *kind, &Kind::of(usage)).await?;
-                }
+            for (kind, usage) in &new {
+                store_kind(&mut tx, *kind, &Kind::of(usage)).await?;
             }
             for (rows, kinds) in rows.chunks(ROWS).zip(kinds.chunks(ROWS)) {
                 self.insert(&mut tx, rows, kinds).await?;
@@ -91,7 +95,7 @@ impl UsageTable {
         if self.stored_kinds.len() + new.len() > MAX_STORED_KINDS {
             self.stored_kinds.clear();
         }
-        self.stored_kinds.extend(new);
+        self.stored_kinds.extend(new.into_keys());
         Ok(())
     }
 
