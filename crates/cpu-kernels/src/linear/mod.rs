@@ -37,6 +37,8 @@ mod select;
 mod tile;
 
 #[cfg(test)]
+mod edge_tests;
+#[cfg(test)]
 mod sharing_tests;
 #[cfg(test)]
 mod tests;
