@@ -11,6 +11,7 @@ mod gateway;
 mod kernels;
 mod listener;
 mod load_generator;
+mod matrices;
 mod plan;
 mod ranks;
 mod routing;
@@ -30,6 +31,7 @@ fn _core(module: &Bound<'_, PyModule>) -> PyResult<()> {
     fake_engine::register(module)?;
     gateway::register(module)?;
     kernels::register(module)?;
+    matrices::register(module)?;
     plan::register(module)?;
     ranks::register(module)?;
     load_generator::register(module)?;

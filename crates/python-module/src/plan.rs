@@ -11,7 +11,8 @@ use scalellm_cpu_kernels::plan::{
 };
 use scalellm_cpu_kernels::rows::RowsMut;
 
-use crate::kernels::{RowsAt, SliceAt, kv_layout, layout, refused, shared, slice, spans};
+use crate::kernels::{RowsAt, SliceAt, kv_layout, refused, shared, slice, spans};
+use crate::matrices::layout;
 use crate::ranks::{PyRanks, lost};
 
 /// Add the class of this file to `module`.

@@ -15,7 +15,8 @@ use scalellm_cpu_kernels::linear::{self, Output, Packed};
 use scalellm_cpu_kernels::ranks::{self, Link, Links, MOST, RankLost, Region, Sizes};
 use scalellm_cpu_kernels::rows::{Rows, RowsMut};
 
-use crate::kernels::{RowsAt, SliceAt, layout, on_cpu, refused, slice};
+use crate::kernels::{RowsAt, SliceAt, on_cpu, refused, slice};
+use crate::matrices::layout;
 
 /// Add the class and functions of this file to `module`.
 pub fn register(module: &Bound<'_, PyModule>) -> PyResult<()> {
