@@ -5,13 +5,29 @@ import shutil
 
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, Qwen3Config
 
 from scalellm.config import EngineConfig
 from scalellm.executor.batch import Batch, Span
 from scalellm.executor.single import SingleExecutor
 
 IDS = [(7 * i + i * i) % 211 for i in range(40)]
+
+
+def config_of(**sizes):
+    """A small model of heads of 32 numbers, with an output layer of its own."""
+    return Qwen3Config(
+        **sizes,
+        vocab_size=211,
+        num_hidden_layers=2,
+        num_key_value_heads=2,
+        head_dim=32,
+        max_position_embeddings=256,
+        tie_word_embeddings=False,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=0,
+    )
 
 
 def write_plain(config, folder, dtype=torch.float32):

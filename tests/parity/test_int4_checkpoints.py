@@ -5,7 +5,6 @@ from contextlib import nullcontext
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import Qwen3Config
 
 from scalellm.config import EngineConfig
 from scalellm.executor.batch import Batch, Span
@@ -20,23 +19,10 @@ from scalellm.loader.packing import Packing, PackingSource
 from scalellm.loader.sharding import ShardSource
 from scalellm.loader.sources import InventorySource
 
-from .quantised_checkpoints import IDS, awq, gptq, logits, write, write_plain
+from .quantised_checkpoints import IDS, awq, config_of, gptq, logits, write, write_plain
 
 # Inputs of o_proj and down_proj are 8 runs of 32 and of 64: a part of groups of 128.
-CONFIG = Qwen3Config(
-    vocab_size=211,
-    hidden_size=256,
-    intermediate_size=512,
-    num_hidden_layers=2,
-    num_attention_heads=8,
-    num_key_value_heads=2,
-    head_dim=32,
-    max_position_embeddings=256,
-    tie_word_embeddings=False,
-    bos_token_id=1,
-    eos_token_id=2,
-    pad_token_id=0,
-)
+CONFIG = config_of(hidden_size=256, intermediate_size=512, num_attention_heads=8)
 ATTENTION, MLP = "model.layers.1.self_attn", "model.layers.1.mlp"
 SPECS = (
     MatrixSpec(

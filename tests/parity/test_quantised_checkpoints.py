@@ -3,7 +3,6 @@
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import Qwen3Config
 
 from scalellm.errors import ModelFileError, UnsupportedModelError
 from scalellm.kernels.linear import MatrixLayout
@@ -14,22 +13,9 @@ from scalellm.loader.config import read_quantisation
 from scalellm.loader.packing import Packing, PackingSource
 from scalellm.loader.quantised import Awq, Gptq
 
-from .quantised_checkpoints import awq, gptq, logits, write, write_plain
+from .quantised_checkpoints import awq, config_of, gptq, logits, write, write_plain
 
-TINY = Qwen3Config(
-    vocab_size=211,
-    hidden_size=64,
-    intermediate_size=288,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    head_dim=32,
-    max_position_embeddings=256,
-    tie_word_embeddings=False,
-    bos_token_id=1,
-    eos_token_id=2,
-    pad_token_id=0,
-)
+TINY = config_of(hidden_size=64, intermediate_size=288, num_attention_heads=4)
 
 
 @pytest.fixture(scope="module")

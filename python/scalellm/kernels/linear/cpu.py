@@ -138,12 +138,15 @@ def pack_int4(numbers: Tensor, scales: Tensor, zeros: Tensor, layout: MatrixLayo
     float32, of 20 bits of precision, and `zeros` uint8, of 0 to 15, for each of a channel's scale
     groups: [n, k / layout.scale_group], rounded up."""
     groups = -(-layout.k // layout.scale_group)
-    shapes = [tuple(part.shape) for part in (numbers, scales, zeros)]
-    types = [part.dtype for part in (numbers, scales, zeros)]
-    if shapes != [(layout.n, layout.k), (layout.n, groups), (layout.n, groups)] or types != [
-        torch.uint8, torch.float32, torch.uint8,
-    ]:  # fmt: skip
-        raise ValueError(f"{types} {shapes} are not {layout}")
+    found = [(part.dtype, tuple(part.shape)) for part in (numbers, scales, zeros)]
+    of_groups = (layout.n, groups)
+    wanted = [
+        (torch.uint8, (layout.n, layout.k)),
+        (torch.float32, of_groups),
+        (torch.uint8, of_groups),
+    ]
+    if found != wanted:
+        raise ValueError(f"{found} are not {layout}")
     numbers, scales, zeros = numbers.contiguous(), scales.contiguous(), zeros.contiguous()
     data = aligned_bytes(layout.num_bytes)
     places = (numbers.data_ptr(), scales.data_ptr(), zeros.data_ptr())
