@@ -8,7 +8,7 @@ from scalellm.kernels.attention import HeadNorm, Heads, attention
 from scalellm.kernels.linear import Matrix
 from scalellm.kernels.quantise import Activations
 from scalellm.layers.linear import Linear
-from scalellm.layers.step import Step
+from scalellm.layers.step import Step, chosen
 from scalellm.layers.weights import Use, WeightSource, take
 
 
@@ -64,7 +64,9 @@ class Attention:
         """What its input is multiplied by."""
         return self.qkv.weight
 
-    def __call__(self, x: Activations, step: Step, angles: Tensor) -> Tensor:
-        """`angles` [T, r] fp32: cos and sin of the step's positions, from Rotary."""
+    def __call__(self, x: Activations, step: Step, angles: Tensor, rows: Tensor | None) -> Tensor:
+        """`angles` [T, r] fp32: cos and sin of the step's positions, from Rotary. Keys and values
+        of all T are stored; what comes out is of `rows`."""
         cache = step.cache.layers[self.layer]
-        return self.output(attention(self.qkv(x), self.heads, angles, cache, step.attention))
+        mixed = attention(self.qkv(x), self.heads, angles, cache, step.attention)
+        return self.output(chosen(mixed, rows))

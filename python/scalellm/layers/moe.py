@@ -150,7 +150,7 @@ class SparseMoE:
         counts: list[int] = torch.bincount(
             chosen.flatten(), minlength=self.shape.num_experts
         ).tolist()
-        if tally is not None:
+        if tally is not None and len(chosen):
             each = len(counts) // self.shares if self.shares else 1
             busiest = max(sum(counts[i : i + each]) for i in range(0, len(counts), each))
             used = (1, sum(count > 0 for count in counts), busiest, *counts)

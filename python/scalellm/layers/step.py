@@ -24,3 +24,8 @@ class Step:
     # int64 [3 + experts], to which sparse layers add: layers, experts that were chosen, choices of
     # the busiest part, choices of each expert. The CPU's kernels count for themselves.
     tally: Tensor | None = None
+
+
+def chosen(x: Tensor, rows: Tensor | None) -> Tensor:
+    """[T, n] -> [len(rows), n]; None are all of them."""
+    return x if rows is None else x.index_select(0, rows)

@@ -26,12 +26,12 @@ class CausalLM(Protocol):
 
 
 class Block(Protocol):
-    """One layer of a family: residual stream [T, hidden] -> [T, hidden].
+    """One layer of a family: residual stream [T, hidden] -> [T, hidden], or of `rows` alone.
 
     What is still to be added to the stream goes beside it, to be added where it is normalised."""
 
     def __call__(
-        self, x: Tensor, delta: Tensor | None, step: Step, angles: Tensor
+        self, x: Tensor, delta: Tensor | None, step: Step, angles: Tensor, rows: Tensor | None
     ) -> tuple[Tensor, Tensor]: ...
 
 
@@ -58,10 +58,10 @@ class Decoder:
         x = self.embedding(token_ids)
         angles = self.rotary(step.positions)
         delta: Tensor | None = None
-        for block in self.blocks:
-            x, delta = block(x, delta, step, angles)
-        x = x.index_select(0, step.logit_rows)
-        if delta is not None:
-            delta = delta.index_select(0, step.logit_rows)
+        *others, last = self.blocks
+        for block in others:
+            x, delta = block(x, delta, step, angles, None)
+        # Behind the last layer's keys and values nobody reads the other rows.
+        x, delta = last(x, delta, step, angles, step.logit_rows)
         _, normal = self.norm(x, delta, self.output.weight)
         return self.output(normal)

@@ -5,7 +5,7 @@ from torch import Tensor
 from scalellm.layers.attention import Attention
 from scalellm.layers.mlp import GatedMLP
 from scalellm.layers.norm import RMSNorm
-from scalellm.layers.step import Step
+from scalellm.layers.step import Step, chosen
 from scalellm.layers.weights import WeightSource
 from scalellm.models.config import ModelConfig
 
@@ -26,9 +26,9 @@ class LlamaBlock:
         )
 
     def __call__(
-        self, x: Tensor, delta: Tensor | None, step: Step, angles: Tensor
+        self, x: Tensor, delta: Tensor | None, step: Step, angles: Tensor, rows: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         x, normal = self.attention_norm(x, delta, self.attention.first)
-        delta = self.attention(normal, step, angles)
-        x, normal = self.mlp_norm(x, delta, self.mlp.first)
+        delta = self.attention(normal, step, angles, rows)
+        x, normal = self.mlp_norm(chosen(x, rows), delta, self.mlp.first)
         return x, self.mlp(normal)

@@ -5,7 +5,7 @@ from torch import Tensor
 from scalellm.layers.attention import Attention
 from scalellm.layers.moe import ExpertNames, MoeShape, SparseMoE
 from scalellm.layers.norm import RMSNorm
-from scalellm.layers.step import Step
+from scalellm.layers.step import Step, chosen
 from scalellm.layers.weights import WeightSource
 from scalellm.models.config import ModelConfig
 
@@ -32,9 +32,9 @@ class MixtralBlock:
         return config.experts
 
     def __call__(
-        self, x: Tensor, delta: Tensor | None, step: Step, angles: Tensor
+        self, x: Tensor, delta: Tensor | None, step: Step, angles: Tensor, rows: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         x, normal = self.attention_norm(x, delta, self.attention.first)
-        delta = self.attention(normal, step, angles)
-        x, normal = self.experts_norm(x, delta, self.experts.first)
+        delta = self.attention(normal, step, angles, rows)
+        x, normal = self.experts_norm(chosen(x, rows), delta, self.experts.first)
         return x, self.experts(normal, step)

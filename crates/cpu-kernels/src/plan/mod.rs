@@ -1,8 +1,8 @@
 //! A model's step, recorded once as a list of operations and run as often as needed.
 //!
 //! ```text
-//! embed -> angles -> [ norm -> linear -> attention -> linear -> add -> norm -> ... ] -> pick
-//!                                                                     -> norm -> logits
+//! embed -> angles -> [ norm -> linear -> attention -> linear -> add -> norm -> ... ] -> norm -> logits
+//!                                              '-> pick, in the last layer
 //! ```
 //!
 //! One call runs all of them, for any number of tokens and logit rows. Weights, tables and caches

@@ -262,7 +262,7 @@ impl Op {
                     Division::Nothing | Division::Inner => layer.experts.len(),
                     Division::Experts => layer.experts.len() * ranks,
                 };
-                extents == [Extent::Token; 3]
+                extents == [extents[0]; 3]
                     && (layer.division == Division::Nothing || ranks > 1)
                     && views.out.cols == hidden
                     && views.logits.cols == all

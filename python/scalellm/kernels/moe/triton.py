@@ -278,9 +278,11 @@ def experts(
     `tile`: for both products.
     """
     held = len(downs.data if isinstance(downs, Fp8Matrix) else downs)
-    routed = Routed(logits, top, normalise, first, held, tally, shares)
     data = x.data if isinstance(x, Fp8Rows) else x
     hidden = data.shape[1]
+    if not len(data):
+        return data.new_empty(0, hidden, dtype=dtype)
+    routed = Routed(logits, top, normalise, first, held, tally, shares)
     inner_data = downs.data if isinstance(downs, Fp8Matrix) else downs
     inner = inner_data.shape[2]
     computed: Tensor | Fp8Rows
