@@ -16,8 +16,8 @@ from scalellm.bench.table import NOT_MEASURED, milliseconds
 _FORMULA = """\
 Floor: each matrix of a step takes max(bytes / read bandwidth, 2 rows n k / peak), attention
 max(KV bytes / read bandwidth, 4 pairs heads head_dim / bf16 peak), one after the other; a run is
-its prompts and all but one token of its answers; int8 and int4 weights are multiplied as int8, KV
-is bf16, everything else costs nothing (scalellm/bench/floor.py).
+its prompts and all but one token of its answers; int8 and int4 weights are multiplied as int8 and
+have int8 KV, others bf16; everything else costs nothing (scalellm/bench/floor.py).
 """
 FLOOR, WEIGHTS = "floor", "weights read"
 Number = Callable[[Sample], float | None]
@@ -159,9 +159,10 @@ def _ratio(
 
 
 def _floor(system: System, level: int, ceilings: Ceilings) -> RunFloor:
-    load = Load(0.0)
+    load, weights = Load(0.0), precision_of(system)
+    kv: Precision = "bf16" if weights == "bf16" else "int8"
     return run_floor(
-        QWEN3_0_6B, ceilings, precision_of(system), level, load.input_tokens, load.output_tokens
+        QWEN3_0_6B, ceilings, weights, level, load.input_tokens, load.output_tokens, kv
     )
 
 

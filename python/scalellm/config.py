@@ -52,7 +52,7 @@ class EngineConfig:
     )
     kv_cache_dtype: str = setting(
         "auto",
-        "Type of the KV cache; `auto`: the model's",
+        "Type of the KV cache; `auto`: the model's, and int8 beside int8 or int4 weights on a CPU",
         choices=("auto", "float32", "bfloat16", "int8", "fp8"),
     )
     max_model_len: int | None = setting(

@@ -18,7 +18,7 @@ from scalellm.kernels.linear.packed import aligned_bytes
 _BLOCK_TOKENS = 16
 _SPREAD = 7_368_787  # a prime: blocks of a sequence lie far apart, as they do after a while
 # Of cached keys and values, by four bytes: bf16 one halves; for int8 60, with a scale of 0.0115.
-_FILL = {"bf16": 0x3F003F00, "int8": 0x3C3C3C3C}
+_FILL = {"bfloat16": 0x3F003F00, "int8": 0x3C3C3C3C}
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,7 +23,6 @@ def numerics_digest(parts: Mapping[str, object]) -> str:
 def describe(config: EngineConfig, executor: Any, tokenizer_digest: str) -> dict[str, Any]:
     """DescribeResponse's fields by name; `executor` is a loaded SingleExecutor."""
     dtype = str(executor.dtype).removeprefix("torch.")
-    kv_dtype = dtype if config.kv_cache_dtype == "auto" else config.kv_cache_dtype
     device = executor.device.type
     return {
         "model": config.served_model_name or config.model,
@@ -33,7 +32,7 @@ def describe(config: EngineConfig, executor: Any, tokenizer_digest: str) -> dict
         "numerics_digest": numerics_digest(
             {
                 "dtype": dtype,
-                "kv_cache_dtype": kv_dtype,
+                "kv_cache_dtype": executor.kv_cache_dtype,
                 "quantization": executor.quantization,
                 "device": device,
                 "torch": package_version("torch"),
@@ -51,7 +50,7 @@ def describe(config: EngineConfig, executor: Any, tokenizer_digest: str) -> dict
         "tensor_parallel_size": config.tensor_parallel_size,
         "dtype": dtype,
         "quantization": executor.quantization,
-        "kv_cache_dtype": kv_dtype,
+        "kv_cache_dtype": executor.kv_cache_dtype,
         "device": device,
         "eos_token_ids": list(executor.model_config.eos_token_ids),
         "version": package_version("scalellm"),

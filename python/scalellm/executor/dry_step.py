@@ -7,7 +7,7 @@ from scalellm.executor.batch import Batch, Span
 from scalellm.executor.inputs import build_arrays, build_step
 from scalellm.executor.paged_inputs import build_paged_step, prompt_kernel
 from scalellm.kernels.attention import KVCache
-from scalellm.loader.load import LoadedModel, check_max_model_len, kv_dtype
+from scalellm.loader.load import LoadedModel, check_max_model_len
 
 RESERVE_BYTES = 512 << 20  # for recorded steps, which keep activations of their own
 # What a process has that torch does not count: the driver's context, kernels, NCCL's buffers.
@@ -31,7 +31,7 @@ def dry_step_bytes(config: EngineConfig, loaded: LoadedModel) -> int:
     longest = config.max_model_len or check_max_model_len(None, loaded.config)
     batch = dry_batch(config, longest)
     blocks = batch.spans[-1].block_table[-1] + 1
-    device, dtype = loaded.device, kv_dtype(config, loaded.dtype)
+    device, dtype = loaded.device, loaded.kv_dtype
     with torch.inference_mode():
         cache = KVCache.allocate(loaded.geometry, blocks, config.block_size, dtype, device)
         arrays = build_arrays(batch, config.block_size, blocks)

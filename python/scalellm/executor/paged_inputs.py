@@ -12,7 +12,7 @@ from scalellm.executor.inputs import StepArrays
 from scalellm.kernels.attention import KVCache, PagedStep, plan_pages
 from scalellm.kernels.attention.flashinfer import FlashInferPrefill, PlannedPrefill, open_prefill
 from scalellm.layers.step import Step
-from scalellm.loader.load import LoadedModel, kv_dtype
+from scalellm.loader.load import LoadedModel
 
 _ALIGNED = 4  # numbers: Triton's loads are wide where an array begins at a multiple of 16 bytes
 
@@ -37,8 +37,14 @@ def upload(arrays: Sequence[npt.NDArray[np.integer]], device: torch.device) -> l
 def prompt_kernel(config: EngineConfig, loaded: LoadedModel) -> FlashInferPrefill | None:
     """What computes prompts' attention in place of Triton's kernel, if anything does."""
     heads = len(loaded.shard.heads(loaded.config.num_heads))
-    kv = kv_dtype(config, loaded.dtype)
-    return open_prefill(heads, loaded.geometry, config.block_size, loaded.dtype, kv, loaded.device)
+    return open_prefill(
+        heads,
+        loaded.geometry,
+        config.block_size,
+        loaded.dtype,
+        loaded.kv_dtype,
+        loaded.device,
+    )
 
 
 def build_paged_step(

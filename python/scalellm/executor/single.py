@@ -29,9 +29,7 @@ from scalellm.loader.load import (
     available_device_bytes,
     check_max_model_len,
     kv_block_bytes,
-    kv_dtype,
     load_model,
-    packed_kv_type,
 )
 from scalellm.loader.memory import CPU_KV_SHARE, KVSize, explained, gib, size_kv_cache
 from scalellm.models.config import ModelConfig
@@ -58,6 +56,7 @@ class SingleExecutor:
         self.dtype = loaded.dtype
         self.weight_bytes = loaded.weight_bytes
         self.quantization = loaded.quantization
+        self.kv_cache_dtype = loaded.kv_cache_dtype
         self.max_model_len = max_model_len
         self.last_forward_ms: Mapping[str, float] = {}
         self._model = loaded.model
@@ -269,7 +268,8 @@ def _device(config: EngineConfig, shard: Shard) -> torch.device:
 
 
 def _block_bytes(config: EngineConfig, loaded: LoadedModel) -> int:
-    return kv_block_bytes(config, loaded.geometry, loaded.dtype, loaded.packed)
+    kv = loaded.kv_cache_dtype
+    return kv_block_bytes(kv, loaded.geometry, config.block_size, loaded.packed)
 
 
 def _allocate(
@@ -290,11 +290,10 @@ def _allocate(
         size = KVSize(num_blocks, model_limit)
     if loaded.packed:
         return size, PackedKVCache.allocate(
-            loaded.geometry, size.num_blocks, config.block_size, packed_kv_type(config)
+            loaded.geometry, size.num_blocks, config.block_size, loaded.kv_cache_dtype
         )
-    dtype = kv_dtype(config, loaded.dtype)
     return size, KVCache.allocate(
-        loaded.geometry, size.num_blocks, config.block_size, dtype, loaded.device
+        loaded.geometry, size.num_blocks, config.block_size, loaded.kv_dtype, loaded.device
     )
 
 

@@ -36,6 +36,12 @@ from scalellm.models.config import ModelConfig
 from scalellm.models.decoder import CausalLM
 from scalellm.models.registry import build
 
+_KV_DTYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "fp8": torch.float8_e4m3fn,
+}
+
 # Called as each phase of loading ends: what was done, and the seconds it took.
 Progress = Callable[[str, float], None]
 
@@ -48,6 +54,7 @@ class LoadedModel:
     device: torch.device
     weight_bytes: int
     quantization: str  # "none", "int8", "int4", "int4+int8" or "fp8"
+    kv_cache_dtype: str  # of keys and values, as --kv-cache-dtype names it, but for `auto`
     packed: bool  # its matrices are laid out for the CPU's kernels
     shard: Shard  # what of it this process has
     mapped_bytes: int  # of them, in files: memory that the kernel could take away, but must not
@@ -55,6 +62,11 @@ class LoadedModel:
     @property
     def geometry(self) -> KVGeometry:
         return self.model.geometry
+
+    @property
+    def kv_dtype(self) -> torch.dtype:
+        """What a KVCache, which torch or a GPU's kernels read, is of."""
+        return _KV_DTYPES[self.kv_cache_dtype]
 
 
 def load_model(
@@ -92,6 +104,7 @@ def load_model(
     quantization = "fp8" if fp8 else "none" if packing is None else packing.name
     if quantization == "int8" and config.quantization == "auto":
         reason += "; int8, as --quantization auto chooses on a CPU"
+    kv = choose_kv_cache_dtype(config, dtype, packing)
     inventory = InventorySource(dtype, packing, fp8)
     if model_config.family == "transformers":
         numbers = (
@@ -109,7 +122,7 @@ def load_model(
         if packing is not None and keeps_int4(config, scheme, packing):
             reason += f", {_kept(inventory)} stay so (docs/quantisation.md says which)"
     each = shard.ranks if device.type == "cuda" else 1  # ranks with memory of their own
-    kv_bytes = kv_block_bytes(config, model_config.kv_geometry, dtype, packing is not None)
+    kv_bytes = kv_block_bytes(kv, model_config.kv_geometry, config.block_size, packing is not None)
     check_fits(
         weight_bytes=weight_bytes // each,
         kv_bytes_per_token=kv_bytes // config.block_size // each,
@@ -153,6 +166,7 @@ def load_model(
         device=device,
         weight_bytes=weight_bytes,
         quantization=quantization,
+        kv_cache_dtype=kv,
         packed=packing is not None,
         shard=shard,
         mapped_bytes=mapped_bytes,
@@ -343,24 +357,22 @@ def check_max_model_len(requested: int | None, config: ModelConfig) -> int:
     return limit
 
 
-def kv_dtype(config: EngineConfig, model_dtype: torch.dtype) -> torch.dtype:
-    """The type of cached keys and values."""
-    named = {"float32": torch.float32, "bfloat16": torch.bfloat16, "fp8": torch.float8_e4m3fn}
-    return named.get(config.kv_cache_dtype, model_dtype)
+def choose_kv_cache_dtype(
+    config: EngineConfig, model_dtype: torch.dtype, packing: Packing | None
+) -> str:
+    """The type of cached keys and values; `auto` is int8 where weights are integers on a CPU."""
+    if config.kv_cache_dtype != "auto":
+        return config.kv_cache_dtype
+    if packing is not None and packing.quantization != "none":
+        return "int8"
+    return _name(model_dtype)
 
 
-def packed_kv_type(config: EngineConfig) -> str:
-    """The type of keys and values in a PackedKVCache."""
-    return "int8" if config.kv_cache_dtype == "int8" else "bf16"
-
-
-def kv_block_bytes(
-    config: EngineConfig, geometry: KVGeometry, model_dtype: torch.dtype, packed: bool
-) -> int:
-    """Bytes of one KV block in all layers."""
+def kv_block_bytes(name: str, geometry: KVGeometry, block_size: int, packed: bool) -> int:
+    """Bytes of one KV block in all layers; `name` as of LoadedModel."""
     if packed:
-        return PackedKVCache.block_bytes(geometry, config.block_size, packed_kv_type(config))
-    return geometry.bytes_per_token(kv_dtype(config, model_dtype)) * config.block_size
+        return PackedKVCache.block_bytes(geometry, block_size, name)
+    return geometry.bytes_per_token(_KV_DTYPES[name]) * block_size
 
 
 def available_device_bytes(device: torch.device, share: float = 1.0) -> int:

@@ -12,10 +12,11 @@ from peers.system import Launch, System
 
 from scalellm.bench.floor import Ceilings, run_floor
 from scalellm.bench.model_shape import QWEN3_0_6B
+from scalellm.bench.table import milliseconds
 
 CEILINGS = Ceilings(30e9, 1e12, 0.4e12, "avx512", 2)
 TARGETS = targets_of("AMD EPYC")
-FLOOR = run_floor(QWEN3_0_6B, CEILINGS, "int8", 64, 128, 64)
+FLOOR = run_floor(QWEN3_0_6B, CEILINGS, "int8", 64, 128, 64, "int8")
 
 
 def system(name: str, precision: str = "int8") -> System:
@@ -52,7 +53,7 @@ def test_a_row_has_medians_beside_their_floor_and_the_ceilings_stand_above() -> 
     text = floor_tables(record(*samples), [system("a")], [CEILINGS], [])
     (row,) = rows(text, "A")
     assert row[1:4] == ["int8", "64", "100"]
-    assert row[6] == f"{FLOOR.tbt_ms:.0f}"
+    assert row[6] == milliseconds(FLOOR.tbt_ms)
     assert row[-1] == "50%"
     assert "read 30.0 GB/s, int8 1,000 GOP/s, bf16 400 GOP/s" in text
     assert "python bench" in text

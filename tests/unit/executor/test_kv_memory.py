@@ -34,6 +34,6 @@ def test_pages_are_committed_as_they_are_written() -> None:
 
 def test_layers_begin_where_kernels_want_them() -> None:
     geometry = KVGeometry(3, 2, 64, 64, (None,) * 3)
-    cache = PackedKVCache.allocate(geometry, 5, 16, "bf16")
+    cache = PackedKVCache.allocate(geometry, 5, 16, "bfloat16")
     assert [layer.data.numel() for layer in cache.layers] == [5 * 2 * 16 * 64 * 2 * 2] * 3
     assert all(layer.data.data_ptr() % 64 == 0 for layer in cache.layers)

@@ -13,7 +13,7 @@ from torch import Tensor
 from scalellm import _core
 from scalellm.kernels.attention.cache import KVGeometry, zeros
 
-KV_TYPES = ("bf16", "int8")
+KV_TYPES = ("bfloat16", "int8")
 
 
 @dataclass(frozen=True, slots=True)
