@@ -36,22 +36,27 @@ class Load:
     output_tokens: int
 
 
+# Streams join one by one while prompts last, so many streams at once need short ones.
 SWEEP = (
     Load(1, 32, 24),
     Load(1, 512, 16),
     Load(4, 128, 16),
     Load(4, 640, 12),
     Load(8, 64, 16),
-    Load(16, 64, 16),
-    Load(32, 128, 12),
-    Load(48, 64, 12),
+    Load(16, 16, 24),
+    Load(16, 64, 32),
+    Load(32, 16, 24),
+    Load(32, 128, 48),
+    Load(64, 8, 16),
 )
 SHORT_SWEEP = (
     Load(1, 32, 17),
     Load(1, 384, 9),
     Load(4, 96, 9),
     Load(12, 64, 9),
-    Load(32, 64, 17),
+    Load(16, 16, 9),
+    Load(32, 16, 17),
+    Load(64, 8, 9),
 )
 
 
