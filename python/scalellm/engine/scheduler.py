@@ -25,12 +25,12 @@ Each preemption doubles the free blocks that the next admission asks for, so pro
 With `max_preemptions` 0 every request is protected from the start: worst cases are reserved.
 """
 
-from array import array
 from bisect import insort
 from collections.abc import Mapping, Sequence
 
-from scalellm.engine.kv_cache import KVCache, extend_hashes
+from scalellm.engine.kv_cache import KVCache
 from scalellm.engine.request import FinishReason, Request, Status
+from scalellm.engine.request_blocks import RequestBlocks
 from scalellm.engine.speculation import PromptLookup, row_share
 from scalellm.engine.step import Limits, Output, Plan, Step
 from scalellm.engine.step_time import StepShape, StepTime
@@ -41,7 +41,6 @@ FLOOR_CHUNK_TOKENS = 32
 # it is computed, and lasts as many steps as it is cut into.
 _RESUMED_SHARE = 0.5
 _MAX_DEFERRED = 32  # requests that one step looks at and leaves for later
-_HEADROOM_SHARE = 16  # admission leaves a block per running request to grow, at most this fraction
 
 
 class Scheduler:
@@ -60,8 +59,7 @@ class Scheduler:
         self._waiting = WaitingQueue()
         self._running: list[Request] = []  # by Request.order
         self._deadlines = Deadlines()
-        self._reserved = 0  # blocks promised to protected running requests, not yet taken
-        self._computing: dict[bytes, int] = {}  # block hash -> key of the request that computes it
+        self._blocks = RequestBlocks(kv, limits, self.max_model_len)
         self._in_flight: frozenset[int] = frozenset()
         self._outputs: list[Output] = []
         self._lookups: dict[int, PromptLookup] = {}  # of streams, by key, with speculation
@@ -102,10 +100,7 @@ class Scheduler:
         if finished is not None:
             self._finish(request, finished, now_us)
             return
-        if self.kv.prefix_caching:
-            extend_hashes(
-                request.block_hashes, request.token_ids, self.kv.block_size, request.cache_salt
-            )
+        self._blocks.hash(request)
         self._deadlines.add(request)
         self._enqueue(request)
 
@@ -157,7 +152,7 @@ class Scheduler:
     ) -> None:
         if request.status is Status.RUNNING:
             self._running.remove(request)
-            self._release(request)
+            self._blocks.release(request)
         else:
             self._waiting.discard(request)
         self._deadlines.discard(request)
@@ -236,7 +231,7 @@ class Scheduler:
             if request.prompt_logprobs is not None and request.wants_prompt_logprobs:
                 request.prompt_logprobs_done = min(computed, request.num_prompt_tokens - 1)
             if computed < len(request.token_ids):
-                self._store_full_blocks(request)
+                self._blocks.store_full(request)
                 continue
             if token_id is None:
                 raise ValueError(f"request {key} reached its end but has no sampled id")
@@ -272,7 +267,7 @@ class Scheduler:
             taken += 1
             finished = request.finish_after_last(self.max_model_len)
         request.num_computed_tokens += taken - 1
-        self._store_full_blocks(request)
+        self._blocks.store_full(request)
         if finished is not None:
             self._finish(request, finished, now_us, token_ids=token_ids[:taken])
         else:
@@ -296,16 +291,13 @@ class Scheduler:
         if lookup is None:
             lookup = self._lookups[request.key] = PromptLookup()
         drafts = lookup.draft(request.token_ids, most, self._row_share)
-        lacking = self._blocks_of(request.num_tokens + len(drafts)) - len(request.block_table)
+        lacking = self._blocks.lacking(request, request.num_tokens + len(drafts))
         if lacking > 0:
-            free = self.kv.num_free - self._reserved - len(self._running)
-            if request.reserved_blocks >= lacking:
-                request.reserved_blocks -= lacking
-                self._reserved -= lacking
-            elif free < lacking:
+            is_free = self._blocks.num_free - len(self._running) >= lacking
+            if not (request.reserved_blocks >= lacking or is_free):
                 places = len(request.block_table) * self.kv.block_size
                 return drafts[: places - request.num_tokens]
-            request.block_table.extend(self.kv.allocate(lacking))
+            self._blocks.grow(request, lacking)
         return drafts
 
     # ------------------------------------------------------------ chunks and admission
@@ -359,7 +351,7 @@ class Scheduler:
                 break
             if above is not None and request.order[:2] >= above:
                 break
-            matched = self._match(request)
+            matched = self._blocks.match(request)
             if self._prefix_is_coming(request, matched):
                 self._waiting.discard(request)
                 deferred.append(request)
@@ -373,102 +365,55 @@ class Scheduler:
             self._enqueue(request)
 
     def _enqueue(self, request: Request) -> None:
-        matched = len(self._match(request)) * self.kv.block_size
+        matched = len(self._blocks.match(request)) * self.kv.block_size
         request.uncached_tokens = request.num_tokens - matched
         self._waiting.push(request)
-
-    def _match(self, request: Request) -> list[int]:
-        """Cached blocks of the request's beginning, at least one token left to compute."""
-        tokens = request.num_tokens - 1
-        if request.wants_prompt_logprobs:
-            tokens = min(tokens, request.prompt_logprobs_done)
-        return self.kv.match(request.block_hashes, tokens // self.kv.block_size)
 
     def _prefix_is_coming(self, request: Request, matched: Sequence[int]) -> bool:
         """Whether a running request is about to compute this one's next block: worth the wait.
 
         Not for a less important one, which may itself wait for whatever runs between the two."""
-        following = len(matched)
-        if (
-            following >= (request.num_tokens - 1) // self.kv.block_size
-            or following >= len(request.block_hashes)
-            or request.wants_prompt_logprobs
-        ):
-            return False
-        key = self._computing.get(request.block_hashes[following])
+        key = self._blocks.computed_by(request, matched)
         return key is not None and self.requests[key].priority <= request.priority
 
     def _shortage(self, request: Request, matched: Sequence[int]) -> int:
-        """Blocks that are lacking for admission; 0 or less when it can be admitted."""
-        needed = self._blocks_of(request.num_tokens)
-        headroom = min(len(self._running), self.kv.num_blocks // _HEADROOM_SHARE)
-        headroom <<= request.preemptions
-        if self._is_protected(request):
-            needed = self._worst_blocks(request)
-            headroom = 0
-        taken = needed - len(matched) + self.kv.num_idle(matched)
-        return taken + headroom - (self.kv.num_free - self._reserved)
+        return self._blocks.shortage(request, matched, len(self._running))
 
     def _admit(self, request: Request, matched: Sequence[int]) -> bool:
         """Give a waiting request its blocks and let it run; False if they are lacking."""
         if self._shortage(request, matched) > 0:
             return False
         self._waiting.discard(request)
-        self.kv.acquire(matched)
-        new = self._blocks_of(request.num_tokens) - len(matched)
-        request.block_table = array("i", [*matched, *self.kv.allocate(new)])
-        if self._is_protected(request):
-            request.reserved_blocks = self._worst_blocks(request) - len(request.block_table)
-            self._reserved += request.reserved_blocks
-        request.num_cached_blocks = len(matched)
-        request.num_computed_tokens = len(matched) * self.kv.block_size
+        self._blocks.take(request, matched)
         if request.first_scheduled_us == 0 and request.preemptions == 0:
             request.cached_tokens = min(request.num_computed_tokens, request.num_prompt_tokens)
             self.prefix_hit_tokens += request.num_computed_tokens
             self.prefix_query_tokens += request.num_tokens
-        for digest in request.block_hashes[len(matched) :]:
-            self._computing.setdefault(digest, request.key)
         request.status = Status.RUNNING
         insort(self._running, request, key=lambda running: running.order)
         return True
 
-    # ------------------------------------------------------------ blocks
-
-    def _blocks_of(self, tokens: int) -> int:
-        return -(-tokens // self.kv.block_size)
-
-    def _worst_blocks(self, request: Request) -> int:
-        """The last token is sampled but never computed."""
-        tokens = min(request.num_prompt_tokens + request.max_tokens, self.max_model_len) - 1
-        return max(self._blocks_of(tokens), self._blocks_of(request.num_tokens))
-
-    def _is_protected(self, request: Request) -> bool:
-        return request.preemptions >= self.limits.max_preemptions
+    # ------------------------------------------------------------ blocks run out
 
     def _grow(self, request: Request, plan: Plan) -> bool:
         """Take the block for one more token; False if the request had to give way itself."""
-        if request.reserved_blocks > 0:
-            request.reserved_blocks -= 1
-            self._reserved -= 1
-        else:
-            while self.kv.num_free <= self._reserved:
-                victim = self._victim(request)
-                self._preempt(victim, plan)
-                if victim is request:
-                    return False
-        request.block_table.extend(self.kv.allocate(1))
+        while not self._blocks.grow(request):
+            victim = self._victim(request)
+            self._preempt(victim, plan)
+            if victim is request:
+                return False
         return True
 
     def _victim(self, request: Request) -> Request:
         """The last that is not protected, at the latest `request`, which is not."""
         for running in reversed(self._running):
-            if not self._is_protected(running):
+            if not self._blocks.is_protected(running):
                 return running
         raise RuntimeError(f"protected request {request.key} lacks a block it had reserved")
 
     def _preempt(self, request: Request, plan: Plan) -> None:
         self._running.remove(request)
-        self._release(request)
+        self._blocks.release(request)
         request.num_computed_tokens = 0
         request.preemptions += 1
         request.status = Status.WAITING
@@ -483,7 +428,7 @@ class Scheduler:
             return
         if self._running[-1].priority <= request.priority:
             return
-        matched = self._match(request)
+        matched = self._blocks.match(request)
         shortage = self._shortage(request, matched)
         slots_lacking = len(self._running) + 1 - self.limits.max_num_seqs
         if shortage <= 0 and slots_lacking <= 0:
@@ -493,7 +438,7 @@ class Scheduler:
         for running in reversed(self._running):
             if running.priority <= request.priority:
                 return
-            if not self._is_protected(running):
+            if not self._blocks.is_protected(running):
                 victims.append(running)
                 shortage -= self.kv.num_sole(running.block_table, matched_blocks)
                 if shortage <= 0 and len(victims) >= slots_lacking:
@@ -502,38 +447,13 @@ class Scheduler:
             return
         for victim in victims:
             self._preempt(victim, plan)
-        matched = self._match(request)
+        matched = self._blocks.match(request)
         if self._admit(request, matched):
             plan.admitted.append(request.key)
 
-    def _store_full_blocks(self, request: Request) -> None:
-        kv = self.kv
-        full = request.num_computed_tokens // kv.block_size
-        if full <= request.num_cached_blocks or not kv.prefix_caching:
-            return
-        hashes = request.block_hashes
-        if len(hashes) < full:
-            extend_hashes(hashes, request.token_ids, kv.block_size, request.cache_salt)
-        for i in range(request.num_cached_blocks, full):
-            kv.store(request.block_table[i], hashes[i], hashes[i - 1] if i else b"")
-            if self._computing.get(hashes[i]) == request.key:
-                del self._computing[hashes[i]]
-        request.num_cached_blocks = full
-
-    def _release(self, request: Request) -> None:
-        """Give back all blocks; what was computed of them stays findable until evicted."""
-        self._reserved -= request.reserved_blocks
-        request.reserved_blocks = 0
-        for digest in request.block_hashes[request.num_cached_blocks :]:
-            if self._computing.get(digest) == request.key:
-                del self._computing[digest]
-        self.kv.free(request.block_table)
-        request.block_table = array("i")
-        request.num_cached_blocks = 0
-
     def check_integrity(self) -> None:
         """Raise AssertionError unless blocks, queues and reservations agree."""
-        self.kv.check_integrity(request.block_table for request in self._running)
+        self._blocks.check_integrity(self._running)
         orders = [request.order for request in self._running]
         if orders != sorted(orders):
             raise AssertionError("running requests are out of order")
@@ -543,9 +463,3 @@ class Scheduler:
             raise AssertionError("a request is in two places, or in none")
         if any(request.block_table for request in self._waiting):
             raise AssertionError("a waiting request holds blocks")
-        if self._reserved != sum(request.reserved_blocks for request in self._running):
-            raise AssertionError("reservations do not add up")
-        if not 0 <= self._reserved <= self.kv.num_free:
-            raise AssertionError(f"{self._reserved} blocks reserved, {self.kv.num_free} free")
-        if not set(self._computing.values()) <= running:
-            raise AssertionError("a block is said to be computed by a request that does not run")

@@ -55,7 +55,7 @@ class StretchScheduler(Scheduler):
         nobody waits, or all places are taken."""
         running = self._running
         full = len(running) >= self.limits.max_num_seqs
-        if not running or self._reserved or (self._waiting and not full):
+        if not running or self._blocks.reserved or (self._waiting and not full):
             return None
         steps = self.max_model_len
         attended = 0
@@ -79,7 +79,7 @@ class StretchScheduler(Scheduler):
     def _blocks_for(self, steps: int) -> int:
         """Blocks to be taken for so many steps; the last token's position is not written."""
         return sum(
-            max(0, self._blocks_of(request.num_tokens + steps - 1) - len(request.block_table))
+            max(0, self._blocks.lacking(request, request.num_tokens + steps - 1))
             for request in self._running
         )
 
@@ -87,14 +87,14 @@ class StretchScheduler(Scheduler):
         """What `steps` times schedule and update would have done, ending at `now_us`."""
         for request in self._running.copy():
             token_id = sampled_id(request)
-            needed = self._blocks_of(request.num_tokens + steps - 1) - len(request.block_table)
-            if needed > 0:
-                request.block_table.extend(self.kv.allocate(needed))
+            lacking = self._blocks.lacking(request, request.num_tokens + steps - 1)
+            if lacking > 0:
+                self._blocks.grow(request, lacking)
             request.steps += steps
             request.num_computed_tokens += steps
             if steps > 1:
                 request.token_ids.extend([token_id] * (steps - 1))
-            self._store_full_blocks(request)
+            self._blocks.store_full(request)
             if request.num_output_tokens + 1 >= request.max_tokens or (
                 request.num_tokens + 1 >= self.max_model_len
             ):
