@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from scalellm.engine.calibration import write_blocks
 from scalellm.engine.loop import EngineLoop
 from scalellm.engine.worker import Worker
 from scalellm.executor.batch import Batch
@@ -249,6 +250,14 @@ def test_kv_events_and_snapshot_name_the_same_blocks() -> None:
         assert sorted(engine.listener.snapshots[0]) == sorted(engine.listener.stored)
         assert len(engine.listener.stored) == 3 and engine.listener.stored[0][0] == b""
         assert engine.listener.removed == []
+
+
+def test_blocks_to_be_read_are_all_written_first() -> None:
+    batches = list(write_blocks([3, 1, 4, 5, 9], 2))
+    assert [len(batch.spans) for batch in batches] == [2, 2, 1]
+    spans = [span for batch in batches for span in batch.spans]
+    assert [tuple(span.block_table) for span in spans] == [(3,), (1,), (4,), (5,), (9,)]
+    assert {(span.start, len(span.token_ids), span.num_logits) for span in spans} == {(0, 1, 0)}
 
 
 def test_calibration_times_the_shapes_that_fit() -> None:

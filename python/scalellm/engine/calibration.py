@@ -1,5 +1,6 @@
 """Batches of a given shape, to time steps on the idle engine."""
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from scalellm.engine.kv_cache import KVCache
@@ -39,3 +40,12 @@ def build_batch(shape: Shape, kv: KVCache) -> tuple[Batch, list[int]] | None:
         table = blocks[shape.decode_seqs : written]
         spans.append(Span((0,) * shape.prefill_tokens, 0, tuple(table), 1))
     return Batch(tuple(spans)), blocks
+
+
+def write_blocks(blocks: Sequence[int], most: int) -> Iterator[Batch]:
+    """Steps of at most `most` tokens that write one into each block.
+
+    Memory that was never written is one page of zeros, which the caches hold."""
+    for first in range(0, len(blocks), most):
+        written = blocks[first : first + most]
+        yield Batch(tuple(Span((0,), 0, (block,), 0) for block in written))

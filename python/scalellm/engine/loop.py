@@ -20,7 +20,7 @@ from functools import partial
 from typing import Any, Protocol
 
 from scalellm.config import EngineConfig
-from scalellm.engine.calibration import REPEATS, Shape, build_batch
+from scalellm.engine.calibration import REPEATS, Shape, build_batch, write_blocks
 from scalellm.engine.hand_over import HandOver
 from scalellm.engine.kv_cache import KVCache
 from scalellm.engine.logprobs import TokenLogprobs
@@ -343,14 +343,16 @@ class EngineLoop:
             return math.nan
         batch, blocks = built
         elapsed: list[float] = []
-        for _ in range(1 + REPEATS):
-            done = self._compute(partial(_choose, self._executor, batch), 0.0)
+        writes = write_blocks(blocks, limits.max_num_batched_tokens)
+        for step in (*writes, *[batch] * (1 + REPEATS)):
+            done = self._compute(partial(_choose, self._executor, step), 0.0)
             if done.error is not None:
                 logger.error("calibrating %s failed", shape, exc_info=done.error)
+                elapsed.clear()
                 break
             elapsed.append(done.elapsed_ms)
         scheduler.kv.free(blocks)
-        return statistics.median(elapsed[1:]) if len(elapsed) == 1 + REPEATS else math.nan
+        return statistics.median(elapsed[-REPEATS:]) if elapsed else math.nan
 
     # ------------------------------------------------------------ out
 
