@@ -123,6 +123,8 @@ pub async fn place(
     let entering = served.admission.enter(ask, deadline, places);
     let entered = record.timed_async(Stage::Admission, async {
         tokio::select! {
+            // Most have their place at once: then nobody need listen for the gateway's end.
+            biased;
             entered = entering => Some(entered),
             () = app.wait_for(Phase::Stopping) => None,
         }

@@ -180,6 +180,7 @@ impl Relay<'_> {
             record.update(|progress| progress.replica = Some(Arc::clone(&upstream.name)));
             upstream.counts.requests.fetch_add(1, Relaxed);
             let failed = tokio::select! {
+                biased;
                 attempt = self.attempt(&upstream, &mut counting) => match attempt {
                     Ok(response) => return Ok(response),
                     Err(failed) => failed,
