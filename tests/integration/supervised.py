@@ -118,8 +118,10 @@ class Tree:
             "drain_timeout_s": drain_timeout_s,
         }
         self._errors = (folder / "stderr").open("w+b")
+        # Whoever runs the tests may have been started by nohup.
+        hang_up = ["nohup"] if nohup else ["env", "--default-signal=HUP"]
         self.process = subprocess.Popen(
-            [*(["nohup"] if nohup else []), sys.executable, "-c", ROOT, json.dumps(given)],
+            [*hang_up, sys.executable, "-c", ROOT, json.dumps(given)],
             stdout=subprocess.PIPE,
             stderr=self._errors,
             start_new_session=True,
