@@ -1,6 +1,6 @@
 """Times products with packed weights, of all formats and numbers of rows."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
@@ -22,9 +22,10 @@ def time_linears(
     """Every matrix of the model at every number of rows; of experts one, as for its own rows."""
     for precision in precisions:
         for matrix in (*shape.matrices, shape.output):
-            weights = _weights(matrix, precision, is_output=matrix == shape.output)
+            is_output = matrix == shape.output
+            weights = _weights(matrix, precision, is_output)
             for count in rows:
-                time_s = _time(weights, count, matrix == shape.output, seconds)
+                time_s = median_s(_products(weights, count, is_output), seconds) / len(weights)
                 cost = Cost(
                     float(weights[0].layout.num_bytes),
                     2.0 * count * matrix.n * matrix.k,
@@ -32,6 +33,14 @@ def time_linears(
                 )
                 size = f"{count} x {matrix.k} -> {matrix.n}"
                 yield Timed(f"{precision} {matrix.name}", size, time_s, cost)
+
+
+def product_of(
+    matrix: MatrixShape, precision: Precision, rows: int
+) -> tuple[Callable[[], None], int]:
+    """What multiplies with each of some copies of a matrix, and how many these are."""
+    weights = _weights(matrix, precision, is_output=False)
+    return _products(weights, rows, is_output=False), len(weights)
 
 
 def layout_of(matrix: MatrixShape, precision: Precision, is_output: bool) -> MatrixLayout:
@@ -59,19 +68,20 @@ def _weights(matrix: MatrixShape, precision: Precision, is_output: bool) -> list
     return found
 
 
-def _time(weights: Sequence[PackedMatrix], rows: int, is_output: bool, seconds: float) -> float:
-    """Seconds of one product. Memory for the result is there already, as in a recorded step."""
+def _products(weights: Sequence[PackedMatrix], rows: int, is_output: bool) -> Callable[[], None]:
+    """One with each weight. Memory for the result is there already, as in a recorded step."""
     layout = weights[0].layout
     mode = _F32 if is_output else _SILU_MUL if layout.gated else _BF16
     columns = layout.n // 2 if layout.gated else layout.n
     generator = torch.Generator().manual_seed(rows)
     x = torch.rand(rows, layout.k, generator=generator).sub_(0.5).bfloat16()
     out = torch.zeros(rows, columns, dtype=torch.float32 if is_output else torch.bfloat16)
-    held = [(weight.data.data_ptr(), weight.data.numel()) for weight in weights]
-    code, x_at, out_at = layout.code, (x.data_ptr(), rows, layout.k), out.data_ptr()
+    code = layout.code
 
     def all_in_turn() -> None:
-        for weight in held:
-            _core.cpu_linear(code, mode, x_at, weight, 0, out_at)
+        x_at, out_at = (x.data_ptr(), rows, layout.k), out.data_ptr()
+        for weight in weights:
+            data = weight.data
+            _core.cpu_linear(code, mode, x_at, (data.data_ptr(), data.numel()), 0, out_at)
 
-    return median_s(all_in_turn, seconds) / len(held)
+    return all_in_turn
