@@ -69,7 +69,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rows", default="1,8,64,256")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--seconds", type=float, default=0.3, help="each time, at least")
+    parser.add_argument("--seconds", type=float, default=0.25, help="each time, at least")
     parser.add_argument("--docs", default=str(ROOT / "docs" / "performance.md"), help="or none")
     options = parser.parse_args()
     threads = usable_cores()
