@@ -10,7 +10,8 @@ One step, in this order:
  2. Running prompts go on, in chunks that keep the step within its tokens and its predicted time.
  3. Waiting requests are admitted while blocks, tokens and time are left; those that are more
     important than a running prompt, or go on in the middle of an answer, come before its chunk.
-The step's first chunk is never below `FLOOR_CHUNK_TOKENS`, so prompts always advance.
+The step's first chunk takes at least the time of `FLOOR_CHUNK_TOKENS` at a sequence's beginning: so
+prompts always advance, and the more context one has, the fewer its tokens beside streams.
 
 When blocks run out. A running sequence takes blocks one at a time as it grows; nothing is reserved.
 When none is left, the last running request by `Request.order` gives up its blocks and is
@@ -331,7 +332,8 @@ class Scheduler:
             budget_ms = max(budget_ms, _RESUMED_SHARE * self.limits.step_budget_ms)
         by_time = self.step_time.largest_chunk(plan.shape, start, budget_ms)
         tokens = min(limit, by_time)
-        least = min(limit if plan.num_chunks == 0 else remaining, FLOOR_CHUNK_TOKENS)
+        floor = self.step_time.as_long_as(FLOOR_CHUNK_TOKENS, start)
+        least = min(limit if plan.num_chunks == 0 else remaining, floor)
         if tokens < least:
             return least if plan.num_chunks == 0 else 0
         return tokens

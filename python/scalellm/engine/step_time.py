@@ -98,6 +98,15 @@ class StepTime:
             reach = 2 * left / (linear + math.sqrt(linear * linear + 4 * quadratic * left))
         return limit if reach >= limit else int(reach)
 
+    def as_long_as(self, tokens: int, start: int) -> int:
+        """How many tokens after `start` others take the time of `tokens` at a sequence's beginning.
+
+        At least 1; `tokens` as long as nothing is known."""
+        _, c1, c2, _ = self._coefficients
+        at_beginning = c1 + c2 * (tokens + 1) / 2
+        here = at_beginning + c2 * start
+        return tokens if here <= 0.0 else max(1, round(tokens * at_beginning / here))
+
 
 def _non_negative_fit(
     gram: Sequence[Sequence[float]], moment: Sequence[float], start: Sequence[float]

@@ -145,6 +145,27 @@ def test_a_prompt_advances_by_the_floor_when_the_budget_is_already_spent() -> No
     assert scheduler.schedule(0).shape.tokens == FLOOR_CHUNK_TOKENS
 
 
+def test_the_more_context_a_prompt_has_the_fewer_of_its_tokens_streams_wait_for() -> None:
+    times = StepTime()
+    for tokens, context in [(1, 0), (64, 0), (64, 4000), (500, 100), (900, 8000), (1, 900)] * 6:
+        shape = StepShape().with_span(context, tokens)
+        times.observe(shape, 20.0 + shape.tokens + 1e-3 * shape.attended)
+    scheduler = Scheduler(Limits(4, 512, 20_000, step_budget_ms=1.0), KVCache(2000, 16), times)
+    scheduler.add(Request(key=1, prompt_ids=[3], max_tokens=9_000), 0)
+    scheduler.update(scheduler.schedule(0), [7], 0)
+    scheduler.add(Request(key=2, prompt_ids=[4] * 19_000, max_tokens=1), 0)
+    floor_ms = times.predict_ms(StepShape().with_span(0, FLOOR_CHUNK_TOKENS)) - 20.0
+    chunks = []
+    while 2 in scheduler.requests:
+        step = scheduler.schedule(0)
+        chunks.append(step.shape.tokens - 1)
+        alone_ms = times.predict_ms(StepShape().with_span(step.spans[0].start, 1))
+        assert step.predicted_ms - alone_ms < 1.3 * floor_ms  # tokens are whole ones
+        ends = step.spans[1].start + chunks[-1] == 19_000
+        scheduler.update(step, [7, 9 if ends else None], 0)
+    assert chunks[0] == FLOOR_CHUNK_TOKENS and chunks[-2] == 2
+
+
 def test_priority_then_arrival_decides_who_is_admitted() -> None:
     machine = Machine(replace(LIMITS, max_num_seqs=1))
     for key, priority, arrival in [(1, 1, 5), (2, 0, 9), (3, 0, 7), (4, 1, 4)]:

@@ -86,3 +86,15 @@ def test_impossible_times_are_ignored() -> None:
 def test_equal_observations_give_equal_predictions() -> None:
     first, second = (trained(random.Random(9), 0.3).coefficients for _ in range(2))
     assert first == second and all(c >= 0 for c in first)
+
+
+def test_tokens_with_context_that_take_as_long_as_others_without() -> None:
+    assert StepTime().as_long_as(32, 10_000) == 32
+    times = trained(random.Random(3))
+    fixed, _, _, span = times.coefficients
+    for start in (0, 800, 6_000):
+        tokens = times.as_long_as(32, start)
+        both = [(0, 32), (start, tokens)]
+        own = [times.predict_ms(StepShape().with_span(*one)) - fixed - span for one in both]
+        assert own[1] == pytest.approx(own[0], abs=own[0] / tokens)
+    assert times.as_long_as(32, 10**9) == 1
