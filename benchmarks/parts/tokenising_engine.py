@@ -66,6 +66,9 @@ class TimedExecutor:
         time.sleep(self._step_s)
         return [_TOKEN] * batch.num_logits
 
+    def draw(self, batch: Batch, _draws: object) -> list[int | None]:
+        return self.greedy(batch)
+
 
 class TextListener:
     """What comes and goes passes through the tokenizer, on the loop's thread."""

@@ -428,6 +428,12 @@ class CpuPlan:
         """The lowest id of each logit row's largest logit, None where that is not finite.
 
         Raises ValueError for a step that contradicts itself."""
+    def draw_ids(self, step: _StepAt, draws: int) -> list[int | None]:
+        """A token for each logit row, as as many rows of DRAW at `draws` say, None where logits are
+        not finite.
+
+        Raises ValueError for a step that contradicts itself, and for draws that need more than the
+        64 largest logits."""
     def expert_use(self) -> tuple[int, int, int, list[int]]:
         """(layers, read, busiest, choices) of the proto's ExpertUse, since the plan was made."""
     def times_ms(self) -> dict[str, float]:

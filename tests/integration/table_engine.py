@@ -79,6 +79,9 @@ class TableExecutor:
     def greedy(self, _batch: Batch) -> list[int | None] | None:
         return None
 
+    def draw(self, _batch: Batch, _draws: Any) -> list[int | None] | None:
+        return None
+
     def _block(self, span: Any, position: int) -> list[int]:
         return self.memory[span.block_table[position // self.block_size]]
 

@@ -5,6 +5,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -154,6 +155,23 @@ def test_a_seed_repeats_and_choices_differ(llm: LLM) -> None:
     crowd = llm.generate(["Lucy", "Once upon a time", "Sam"], params, use_tqdm=False)
     assert texts(first) == texts(crowd[1:2]) and len(set(texts(first))) == 3
     assert [answer.index for answer in first[0].outputs] == [0, 1, 2]
+
+
+def test_what_else_is_asked_for_changes_no_token() -> None:
+    """Of what is drawn from the largest logits alone, unless all are needed for something."""
+    few = SamplingParams(temperature=0.9, top_k=20, top_p=0.95, seed=5, max_tokens=40)
+    prompts = ["What is 17 + 25?", "Once upon a time"]
+
+    def ids(outputs: list[RequestOutput]) -> list[tuple[int, ...]]:
+        return [output.outputs[0].token_ids for output in outputs]
+
+    with LLM("demo", cpu_threads=1, kv_cache_memory_bytes=32 << 20, max_model_len=256) as llm:
+        alone = ids(llm.generate(prompts, few, use_tqdm=False))
+        scored = ids(llm.generate(prompts, replace(few, logprobs=2), use_tqdm=False))
+        params = [few, few, SamplingParams(seed=1, max_tokens=60)]
+        beside = ids(llm.generate([*prompts, "And"], params, use_tqdm=False))
+    assert scored == alone == beside[:2]
+    assert alone[0] != alone[1]
 
 
 def test_logprobs_are_of_the_models_distribution(llm: LLM, reference: tuple[Any, Any]) -> None:

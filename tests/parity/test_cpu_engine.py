@@ -2,6 +2,7 @@
 
 from random import Random
 
+import numpy as np
 import pytest
 import torch
 from transformers import (
@@ -18,6 +19,7 @@ from scalellm.config import EngineConfig
 from scalellm.errors import ConfigError
 from scalellm.executor.batch import Batch, Span
 from scalellm.executor.single import SingleExecutor
+from scalellm.kernels.sampling import DRAW, draw
 
 BLOCK = 16
 TOKENS = 70
@@ -155,6 +157,30 @@ def test_ids_without_logits_are_those_of_the_largest(model):
         assert found == expected
     eager = load(model[1], enforce_eager=True)
     assert eager.greedy(Batch((Span(ids, 0, range(5), 1),))) is None
+
+
+def test_ids_drawn_without_logits_are_those_of_written_ones(model):
+    ids = ids_of(TOKENS)
+    kinds = [(0.0, 0, 1.0), (1.0, 5, 1.0), (0.7, 20, 0.9), (1.5, 64, 0.5), (2.0, 1, 1.0)]
+    draws = np.zeros(TOKENS, DRAW)
+    for index, one in enumerate(draws):
+        one["temperature"], one["top_k"], one["top_p"] = kinds[index % len(kinds)]
+        one["seed"], one["index"] = 9, index
+    for quantization in ERROR:
+        executor = load(model[1], quantization=quantization)
+        expected = draw(whole(executor, ids), draws)
+        assert len(set(expected)) > 10
+        batch = Batch((Span(ids, 0, range(5), TOKENS),))
+        assert executor.draw(batch, draws) == expected
+        for most in (0, 65):
+            draws["top_k"][1] = most
+            with pytest.raises(ValueError, match="64 largest"):
+                executor.draw(batch, draws)
+        draws["top_k"][1] = 5
+        with pytest.raises(ValueError, match="70 logit rows"):
+            executor.draw(batch, draws[1:])
+    eager = load(model[1], enforce_eager=True)
+    assert eager.draw(batch, draws) is None
 
 
 def test_int8_keys_and_values_cost_little(model):

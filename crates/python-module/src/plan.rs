@@ -14,6 +14,7 @@ use scalellm_cpu_kernels::rows::RowsMut;
 use crate::kernels::{RowsAt, SliceAt, kv_layout, refused, shared, slice, spans};
 use crate::matrices::layout;
 use crate::ranks::{PyRanks, lost};
+use crate::sampling::draws_at;
 
 /// Add the class of this file to `module`.
 pub fn register(module: &Bound<'_, PyModule>) -> PyResult<()> {
@@ -306,6 +307,22 @@ impl CpuPlan {
         self.compute(py, step, Wanted::Greedy(&mut best))?;
         let id = |(logit, id): (f32, u32)| logit.is_finite().then_some(id);
         Ok(best.into_iter().map(id).collect())
+    }
+
+    /// Run a step: a token for each logit row as as many rows of DRAW at `draws` say, None where its
+    /// logits are not finite. Refused where a draw needs more than the largest logits.
+    fn draw_ids(
+        &mut self,
+        py: Python<'_>,
+        step: StepAt,
+        draws: usize,
+    ) -> PyResult<Vec<Option<u32>>> {
+        let rows = step.2.1;
+        // SAFETY: the caller's array has this size.
+        let draws = unsafe { draws_at((draws, rows)) };
+        let mut tokens = vec![None; rows];
+        self.compute(py, step, Wanted::Tokens(&draws, &mut tokens))?;
+        Ok(tokens)
     }
 
     /// (layers, read, busiest, choices) of the proto's `ExpertUse`, since the plan was made.

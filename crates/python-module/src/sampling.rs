@@ -4,7 +4,7 @@ use pyo3::prelude::*;
 use scalellm_cpu_kernels::rows::Rows;
 use scalellm_cpu_kernels::sampling::{self, Draw, TokenLogprobs, row_key};
 
-use crate::kernels::{RowsAt, on_cpu, refused, slice};
+use crate::kernels::{RowsAt, SliceAt, on_cpu, refused, slice};
 
 /// Add the functions of this file to `module`.
 pub fn register(module: &Bound<'_, PyModule>) -> PyResult<()> {
@@ -47,18 +47,20 @@ fn cpu_draw(
     draws: usize,
 ) -> PyResult<Vec<Option<u32>>> {
     // SAFETY: the caller's arrays have these sizes.
-    let (scores, draws) = unsafe {
-        (
-            scores(scores_at, vocab)?,
-            slice::<DrawRow>((draws, scores_at.1)),
-        )
-    };
+    let (scores, draws) = unsafe { (scores(scores_at, vocab)?, draws_at((draws, scores_at.1))) };
     on_cpu(py, |cpu| {
-        let draws: Vec<Draw> = draws.iter().map(draw_of).collect();
         let mut tokens = vec![None; draws.len()];
         sampling::draw(cpu, scores, &draws, &mut tokens);
         tokens
     })
+}
+
+/// # Safety
+/// There are as many rows of `scalellm.kernels.sampling.DRAW`.
+pub unsafe fn draws_at(at: SliceAt) -> Vec<Draw> {
+    // SAFETY: by the caller's promise.
+    let rows = unsafe { slice::<DrawRow>(at) };
+    rows.iter().map(draw_of).collect()
 }
 
 fn draw_of(row: &DrawRow) -> Draw {

@@ -18,6 +18,7 @@ from typing import Literal, Protocol
 from scalellm.engine.phases import PhaseTotals
 
 GREEDY_BELOW = 1e-5  # temperatures below are zero: the most likely token is taken
+FEW_LOGITS = 64  # so many can be found without writing the others
 
 FinishReason = Literal["eos", "stop_token", "length", "cancelled", "deadline", "error"]
 
@@ -102,7 +103,7 @@ class Request:
     status: Status = field(default=Status.WAITING, init=False)
     token_ids: list[int] = field(init=False)  # prompt, then output
     num_prompt_tokens: int = field(init=False)
-    is_greedy: bool = field(init=False)  # nothing but largest logits is asked of outputs
+    is_plain: bool = field(init=False)  # logits are drawn from as they are, and not asked for
     num_computed_tokens: int = field(default=0, init=False)
     block_table: "array[int]" = field(default_factory=lambda: array("i"), init=False)
     block_hashes: list[bytes] = field(default_factory=list, init=False)  # of full blocks
@@ -128,11 +129,8 @@ class Request:
         self.token_ids = [*self.prompt_ids, *self.resume_ids]
         self.num_prompt_tokens = len(self.prompt_ids)
         sampling = self.sampling
-        self.is_greedy = (
-            sampling.temperature < GREEDY_BELOW
-            and not sampling.penalised
-            and not sampling.logit_bias
-            and sampling.logprobs is None
+        self.is_plain = (
+            not sampling.penalised and not sampling.logit_bias and sampling.logprobs is None
         )
 
     @classmethod
@@ -186,8 +184,21 @@ class Request:
     def takes_largest_logit(self) -> bool:
         """Whether the next token is the one of the largest logit, and nothing else is asked of
         the logits."""
+        return self.sampling.temperature < GREEDY_BELOW and self._takes_logits_as_they_are
+
+    @property
+    def takes_few_logits(self) -> bool:
+        """Whether a few of the largest logits decide on the next token, and nothing else is asked
+        of them."""
+        sampling = self.sampling
         return (
-            self.is_greedy
+            sampling.temperature < GREEDY_BELOW or 0 < sampling.top_k <= FEW_LOGITS
+        ) and self._takes_logits_as_they_are
+
+    @property
+    def _takes_logits_as_they_are(self) -> bool:
+        return (
+            self.is_plain
             and (self.prompt_logprobs is None or not self.wants_prompt_logprobs)
             and (self.min_tokens == 0 or self.num_output_tokens >= self.min_tokens)
         )

@@ -74,17 +74,7 @@ class Sampler:
         """Draw for float32 `logits` [len(requests), vocab]; they are as before afterwards.
 
         `before`: ids that come between each request's and the one to draw; none if None."""
-        if before is None:
-            before = [()] * len(requests)
-        keys = [request.key for request in requests]
-        rows = self._rows
-        if (
-            rows is None
-            or rows.keys != keys
-            or rows.before != before
-            or rows.device != logits.device
-        ):
-            rows = self._rows = _Rows(keys, requests, before, self._seen, logits.device)
+        rows = self._rows_of(requests, before, logits.device)
         edits = rows.edit(logits)
         if self._kernels:
             token_ids = draw(logits, rows.draws())
@@ -103,6 +93,26 @@ class Sampler:
             found = token_logprobs(raw, [drawn for _, drawn in chosen], alternatives)
             sampled.logprobs.update(zip(wanted, found, strict=True))
         return sampled
+
+    def draws(
+        self, requests: Sequence[Request], before: Sequence[Sequence[int]] | None = None
+    ) -> npt.NDArray[np.void]:
+        """What `sample` would draw by, for requests that take their logits as they are."""
+        return self._rows_of(requests, before, torch.device("cpu")).draws()
+
+    def _rows_of(
+        self,
+        requests: Sequence[Request],
+        before: Sequence[Sequence[int]] | None,
+        device: torch.device,
+    ) -> "_Rows":
+        if before is None:
+            before = [()] * len(requests)
+        keys = [request.key for request in requests]
+        rows = self._rows
+        if rows is None or rows.keys != keys or rows.before != before or rows.device != device:
+            rows = self._rows = _Rows(keys, requests, before, self._seen, device)
+        return rows
 
 
 class _Rows:

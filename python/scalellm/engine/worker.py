@@ -17,6 +17,8 @@ from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Generic, Protocol, Self, TypeVar
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from scalellm.engine.logprobs import TokenLogprobs, token_logprobs
@@ -72,6 +74,11 @@ class Executor(Protocol):
         """As `forward`, to the lowest id of each row's largest logit, None where that is not
         finite. None, and nothing is computed, where logits have to be written for it."""
 
+    def draw(self, batch: Batch, draws: npt.NDArray[np.void]) -> list[int | None] | None:
+        """As `forward`, to an id of each row as `draws` (of `scalellm.kernels.sampling.DRAW`) say,
+        each of temperature 0 or with a top_k of at most FEW_LOGITS, None where logits are not
+        finite. None, and nothing is computed, where logits have to be written for it."""
+
 
 @dataclass(frozen=True, slots=True)
 class Computed:
@@ -93,7 +100,12 @@ def compute(
         began = time.perf_counter()
         batch = Batch(step.spans)
         asked = _Asked(step, requests)
-        drawn = executor.greedy(batch) if asked.largest_only else None
+        drawn = None
+        if asked.largest_only:
+            drawn = executor.greedy(batch)
+        elif asked.few_only:
+            of_rows = [requests[i] for i in asked.sampling]
+            drawn = executor.draw(batch, sampler.draws(of_rows, asked.before))
         logits = executor.forward(batch) if drawn is None else None
         forward_ms = (time.perf_counter() - began) * 1e3
         sampled = Sampled.of(drawn or [])
@@ -123,6 +135,7 @@ class _Asked:
         self.prompt_rows: dict[int, range] = {}  # span -> rows for prompt logprobs
         self.has_drafts = False
         self.largest_only = True  # nothing but the ids of the largest logits
+        self.few_only = True  # nothing but draws from a few of the largest
         end_row = 0
         for i, (span, request) in enumerate(zip(step.spans, requests, strict=True)):
             token_ids, start, _, num_logits, _, drafts = span
@@ -145,6 +158,8 @@ class _Asked:
                 self.prompt_rows[i] = range(first_row, end_row)
             if self.largest_only and not request.takes_largest_logit:
                 self.largest_only = False
+            if self.few_only and not request.takes_few_logits:
+                self.few_only = False
 
 
 def _accepted(step: Step, asked: _Asked, sampled: Sampled) -> Computed:

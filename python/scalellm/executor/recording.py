@@ -10,6 +10,8 @@ for the step's tokens, or for those whose logits are asked for; a plan serves an
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -17,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from scalellm import _core
 from scalellm.executor.inputs import StepArrays
 from scalellm.kernels.attention import PackedKVCache, PackedStep
+from scalellm.kernels.sampling import DRAW
 from scalellm.layers.step import Step
 from scalellm.models.decoder import CausalLM
 
@@ -64,6 +67,19 @@ def greedy_ids(plan: _core.CpuPlan, arrays: StepArrays) -> list[int | None]:
 
     None where the largest is not finite. Raises ValueError for a step that contradicts itself."""
     return plan.greedy_ids(_at(arrays))
+
+
+def draw_ids(
+    plan: _core.CpuPlan, arrays: StepArrays, draws: npt.NDArray[np.void]
+) -> list[int | None]:
+    """Run a step and draw an id for each logit row as `draws` [logit rows] of
+    `scalellm.kernels.sampling.DRAW` say; no logits are written.
+
+    None where they are not finite. Raises ValueError for a step that contradicts itself, and for
+    draws that need more than the 64 largest logits."""
+    if draws.dtype != DRAW or draws.shape != arrays.logit_rows.shape:
+        raise ValueError(f"{draws.dtype} {draws.shape} for {len(arrays.logit_rows)} logit rows")
+    return plan.draw_ids(_at(arrays), np.ascontiguousarray(draws).ctypes.data)
 
 
 def _at(

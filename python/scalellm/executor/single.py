@@ -8,6 +8,8 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Self
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -18,7 +20,13 @@ from scalellm.executor.dry_step import dry_step_bytes, gpu_kv_budget
 from scalellm.executor.expert_use import ExpertTally, ExpertUse, ranks_of
 from scalellm.executor.gpu import GpuSteps, gpu_steps
 from scalellm.executor.inputs import StepArrays, build_arrays, build_step
-from scalellm.executor.recording import NotRecordableError, greedy_ids, logits_of, record
+from scalellm.executor.recording import (
+    NotRecordableError,
+    draw_ids,
+    greedy_ids,
+    logits_of,
+    record,
+)
 from scalellm.executor.seat import FOLLOWED, GREEDY, LOGITS, Seat
 from scalellm.kernels.attention import KVCache, PackedKVCache
 from scalellm.layers.shard import WHOLE, Shard
@@ -219,6 +227,23 @@ class SingleExecutor:
         began = time.perf_counter() if began is None else began
         prepare_ms = (time.perf_counter() - began) * 1e3
         ids = greedy_ids(self._plan, arrays)
+        self._look()
+        self.last_forward_ms = {"prepare": prepare_ms, **self._plan.times_ms()}
+        return ids
+
+    def draw(self, batch: Batch, draws: npt.NDArray[np.void]) -> list[int | None] | None:
+        """As `forward`, to an id of each row as `draws` [rows] of
+        `scalellm.kernels.sampling.DRAW` say: of temperature 0 or with a top_k of at most 64. None
+        for a row whose logits are not finite.
+
+        None, and nothing is computed, where logits would have to be written for it.
+        """
+        if self._plan is None or self._seat is not None:
+            return None
+        began = time.perf_counter()
+        arrays = self._arrays(batch)
+        prepare_ms = (time.perf_counter() - began) * 1e3
+        ids = draw_ids(self._plan, arrays, draws)
         self._look()
         self.last_forward_ms = {"prepare": prepare_ms, **self._plan.times_ms()}
         return ids

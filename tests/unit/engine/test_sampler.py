@@ -190,6 +190,29 @@ def test_when_the_largest_logit_is_all_that_is_asked_for(
     assert request_of(**{"temperature": 0.0, **more}).takes_largest_logit is largest
 
 
+@pytest.mark.parametrize(
+    ("more", "few"),
+    [
+        ({"temperature": 0.0}, True),
+        ({}, False),
+        ({"top_k": 64}, True),
+        ({"top_k": 65}, False),
+        ({"top_k": 65, "temperature": 0.0}, True),
+        ({"top_k": 20, "top_p": 0.9, "min_p": 0.1, "seed": 3}, True),
+        ({"top_p": 0.9}, False),
+        ({"top_k": 20, "presence_penalty": 0.1}, False),
+        ({"top_k": 20, "logit_bias": ((1, 1.0),)}, False),
+        ({"top_k": 20, "logprobs": 0}, False),
+        ({"top_k": 20, "prompt": [1, 2], "prompt_logprobs": 0}, False),
+        ({"top_k": 20, "min_tokens": 2, "output": [1]}, False),
+    ],
+)
+def test_when_a_few_of_the_largest_logits_are_all_that_is_asked_for(
+    more: dict[str, Any], few: bool
+) -> None:
+    assert request_of(**{"temperature": 1.0, **more}).takes_few_logits is few
+
+
 def test_a_row_does_not_depend_on_its_neighbours() -> None:
     rng = random.Random(5)
     requests = [random_request(rng, key, 2000) for key in range(40)]

@@ -8,7 +8,7 @@
 //! schedule     divides a product into tasks
 //! portable, avx2, avx512   the kernels of each level
 //! epilogue     from sums to outputs
-//! greedy       from sums to the most likely id
+//! likely       from sums to the most likely ids
 //! reduced      products whose groups are several processes'
 //! select       some rows of a packed weight as one of their own
 //! ```
@@ -27,8 +27,8 @@ mod avx2;
 #[cfg(target_arch = "x86_64")]
 mod avx512;
 mod epilogue;
-mod greedy;
 mod layout;
+mod likely;
 mod pack;
 mod portable;
 mod reduced;
@@ -44,8 +44,8 @@ mod sharing_tests;
 mod tests;
 
 pub use epilogue::Output;
-pub use greedy::{greedy, greedy_among};
 pub use layout::{Format, Layout, LinearError, Packed, VERSION};
+pub use likely::{Shortlist, greedy, greedy_among, shortlist};
 pub use pack::{Int4, pack, pack_int4};
 pub use reduced::reduced;
 pub(crate) use reduced::{finish, partial};

@@ -18,9 +18,11 @@ use parking_lot::Mutex;
 
 use crate::attention::{Batch, BatchError, Span};
 use crate::cpu::Cpu;
+use crate::linear::Shortlist;
 use crate::moe::{Used, Workspace};
 use crate::ranks::{RankLost, Ranks};
 use crate::rows::RowsMut;
+use crate::sampling::Draw;
 
 pub use buffers::{Element, Extent, View};
 pub use op::{Attention, AttentionViews, Division, Experts, ExpertsViews, Kind, Linear, Op, Table};
@@ -42,6 +44,14 @@ pub enum PlanError {
     LogitRow { row: i64, rows: usize },
     #[error("spans of {spans} rows, where the step has {rows} tokens")]
     Rows { spans: usize, rows: usize },
+    #[error("{draws} draws for {rows} logit rows, by {ranks} ranks")]
+    Draws {
+        draws: usize,
+        rows: usize,
+        ranks: usize,
+    },
+    #[error("draws that need more than the {} largest logits", Shortlist::MOST)]
+    Needed,
     #[error("{0}")]
     Rank(#[from] RankLost),
 }
@@ -64,6 +74,9 @@ pub enum Wanted<'a> {
     /// The largest logit of each and the lowest id that has it, as `linear::greedy` finds them:
     /// logits are not written then.
     Greedy(&'a mut [(f32, u32)]),
+    /// A token of each as the `Draw` says that belongs to it, where that needs no more logits than
+    /// a `linear::Shortlist` has: they are not written then. Not among ranks.
+    Tokens(&'a [Draw], &'a mut [Option<u32>]),
 }
 
 /// Operations, the buffers between them, and how long each kind took in the last step.
@@ -156,6 +169,9 @@ impl Plan {
         let (block_tokens, blocks) = self.blocks.unwrap_or((16, 0));
         let batch = Batch::new(step.spans, step.tables, block_tokens, blocks)?;
         self.check(step)?;
+        if let Wanted::Tokens(draws, tokens) = &wanted {
+            self.check_draws(step, draws, tokens)?;
+        }
         self.buffers
             .open(step.token_ids.len(), step.logit_rows.len());
         self.times = [Duration::ZERO; Kind::ALL.len()];
@@ -181,6 +197,27 @@ impl Plan {
             self.times[op.kind() as usize] += (ended - began).saturating_sub(exchanged);
             self.times[Kind::Exchange as usize] += exchanged;
             began = ended;
+        }
+        Ok(())
+    }
+
+    fn check_draws(
+        &self,
+        step: &Step,
+        draws: &[Draw],
+        tokens: &[Option<u32>],
+    ) -> Result<(), PlanError> {
+        let (draws_given, rows) = (draws.len(), step.logit_rows.len());
+        let ranks = self.ranks.as_ref().map_or(1, |ranks| ranks.lock().count());
+        if (draws_given, tokens.len(), ranks) != (rows, rows, 1) {
+            return Err(PlanError::Draws {
+                draws: draws_given,
+                rows,
+                ranks,
+            });
+        }
+        if draws.iter().any(|draw| draw.logits_needed().is_none()) {
+            return Err(PlanError::Needed);
         }
         Ok(())
     }

@@ -7,7 +7,7 @@ use crate::linear::{self, Layout, Output, Packed};
 use crate::moe::{self, Among, Expert, Workspace};
 use crate::ranks::{RankLost, Ranks};
 use crate::rows::Rows;
-use crate::{activation, embedding, norm, rotary};
+use crate::{activation, embedding, norm, rotary, sampling};
 
 use super::buffers::{Buffers, Element, Extent, View};
 use super::{Step, Wanted};
@@ -365,6 +365,9 @@ impl Op {
                     (Some(Wanted::Greedy(out)), None) => linear::greedy(cpu, x, &weight, out),
                     (Some(Wanted::Greedy(out)), Some(ranks)) => {
                         linear::greedy_among(cpu, ranks, x, &weight, *first, out)?;
+                    }
+                    (Some(Wanted::Tokens(draws, tokens)), _) => {
+                        sampling::draw_likely(cpu, x, &weight, draws, tokens);
                     }
                     (None, _) => {}
                 }

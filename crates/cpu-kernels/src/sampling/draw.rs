@@ -22,9 +22,9 @@ use crate::vectorise::vectorised;
 /// Ids of one group.
 const GROUP: usize = 512;
 /// Noise counters of ids; those of groups start at 0.
-const TOKEN_STREAM: u64 = 1 << 40;
+pub(super) const TOKEN_STREAM: u64 = 1 << 40;
 /// Temperatures below are zero: the largest score is taken.
-const GREEDY_BELOW: f64 = 1e-5;
+pub(super) const GREEDY_BELOW: f64 = 1e-5;
 
 /// How a row's token is chosen.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -129,7 +129,7 @@ pub(super) struct Scaled {
 }
 
 impl Scaled {
-    fn new(best: f32, temperature: f32) -> Self {
+    pub(super) fn new(best: f32, temperature: f32) -> Self {
         Self {
             best,
             temperature,
@@ -326,8 +326,8 @@ vectorised! {
 }
 
 /// The largest sum of a score and its noise so far.
-struct Largest {
-    id: usize,
+pub(super) struct Largest {
+    pub(super) id: usize,
     value: f64,
 }
 
@@ -343,7 +343,7 @@ impl Default for Largest {
 impl Largest {
     /// Noise is only computed where it could matter.
     #[inline(always)]
-    fn offer(&mut self, id: usize, score: f64, bits: u64) {
+    pub(super) fn offer(&mut self, id: usize, score: f64, bits: u64) {
         if score + gumbel_at_most(bits) > self.value {
             let value = score + gumbel(bits);
             if value > self.value {

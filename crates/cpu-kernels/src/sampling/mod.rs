@@ -5,6 +5,7 @@
 //! noise      a pure function of (seed, choice, output index) and a counter
 //! top_p      which ids top_k and top_p keep
 //! draw       temperature, top_k, top_p, min_p and the choice
+//! likely     the same from the largest logits alone, which are not written
 //! logprobs   log-probabilities, ranks and the most likely tokens
 //! ```
 //!
@@ -12,6 +13,9 @@
 //! keeps, since for top_p one sum tells of an id whether it is kept.
 
 mod draw;
+mod likely;
+#[cfg(test)]
+mod likely_tests;
 mod logprobs;
 mod noise;
 mod peak;
@@ -20,5 +24,6 @@ mod tests;
 mod top_p;
 
 pub use draw::{Draw, draw};
+pub use likely::draw_likely;
 pub use logprobs::{TokenLogprobs, logprobs};
 pub use noise::row_key;

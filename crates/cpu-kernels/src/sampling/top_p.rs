@@ -35,6 +35,18 @@ impl Kept {
         });
         Candidates(&mut candidates[..found])
     }
+
+    /// As `gather`, of ids and scores.
+    pub(super) fn among<'a>(
+        scores: &[(f32, u32)],
+        scaled: Scaled,
+        candidates: &'a mut [u64],
+    ) -> Candidates<'a> {
+        for (into, &(score, id)) in candidates.iter_mut().zip(scores) {
+            *into = candidate(id as usize, scaled.of(score));
+        }
+        Candidates(&mut candidates[..scores.len()])
+    }
 }
 
 /// A candidate in one number: ascending numbers are descending scores, and ascending ids on ties.
@@ -43,26 +55,32 @@ fn candidate(id: usize, scaled: f32) -> u64 {
     u64::from(scaled.abs().to_bits()) << 32 | id as u64
 }
 
-fn mass_of(candidates: &[u64]) -> f64 {
-    let scaled = |candidate: u64| -f64::from(f32::from_bits((candidate >> 32) as u32));
-    candidates
-        .iter()
-        .map(|&candidate| scaled(candidate).exp())
-        .sum()
+/// e^scaled.
+fn mass(candidate: u64) -> f64 {
+    (-f64::from(f32::from_bits((candidate >> 32) as u32))).exp()
 }
 
 /// Ids in no order.
 pub(super) struct Candidates<'a>(&'a mut [u64]);
 
 impl Candidates<'_> {
-    /// Of the k best, and ties with the last, the fewest that reach `share` of their mass.
+    /// Of the k best, and ties with the last, the fewest that reach `share` of their mass: what
+    /// else is among the candidates makes no difference.
     pub(super) fn top(self, k: usize, share: f64) -> Kept {
         let kept = keep_top_k(self.0, k);
-        if share < 1.0 {
-            let mass = share * mass_of(kept);
-            return keep_mass(kept, mass);
+        if share >= 1.0 {
+            return Kept(kept.iter().copied().max().unwrap_or(0));
         }
-        Kept(kept.iter().copied().max().unwrap_or(0))
+        kept.sort_unstable();
+        let wanted = share * kept.iter().copied().map(mass).sum::<f64>();
+        let mut before = 0.0;
+        let is_kept = |&candidate: &u64| {
+            let kept = before < wanted;
+            before += mass(candidate);
+            kept
+        };
+        let count = kept.iter().copied().take_while(is_kept).count();
+        Kept(kept.get(count.max(1) - 1).copied().unwrap_or(0))
     }
 }
 
@@ -81,25 +99,4 @@ fn keep_top_k(candidates: &mut [u64], k: usize) -> &mut [u64] {
         }
     }
     &mut candidates[..kept]
-}
-
-/// The best ones, until those before the next have at least `mass`; at least one.
-fn keep_mass(candidates: &mut [u64], mass: f64) -> Kept {
-    // All before `low` are kept and have `before`; none from `high` on is.
-    let (mut low, mut high) = (0, candidates.len());
-    let mut before = 0.0;
-    while low < high {
-        let middle = low + (high - low) / 2;
-        candidates[low..high].select_nth_unstable(middle - low);
-        // The middle one is kept if those before it have less than `mass`.
-        let reached = before + mass_of(&candidates[low..middle]);
-        if reached < mass {
-            before = reached + mass_of(&candidates[middle..=middle]);
-            low = middle + 1;
-        } else {
-            high = middle;
-        }
-    }
-    let kept = &candidates[..low.max(1).min(candidates.len())];
-    Kept(kept.iter().copied().max().unwrap_or(0))
 }
