@@ -12,6 +12,13 @@
 //! what this gateway has sent and not seen answered (exact, but its own alone). What a step costs, engines
 //! measure themselves; of one that does not say, prompts that finished tell its speed. Either is drawn
 //! towards the fleet's median as it ages, so that a replica that was slow once is tried again.
+//!
+//! Engines fit a step's cost to their last few dozen steps, and fits of equal replicas differ by a tenth or
+//! two: taken at their word, one of them would get most of a burst. So replicas of one shape count as equal
+//! until one is predicted to be `LIKE` times as slow as the one in the middle, and as what it says from
+//! `UNLIKE` times on.
+
+use std::collections::BTreeMap;
 
 use crate::candidate::{Candidate, StepCost};
 use crate::estimate::{Estimate, trust};
@@ -22,6 +29,12 @@ const UNKNOWN_SPEED: f64 = 1.0;
 const STEPS_PER_SLOT: f64 = 16.0;
 /// Output of a request while none has been seen to end.
 const USUAL_OUTPUT_TOKENS: f64 = 128.0;
+/// How much slower or faster a replica's steps are predicted to be before it counts as another kind, a little
+/// and wholly.
+const LIKE: f64 = 1.25;
+const UNLIKE: f64 = 1.5;
+/// Of a prompt, in a step by which replicas are compared.
+const PART_TOKENS: f64 = 32.0;
 /// Slots of an engine that does not tell.
 const UNKNOWN_SLOTS: f64 = 256.0;
 
@@ -128,17 +141,20 @@ impl Predictor {
                 output_tokens,
             };
         };
+        let middles = middles(candidates);
         let costs = candidates
             .iter()
             .map(|candidate| {
-                if !candidate.cost.is_measured() {
+                let middle = middles.get(&candidate.tensor_parallel_size);
+                let (true, Some(middle)) = (candidate.cost.is_measured(), middle) else {
                     return typical;
-                }
+                };
                 let age_ms = self
                     .replicas
                     .get(candidate.index)
                     .map_or(0.0, |measured| now_ms - measured.steps_at_ms);
-                typical.between(&candidate.cost, trust(age_ms))
+                let own = middle.between(&candidate.cost, unlike(candidate, middle));
+                typical.between(&own, trust(age_ms))
             })
             .collect();
         Costs {
@@ -238,6 +254,29 @@ pub(crate) fn slots(candidate: &Candidate) -> f64 {
         0 => UNKNOWN_SLOTS,
         slots => f64::from(slots),
     }
+}
+
+/// The cost in the middle of what replicas of each shape tell.
+fn middles(candidates: &[Candidate]) -> BTreeMap<u32, StepCost> {
+    let mut told: BTreeMap<u32, Vec<&StepCost>> = BTreeMap::new();
+    for candidate in candidates.iter().filter(|one| one.cost.is_measured()) {
+        let shape = candidate.tensor_parallel_size;
+        told.entry(shape).or_default().push(&candidate.cost);
+    }
+    told.iter()
+        .filter_map(|(shape, told)| Some((*shape, median(told)?)))
+        .collect()
+}
+
+/// Whether a candidate is of another kind than the replica in the middle, from 0 to 1: by the step that it would run
+/// next, and a part of a prompt.
+fn unlike(candidate: &Candidate, middle: &StepCost) -> f64 {
+    let context = candidate.context_tokens as f64;
+    let next_ms = |cost: &StepCost| {
+        cost.prefill_ms(PART_TOKENS, 0.0) + cost.decode_ms(candidate.requests() + 1.0, context)
+    };
+    let ratio = (next_ms(&candidate.cost) / next_ms(middle)).ln().abs();
+    ((ratio - LIKE.ln()) / (UNLIKE.ln() - LIKE.ln())).clamp(0.0, 1.0)
 }
 
 /// The cost that is in the middle by what a prompt's token takes.

@@ -1,5 +1,5 @@
 use proptest::prelude::*;
-use scalellm_routing::{Candidate, Policy, Request, Router};
+use scalellm_routing::{Candidate, Policy, Request, Router, StepCost};
 
 use crate::support::{candidates, idle, prompt_of};
 
@@ -206,4 +206,37 @@ proptest! {
         let pick = policy.pick(&[Candidate { step_ms, running: 3, ..idle(0) }, idle(1)], &prompt_of(10), 1.0).unwrap();
         prop_assert!(pick.predicted_ms.is_finite());
     }
+}
+
+/// How many of a burst each of two replicas gets whose engines have fitted these costs.
+fn shares(costs: [StepCost; 2], burst: usize) -> [usize; 2] {
+    let mut policy = router();
+    let mut sent = [0; 2];
+    for _ in 0..burst {
+        let fleet = [0, 1].map(|index| Candidate {
+            cost: costs[index],
+            own_requests: sent[index],
+            own_tokens: 128 * sent[index],
+            ..idle(index)
+        });
+        let choice = policy.pick(&fleet, &prompt_of(128), 0.0);
+        sent[choice.map_or(0, |choice| choice.index)] += 1;
+    }
+    sent
+}
+
+#[test]
+fn replicas_whose_fits_differ_a_little_are_equal_and_slow_ones_are_slow() {
+    // Of two engines of one core each, after four requests.
+    let cost = |fixed_ms, token_ms, attended_ms| StepCost {
+        fixed_ms,
+        token_ms,
+        attended_ms,
+        request_ms: 0.0,
+    };
+    let measured = [cost(35.0, 1.67, 0.0048), cost(32.0, 1.16, 0.021)];
+    assert_eq!(shares(measured, 12), [6, 6]);
+    let slow = cost(105.0, 5.0, 0.0144);
+    let [quick, slow] = shares([measured[0], slow], 100);
+    assert!(slow > 0 && quick > 2 * slow, "{quick} and {slow}");
 }
