@@ -84,6 +84,14 @@ def add_levels(parser: argparse.ArgumentParser) -> "argparse._ArgumentGroup":
     load.add_argument(
         "--duration", type=float, metavar="S", dest="bench_duration", help="of each level"
     )
+    load.add_argument(
+        "--ramp",
+        type=float,
+        default=0.0,
+        metavar="S",
+        dest="bench_ramp",
+        help="with --concurrency: clients begin evenly over this time; default: all at once",
+    )
     return load
 
 
@@ -95,14 +103,6 @@ def _add_load(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         dest="bench_warmup",
         help="requests sent and forgotten before each level; default: one a client, at most 16",
-    )
-    load.add_argument(
-        "--ramp",
-        type=float,
-        default=0.0,
-        metavar="S",
-        dest="bench_ramp",
-        help="with --concurrency: clients begin evenly over this time; default: all at once",
     )
     load.add_argument(
         "--timeout", type=float, default=60.0, metavar="S", dest="bench_timeout", help="default: 60"

@@ -40,7 +40,6 @@ _NO_ENDPOINT: dict[str, Any] = {
     "bench_prompt_file": None,
     "bench_timeout": 60.0,
     "bench_warmup": 0,
-    "bench_ramp": 0.0,
     "bench_repeat": 1,
     "bench_precision": 0.05,
     "bench_find_max": False,
@@ -210,6 +209,7 @@ class _Load:
                 level.duration_s,
                 self._max_tokens,
                 workload.seed,
+                level.ramp_s,
             )
         levels = day(level) if self._day else [level]
         return Open([(one, workload) for one in levels], self._max_tokens)

@@ -127,7 +127,8 @@ class Open:
 
 
 class Closed:
-    """`clients` of them, each with one request at a time, until so many have been sent."""
+    """`clients` of them, each with one request at a time, until so many have been sent; they begin
+    evenly over `ramp_s`."""
 
     def __init__(
         self,
@@ -137,6 +138,7 @@ class Closed:
         span_s: float | None,
         max_tokens: int,
         seed: int = 0,
+        ramp_s: float = 0.0,
     ) -> None:
         if requests is None and span_s is None:
             raise ConfigError("a closed loop needs a number of requests or a duration")
@@ -144,6 +146,7 @@ class Closed:
         self._clients = clients
         self._left = requests
         self._until_ms = float("inf") if span_s is None else 1e3 * span_s
+        self._ramp_ms = 1e3 * ramp_s
         self._speller = Speller(max_tokens)
         self._random = np.random.default_rng(seed)
         self._drawn: list[RequestShape] = []
@@ -169,7 +172,10 @@ class Closed:
         return [_send(at_ms, self._next(), self._speller, client)]
 
     def first(self) -> list[Send]:
-        return [send for client in range(self._clients) for send in self._one(0.0, client)]
+        gap_ms = self._ramp_ms / self._clients
+        return [
+            send for client in range(self._clients) for send in self._one(gap_ms * client, client)
+        ]
 
     def followers(self, send: Send, answer_ids: Sequence[int], now_ms: float) -> list[Send]:
         following = _next_turn(send, answer_ids, now_ms, self._speller)
