@@ -52,6 +52,7 @@ COLUMNS = (
     ("p99 at twice the load, refused", ("overload_p99_ratio", "overload_refused_share")),
     ("MiB idle, after those", ("idle_mib", "after_big_mib")),
     ("KiB a held stream", ("held_kib",)),
+    ("MiB left of all 5 s later", ("held_left_mib",)),
     ("ready s", ("ready_s",)),
     ("failed", ("failed",)),
 )

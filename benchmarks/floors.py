@@ -86,7 +86,7 @@ def floor_tables(
     )
     lines = [
         about,
-        f"Medians, begun {record.started}, with\n\n    {record.command}\n",
+        f"Medians (and lowest to highest), begun {record.started}, with\n\n    {record.command}\n",
         "| system | weights | open | TTFT ms | floor | TBT ms | floor | tok/s | floor | share |",
         "|---|---|" + "---:|" * 8,
         *(
@@ -112,7 +112,7 @@ def _row(record: Record, system: System, level: int, ceilings: Ceilings) -> str:
         milliseconds(floor.ttft_ms),
         milliseconds(tbt),
         milliseconds(floor.tbt_ms),
-        milliseconds(rate),
+        _with_spread(_found(record, system.name, level, "tok/s")),
         milliseconds(floor.output_tok_s),
         share,
     ]
@@ -173,12 +173,25 @@ def _levels(record: Record, name: str) -> list[int]:
 
 
 def _median(record: Record, name: str, level: int, measure: str) -> float | None:
+    found = _found(record, name, level, measure)
+    return statistics.median(found) if found else None
+
+
+def _found(record: Record, name: str, level: int, measure: str) -> list[float]:
+    """One number for each repeat."""
     number = _NUMBERS[measure]
-    found = [
+    return [
         value
         for one in record.samples
         if (one.system, one.concurrency) == (name, level)
         and one.completed
         and (value := number(one)) is not None
     ]
-    return statistics.median(found) if found else None
+
+
+def _with_spread(found: Sequence[float]) -> str:
+    """The median, and the lowest and highest of several."""
+    if len(found) < 2:
+        return milliseconds(found[0] if found else None)
+    middle, low, high = (milliseconds(f(found)) for f in (statistics.median, min, max))
+    return f"{middle} ({low} to {high})"

@@ -6,7 +6,7 @@ added     constant arrivals; end to end, less the same load sent to the endpoint
 big       closed loop of 16, prompts of 220 KB, each new
 beside    p99 of small requests while those run, over their p99 alone
 overload  64 places before an engine of 20 ms: p99 at twice the load, over that at 80%
-held      streams that are open at once with a token a second
+held      streams that are open at once with a token a second; what is left of their memory later
 """
 
 import json
@@ -34,6 +34,7 @@ _RATES, _HEADROOM, _HELD_SHARE = (2000, 5000, 10_000), 1.1, 0.95
 _BESIDE_RATE = 200
 _LIMITED_TTFT_MS = 20.0
 _LOOK_EVERY_S = 0.2
+_LEFT_AFTER_S = 5.0
 _MIB = 1 << 20
 
 Prompt = Mapping[str, str]
@@ -75,6 +76,7 @@ class Figures:
     big_request_s: float | None = None
     after_big_mib: float | None = None
     held_kib: float | None = None
+    held_left_mib: float | None = None
     idle_mib: float | None = None
     ready_s: float | None = None
     failed: int = 0
@@ -256,7 +258,7 @@ def _overload(found: Figures, server: Running, bench: Bench) -> Figures:
 
 
 def _held(found: Figures, server: Running, bench: Bench) -> Figures:
-    """The most that was seen while they were open, less what was there before."""
+    """The most that was there while they were open, and a while later, less what was before."""
     number = bench.amounts.held
     before = server.processes.pss_bytes()
     rows: list[Row] = []
@@ -275,7 +277,10 @@ def _held(found: Figures, server: Running, bench: Bench) -> Figures:
         holding.join(_LOOK_EVERY_S)
     if not rows:
         raise PeerError("the load of held streams failed")
-    return _plus(found, rows[0], held_kib=(most - before) / number / 1024)
+    time.sleep(_LEFT_AFTER_S)
+    left_mib = (server.processes.pss_bytes() - before) / _MIB
+    held_kib = (most - before) / number / 1024
+    return _plus(found, rows[0], held_kib=held_kib, held_left_mib=left_mib)
 
 
 def _costed(

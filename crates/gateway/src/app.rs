@@ -1,7 +1,7 @@
 //! What all requests share.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering::SeqCst};
+use std::sync::atomic::{AtomicUsize, Ordering::Relaxed, Ordering::SeqCst};
 
 use parking_lot::RwLock;
 use scalellm_accounts::Accounts;
@@ -55,6 +55,8 @@ pub struct App {
     phase: watch::Sender<Phase>,
     /// HTTP requests whose response has not ended.
     in_flight: AtomicUsize,
+    /// Since somebody asked last.
+    most_in_flight: AtomicUsize,
     /// Of [`Self::in_flight`], that it became zero.
     became_idle: Notify,
 }
@@ -88,6 +90,7 @@ impl App {
             recent: RecentRequests::new(),
             phase: watch::Sender::new(Phase::Serving),
             in_flight: AtomicUsize::new(0),
+            most_in_flight: AtomicUsize::new(0),
             became_idle: Notify::new(),
             metrics,
             changes,
@@ -137,7 +140,8 @@ impl App {
     }
 
     pub fn request_started(&self) {
-        self.in_flight.fetch_add(1, SeqCst);
+        let before = self.in_flight.fetch_add(1, SeqCst);
+        self.most_in_flight.fetch_max(before + 1, Relaxed);
     }
 
     pub fn request_ended(&self) {
@@ -149,6 +153,11 @@ impl App {
     #[must_use]
     pub fn in_flight(&self) -> usize {
         self.in_flight.load(SeqCst)
+    }
+
+    /// The most requests that were in flight at once since this was asked last.
+    pub fn take_most_in_flight(&self) -> usize {
+        self.most_in_flight.swap(self.in_flight(), Relaxed)
     }
 
     pub async fn idle(&self) {

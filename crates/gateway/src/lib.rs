@@ -41,6 +41,7 @@ pub mod fuzzing;
 mod gen_ai;
 mod generation;
 mod log;
+mod memory;
 mod metering;
 mod metrics;
 mod observe;

@@ -24,6 +24,7 @@ use crate::app::{App, Phase};
 use crate::config::Config;
 use crate::connection::{ClientSocket, ConnectionState};
 use crate::error::GatewayError;
+use crate::memory;
 use crate::socket::Socket;
 
 const MAX_HEAD_BYTES: usize = 64 << 10;
@@ -127,6 +128,8 @@ pub async fn run(app: Arc<App>, listeners: Listeners, router: Router) {
     {
         let drained = drained(&app);
         tokio::pin!(drained);
+        let give_back = memory::give_back(&app);
+        tokio::pin!(give_back);
         let places = Arc::new(Semaphore::new(
             app.live()
                 .config
@@ -140,6 +143,7 @@ pub async fn run(app: Arc<App>, listeners: Listeners, router: Router) {
             };
             tokio::select! {
                 () = &mut drained => break,
+                () = &mut give_back => {}
                 Some(_) = connections.join_next() => {}
                 (accepted, place) = accept => match accepted {
                     Ok(arrived) => {
