@@ -11,12 +11,16 @@ const LOOK_EVERY: Duration = Duration::from_secs(2);
 /// Fewer requests at once hold nothing worth the trouble.
 const MANY: usize = 8;
 
-/// Looks at the load for ever: where it has fallen to half of what it was or less, unused memory goes back.
+/// Looks at the load for ever: where the most at once has fallen to half of what it was or less, unused memory goes
+/// back.
 pub async fn give_back(app: &App) {
+    let mut before = 0;
     loop {
         tokio::time::sleep(LOOK_EVERY).await;
         let most = app.take_most_in_flight();
-        if most >= MANY && most >= 2 * app.in_flight() {
+        let has_fallen = before >= MANY && before >= 2 * most;
+        before = most;
+        if has_fallen {
             // It takes milliseconds, in which the sockets' threads have better things to do.
             let _ = tokio::task::spawn_blocking(collect).await;
         }

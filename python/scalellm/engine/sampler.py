@@ -95,10 +95,11 @@ class Sampler:
         return sampled
 
     def draws(
-        self, requests: Sequence[Request], before: Sequence[Sequence[int]] | None = None
+        self, requests: Sequence[Request], before: Sequence[Sequence[int]], device: torch.device
     ) -> npt.NDArray[np.void]:
-        """What `sample` would draw by, for requests that take their logits as they are."""
-        return self._rows_of(requests, before, torch.device("cpu")).draws()
+        """What `sample` would draw by from logits on `device`, for requests that take them as they
+        are."""
+        return self._rows_of(requests, before, device).draws()
 
     def _rows_of(
         self,

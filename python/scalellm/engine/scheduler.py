@@ -10,8 +10,8 @@ One step, in this order:
  2. Running prompts go on, in chunks that keep the step within its tokens and its predicted time.
  3. Waiting requests are admitted while blocks, tokens and time are left; those that are more
     important than a running prompt, or go on in the middle of an answer, come before its chunk.
-The step's first chunk takes at least the time of `FLOOR_CHUNK_TOKENS` at a sequence's beginning: so
-prompts always advance, and the more context one has, the fewer its tokens beside streams.
+The step's first chunk is never below `FLOOR_CHUNK_TOKENS`, so prompts always advance; beside
+streams, not below what takes the time of as many without context: the more context, the fewer.
 
 When blocks run out. A running sequence takes blocks one at a time as it grows; nothing is reserved.
 When none is left, the last running request by `Request.order` gives up its blocks and is
@@ -38,6 +38,7 @@ from scalellm.engine.step_time import StepShape, StepTime
 from scalellm.engine.waiting import Deadlines, WaitingQueue
 
 FLOOR_CHUNK_TOKENS = 32
+_LEAST_CHUNK_TOKENS = 4  # however much context: a prompt is not to wait for ever
 # Of the whole step's budget, for an answer that another replica began: its client's pause ends when
 # it is computed, and lasts as many steps as it is cut into.
 _RESUMED_SHARE = 0.5
@@ -332,7 +333,10 @@ class Scheduler:
             budget_ms = max(budget_ms, _RESUMED_SHARE * self.limits.step_budget_ms)
         by_time = self.step_time.largest_chunk(plan.shape, start, budget_ms)
         tokens = min(limit, by_time)
-        floor = self.step_time.as_long_as(FLOOR_CHUNK_TOKENS, start)
+        floor = FLOOR_CHUNK_TOKENS
+        if len(plan.keys) > plan.num_chunks:  # streams wait for it
+            as_long = self.step_time.as_long_as(FLOOR_CHUNK_TOKENS, start)
+            floor = max(_LEAST_CHUNK_TOKENS, as_long)
         least = min(limit if plan.num_chunks == 0 else remaining, floor)
         if tokens < least:
             return least if plan.num_chunks == 0 else 0

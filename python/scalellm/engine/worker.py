@@ -105,7 +105,7 @@ def compute(
             drawn = executor.greedy(batch)
         elif asked.few_only:
             of_rows = [requests[i] for i in asked.sampling]
-            drawn = executor.draw(batch, sampler.draws(of_rows, asked.before))
+            drawn = executor.draw(batch, sampler.draws(of_rows, asked.before, executor.device))
         logits = executor.forward(batch) if drawn is None else None
         forward_ms = (time.perf_counter() - began) * 1e3
         sampled = Sampled.of(drawn or [])

@@ -77,9 +77,10 @@ def draw_ids(
 
     None where they are not finite. Raises ValueError for a step that contradicts itself, and for
     draws that need more than the 64 largest logits."""
-    if draws.dtype != DRAW or draws.shape != arrays.logit_rows.shape:
+    whole = draws.dtype == DRAW and draws.flags.c_contiguous
+    if not whole or draws.shape != arrays.logit_rows.shape:
         raise ValueError(f"{draws.dtype} {draws.shape} for {len(arrays.logit_rows)} logit rows")
-    return plan.draw_ids(_at(arrays), np.ascontiguousarray(draws).ctypes.data)
+    return plan.draw_ids(_at(arrays), draws.ctypes.data)
 
 
 def _at(

@@ -172,10 +172,9 @@ class Closed:
         return [_send(at_ms, self._next(), self._speller, client)]
 
     def first(self) -> list[Send]:
-        gap_ms = self._ramp_ms / self._clients
-        return [
-            send for client in range(self._clients) for send in self._one(gap_ms * client, client)
-        ]
+        clients = self._clients if self._left is None else min(self._clients, self._left)
+        gap_ms = self._ramp_ms / max(1, clients)
+        return [send for client in range(clients) for send in self._one(gap_ms * client, client)]
 
     def followers(self, send: Send, answer_ids: Sequence[int], now_ms: float) -> list[Send]:
         following = _next_turn(send, answer_ids, now_ms, self._speller)

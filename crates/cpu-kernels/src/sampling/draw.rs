@@ -223,8 +223,8 @@ fn truncated(
     };
     if draw.top_k > 0 {
         let from = reached_by(own.peaks, draw.top_k.min(vocab), own.others);
-        let found = Kept::gather(scores, own.peaks, scaled, from, own.candidates);
-        return row.best(first, from, found.top(draw.top_k, draw.top_p));
+        let found = Kept::gather(scores, own.peaks, from, own.candidates);
+        return row.best(first, from, found.top(draw.top_k, draw.top_p, scaled));
     }
     let total: f64 = own.masses.iter().map(|&mass| f64::from(mass)).sum();
     let wanted = draw.top_p * total;
@@ -273,7 +273,7 @@ impl Noisy<'_> {
             }
             for (id, &score) in (first..).zip(scores) {
                 let scaled = self.scaled.of(score);
-                if kept.has(id, scaled) && f64::from(scaled) >= self.least {
+                if kept.has(id, score, scaled) && f64::from(scaled) >= self.least {
                     let noise = bits(self.key, id as u64 + TOKEN_STREAM);
                     best.offer(id, scaled.into(), noise);
                 }

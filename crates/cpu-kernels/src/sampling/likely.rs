@@ -60,9 +60,13 @@ fn choose(list: &Shortlist, draw: &Draw) -> Option<u32> {
         return None;
     }
     let logits = list.logits();
-    let &(best, first) = logits
-        .iter()
-        .min_by(|a, b| b.0.total_cmp(&a.0).then(a.1.cmp(&b.1)))?;
+    let &(best, first) = logits.iter().reduce(|a, b| {
+        if b.0 > a.0 || (b.0 == a.0 && b.1 < a.1) {
+            b
+        } else {
+            a
+        }
+    })?;
     if best == f32::NEG_INFINITY {
         return None;
     }
@@ -71,14 +75,14 @@ fn choose(list: &Shortlist, draw: &Draw) -> Option<u32> {
     }
     let scaled = Scaled::new(best, draw.temperature as f32);
     let mut candidates = vec![0; logits.len()];
-    let kept = Kept::among(logits, scaled, &mut candidates).top(draw.top_k, draw.top_p);
+    let kept = Kept::among(logits, &mut candidates).top(draw.top_k, draw.top_p, scaled);
     let least = draw.min_p.ln();
     let noise = |id: u32| bits(draw.key, u64::from(id) + TOKEN_STREAM);
     let mut chosen = Largest::default();
     chosen.offer(first as usize, 0.0, noise(first));
     for &(logit, id) in logits {
         let scaled = scaled.of(logit);
-        if kept.has(id as usize, scaled) && f64::from(scaled) >= least {
+        if kept.has(id as usize, logit, scaled) && f64::from(scaled) >= least {
             chosen.offer(id as usize, scaled.into(), noise(id));
         }
     }

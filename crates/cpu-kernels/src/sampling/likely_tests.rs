@@ -107,6 +107,38 @@ fn tokens_are_those_of_written_logits() {
 }
 
 #[test]
+fn scores_that_only_scaling_makes_equal_are_not_ties() {
+    let mut random = StdRng::seed_from_u64(7);
+    // A column of ones beside numbers of 1e-3: logits a few units in the last place apart, far
+    // below one that makes differences to it coarse.
+    let n = 600;
+    let mut weight = vec![bf16::ZERO; n * K];
+    for (row, weight) in weight.chunks_exact_mut(K).enumerate() {
+        weight[0] = if row == 5 {
+            bf16::from_f32(300.0)
+        } else {
+            bf16::ONE
+        };
+        weight[1] = bf16::from_f32(random.random_range(-1.0..1.0) * 2_f32.powi(-16));
+    }
+    let draws: Vec<Draw> = (0..200)
+        .map(|index| Draw {
+            temperature: 1000.0,
+            top_k: 1 + index % Shortlist::MOST,
+            top_p: if index % 2 == 0 { 1.0 } else { 0.7 },
+            min_p: 0.0,
+            key: row_key(4, 0, index as u64),
+        })
+        .collect();
+    let mut x = vec![bf16::ZERO; draws.len() * K];
+    x.chunks_exact_mut(K).for_each(|x| x[..2].fill(bf16::ONE));
+    for mut cpu in cpus() {
+        let [right, found] = both(&mut cpu, Format::Bf16, &weight, &x, &draws);
+        assert_eq!(found, right);
+    }
+}
+
+#[test]
 fn a_row_that_is_not_finite_has_no_token_and_others_keep_theirs() {
     let mut random = StdRng::seed_from_u64(6);
     let weight = numbers(&mut random, 700 * K);

@@ -36,8 +36,9 @@ fn kept(scores: &[f32], draw: &Draw) -> Vec<usize> {
     let mut ids: Vec<usize> = (0..scores.len()).collect();
     ids.sort_by(|a, b| scaled(b).total_cmp(&scaled(a)));
     if draw.top_k > 0 && draw.top_k < ids.len() {
-        let last = scaled(&ids[draw.top_k - 1]);
-        ids.retain(|id| scaled(id) >= last);
+        let mut falling: Vec<f32> = scores.to_vec();
+        falling.sort_by(|a, b| b.total_cmp(a));
+        ids.retain(|id| scores[*id] >= falling[draw.top_k - 1]);
     }
     let total: f64 = ids.iter().map(|id| scaled(id).exp()).sum();
     let mut before = 0.0;
