@@ -135,7 +135,7 @@ class _Asked:
         self.prompt_rows: dict[int, range] = {}  # span -> rows for prompt logprobs
         self.has_drafts = False
         self.largest_only = True  # nothing but the ids of the largest logits
-        self.few_only = True  # nothing but draws from a few of the largest
+        self.few_only = True  # no more than draws from a few of the largest
         end_row = 0
         for i, (span, request) in enumerate(zip(step.spans, requests, strict=True)):
             token_ids, start, _, num_logits, _, drafts = span
@@ -156,10 +156,9 @@ class _Asked:
                 request.prompt_logprobs is not None and request.wants_prompt_logprobs
             ):
                 self.prompt_rows[i] = range(first_row, end_row)
-            if self.largest_only and not request.takes_largest_logit:
+            if self.few_only and not request.takes_largest_logit:
                 self.largest_only = False
-            if self.few_only and not request.takes_few_logits:
-                self.few_only = False
+                self.few_only = request.takes_few_logits
 
 
 def _accepted(step: Step, asked: _Asked, sampled: Sampled) -> Computed:
