@@ -10,6 +10,7 @@
 
 mod buffers;
 mod op;
+mod run;
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
