@@ -16,6 +16,7 @@ use scalellm_cpu_kernels::cpu::Cpu;
 use scalellm_cpu_kernels::level::Level;
 use scalellm_cpu_kernels::linear::Packed;
 use scalellm_cpu_kernels::moe::{self, Among, Expert, Workspace};
+use scalellm_cpu_kernels::norm::RmsNorm;
 use scalellm_cpu_kernels::rows::{Rows, RowsMut};
 use scalellm_cpu_kernels::{norm, rotary};
 
@@ -211,7 +212,8 @@ fn cpu_rms_norm(py: Python<'_>, x: RowsAt, weight: SliceAt, eps: f32, out: usize
         unsafe {
             let x = Rows::from_raw(x.0 as *const bf16, x.1, width, x.2.max(width));
             let out = RowsMut::from_raw(out as *mut bf16, x.rows(), width, width);
-            norm::rms_norm(cpu, x, slice(weight), eps, out);
+            let weight = slice(weight);
+            norm::rms_norm(cpu, x, RmsNorm { weight, eps }, out);
         }
     })
 }

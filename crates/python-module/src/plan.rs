@@ -6,8 +6,8 @@ use pyo3::prelude::*;
 use pyo3::types::PyDict;
 use scalellm_cpu_kernels::bf16;
 use scalellm_cpu_kernels::plan::{
-    Attention, AttentionViews, Division, Element, Experts, ExpertsViews, Extent, Linear, Op, Plan,
-    PlanError, Step, Table, View, Wanted,
+    Attention, AttentionViews, Division, Element, Experts, ExpertsViews, Extent, Linear, Norm, Op,
+    Plan, PlanError, Step, Table, View, Wanted,
 };
 use scalellm_cpu_kernels::rows::RowsMut;
 
@@ -143,8 +143,10 @@ impl CpuPlan {
     fn rms_norm(&mut self, x: ViewAt, weight: usize, eps: f32, out: ViewAt) -> PyResult<()> {
         self.push(Op::RmsNorm {
             x: view(x),
-            weight: weight as *const bf16,
-            eps,
+            norm: Norm {
+                weight: weight as *const bf16,
+                eps,
+            },
             out: view(out),
         })
     }
@@ -168,7 +170,9 @@ impl CpuPlan {
         let linear = matrix(&code, weight, bias)?;
         self.push(Op::Linear {
             x: view(x),
+            norm: None,
             linear,
+            residual: None,
             out: view(out),
         })
     }
@@ -186,6 +190,7 @@ impl CpuPlan {
         self.push(Op::Reduced {
             x: view(x),
             linear,
+            residual: None,
             out: view(out),
         })
     }
@@ -271,8 +276,8 @@ impl CpuPlan {
         self.push(Op::Experts(layer, views))
     }
 
-    fn finish(&mut self) {
-        self.plan.finish();
+    fn finish(&mut self) -> PyResult<()> {
+        self.plan.finish().map_err(refused)
     }
 
     /// Run a step and write its f32 logits [logit rows, `vocab_size`]: this rank's columns of them.

@@ -209,6 +209,7 @@ fn cpu_linear_reduced(
             let bias = (bias != 0).then(|| slice::<bf16>((bias, n)));
             let out = RowsMut::from_raw(out as *mut bf16, rows, n, n);
             let mut ranks = ranks_at(ranks).lock();
+            let out = Output::Bf16(out);
             linear::reduced(cpu, &mut ranks, x, &packed, bias, out).map_err(lost)
         }
     })?

@@ -1,4 +1,4 @@
-//! A batch's activations as the kernels read them: in tiles of rows, interleaved.
+//! A batch's activations as the kernels read them: normalised, in tiles of rows, interleaved.
 //!
 //! ```text
 //! tile      rows of the batch that a kernel keeps sums for in registers; sizes differ by at most 1
@@ -17,9 +17,49 @@ use half::bf16;
 use super::layout::{Format, Layout};
 use crate::bfloat::ROUND;
 use crate::level::Level;
+use crate::norm::{RmsNorm, normalise};
 use crate::rows::{Rows, RowsMut};
 use crate::team::Team;
 use crate::vectorise::vectorised;
+
+/// What a weight is multiplied with: rows, or their norms, which are then written nowhere.
+#[derive(Clone, Copy)]
+pub struct Input<'a> {
+    /// [rows, k]
+    pub rows: Rows<'a, bf16>,
+    pub norm: Option<RmsNorm<'a>>,
+}
+
+impl<'a> From<Rows<'a, bf16>> for Input<'a> {
+    fn from(rows: Rows<'a, bf16>) -> Self {
+        Self { rows, norm: None }
+    }
+}
+
+impl Input<'_> {
+    pub(super) fn check(&self, layout: &Layout) {
+        assert_eq!(self.rows.cols(), layout.k(), "inputs of the weight");
+        if let Some(norm) = self.norm {
+            assert_eq!(norm.weight.len(), layout.k(), "length of the norm's weight");
+        }
+    }
+
+    /// Bytes that a thread needs for a row's norm, in lines of its own.
+    pub(super) fn room(&self) -> usize {
+        let bytes = self.norm.map_or(0, |norm| size_of_val(norm.weight));
+        bytes.next_multiple_of(64)
+    }
+
+    /// A row as it is multiplied, in `room` if it has to be computed.
+    #[inline(always)]
+    fn row<'b>(&'b self, index: usize, room: &'b mut [bf16]) -> &'b [bf16] {
+        let x = self.rows.row(index);
+        let Some(norm) = self.norm else { return x };
+        let room = &mut room[..x.len()];
+        normalise(x, norm, room);
+        room
+    }
+}
 
 /// Inputs that are quantised at a time.
 const CHUNK: usize = 32;
@@ -115,14 +155,16 @@ pub(super) fn sizes(layout: &Layout, rows: usize) -> [usize; 3] {
 }
 
 impl<'a> Activations<'a> {
-    /// Quantise (for integer weights) and interleave `x`, tiles in parallel, into memory of
-    /// `sizes` bytes aligned to 64.
+    /// Normalise (if asked to), quantise (for integer weights) and interleave `x`, tiles in
+    /// parallel, into memory of `sizes` bytes; `rooms`: `Input::room` for each thread. All are
+    /// aligned to 64.
     pub(super) fn prepare(
         team: &Team,
         level: Level,
         layout: &Layout,
-        x: Rows<bf16>,
+        x: Input,
         tiles: Tiles,
+        rooms: &mut [u8],
         [values, scales, offsets]: [&'a mut [u8]; 3],
     ) -> Self {
         let (sizes, groups) = (Sizes::new(layout), layout.k_groups());
@@ -133,7 +175,10 @@ impl<'a> Activations<'a> {
             let values = flat(values);
             let scales = flat(scales);
             let offsets = flat(offsets);
-            let task = |index: usize, _| {
+            let room = x.room() / size_of::<bf16>();
+            // SAFETY: any bytes are valid numbers.
+            let rooms = RowsMut::of(unsafe { rooms.align_to_mut::<bf16>().1 }, room);
+            let task = |index: usize, thread: usize| {
                 let (first, rows) = tiles.tile(index / groups);
                 let group = index % groups;
                 let at = |size| first * size * groups + group * rows * size;
@@ -148,10 +193,15 @@ impl<'a> Activations<'a> {
                         offsets: offsets.part(0, at(sizes.offsets), rows * sizes.offsets),
                     }
                 };
-                fill(level, layout, x, part);
+                // SAFETY: a thread is in one task at a time, and has a room of its own.
+                let room = match room {
+                    0 => &mut [],
+                    room => unsafe { rooms.part(thread, 0, room) },
+                };
+                fill(level, layout, &x, part, room);
             };
             let tasks = tiles.count() * groups;
-            if x.rows() * x.cols() < SMALL {
+            if x.rows.rows() * x.rows.cols() < SMALL {
                 (0..tasks).for_each(|index| task(index, 0));
             } else {
                 team.run(tasks, task);
@@ -203,12 +253,12 @@ struct Part<'a> {
 }
 
 vectorised! {
-fn fill(layout: &Layout, x: Rows<bf16>, part: Part) {
+fn fill(layout: &Layout, x: &Input, part: Part, room: &mut [bf16]) {
     match layout.format() {
-        Format::Bf16 => interleave(layout, x, part),
-        Format::Int8 => quantise(layout, x, part, layout.group_k(), 128),
+        Format::Bf16 => interleave(layout, x, part, room),
+        Format::Int8 => quantise(layout, x, part, room, layout.group_k(), 128),
         Format::Int4 { group, zeros } => {
-            quantise(layout, x, part, group, if zeros { 1 } else { 8 });
+            quantise(layout, x, part, room, group, if zeros { 1 } else { 8 });
         }
     }
 }
@@ -245,10 +295,10 @@ impl Units<'_> {
 
 /// `span` inputs share an offset, which is minus `excess` times the sum of their int8 values.
 #[inline(always)]
-fn quantise(layout: &Layout, x: Rows<bf16>, part: Part, span: usize, excess: i32) {
+fn quantise(layout: &Layout, x: &Input, part: Part, room: &mut [bf16], span: usize, excess: i32) {
     let (group_k, rows) = (layout.group_k(), part.rows);
     for row in 0..rows {
-        let x = &x.row(part.first + row)[part.group * group_k..][..group_k];
+        let x = &x.row(part.first + row, room)[part.group * group_k..][..group_k];
         let (scale, inverse) = scale_of(x);
         part.scales[row] = scale;
         let mut units = Units {
@@ -322,10 +372,10 @@ fn round(x: &[bf16; CHUNK], inverse: f32, sums: &mut [i32; CHUNK]) -> [u8; CHUNK
 }
 
 #[inline(always)]
-fn interleave(layout: &Layout, x: Rows<bf16>, part: Part) {
+fn interleave(layout: &Layout, x: &Input, part: Part, room: &mut [bf16]) {
     let (group_k, rows) = (layout.group_k(), part.rows);
     for row in 0..rows {
-        let x = &x.row(part.first + row)[part.group * group_k..][..group_k];
+        let x = &x.row(part.first + row, room)[part.group * group_k..][..group_k];
         let mut units = Units {
             units: part.values.as_chunks_mut().0,
             next: row,

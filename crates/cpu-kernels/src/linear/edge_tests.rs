@@ -2,6 +2,7 @@
 
 use super::tests::{Aligned, FORMATS, Operands, cpus, plain};
 use super::*;
+use crate::rows::Rows;
 
 #[test]
 fn what_is_not_finite_stays_in_its_row() {

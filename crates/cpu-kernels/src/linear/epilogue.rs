@@ -1,4 +1,4 @@
-//! From a tile's sums to the output: channel scales, bias, activation, rounding.
+//! From a tile's sums to the output: channel scales, bias, activation, residual, rounding.
 //!
 //! One source for all levels: see `vectorise`.
 
@@ -6,21 +6,25 @@ use half::bf16;
 
 use super::layout::{CHANNELS, F32_SCALES, Format, Packed};
 use crate::activation::silu;
-use crate::bfloat::{round, widen};
-use crate::rows::RowsMut;
+use crate::bfloat::{round, rounded, widen};
+use crate::rows::{Rows, RowsMut};
 
 /// Where a product goes, `[rows, columns]`.
 pub enum Output<'a> {
     Bf16(RowsMut<'a, bf16>),
+    /// What `Bf16` would get, added to these rows and rounded again, as `activation::add` does.
+    Residual(RowsMut<'a, bf16>, Rows<'a, bf16>),
     F32(RowsMut<'a, f32>),
     /// silu(gate) * up, for gated weights only.
     SiluMul(RowsMut<'a, bf16>),
 }
 
 impl Output<'_> {
-    fn shape(&self) -> (usize, usize) {
+    pub(super) fn shape(&self) -> (usize, usize) {
         match self {
-            Self::Bf16(out) | Self::SiluMul(out) => (out.rows(), out.cols()),
+            Self::Bf16(out) | Self::Residual(out, _) | Self::SiluMul(out) => {
+                (out.rows(), out.cols())
+            }
             Self::F32(out) => (out.rows(), out.cols()),
         }
     }
@@ -45,6 +49,10 @@ impl<'a> Finish<'a> {
         let layout = weight.layout();
         let shape = (rows, layout.columns());
         assert_eq!(out.shape(), shape, "shape of the output");
+        if let Output::Residual(_, residual) = &out {
+            let residual = (residual.rows(), residual.cols());
+            assert_eq!(residual, shape, "shape of the residual");
+        }
         let gated = matches!(out, Output::SiluMul(_));
         assert_eq!(layout.gated(), gated, "a gated weight, for silu(gate) * up");
         if let Some(bias) = bias {
@@ -104,6 +112,21 @@ impl<'a> Finish<'a> {
                         out.copy_from_slice(&narrow(&values)[..columns]);
                     }
                 }
+                Output::Residual(out, residual) => {
+                    // SAFETY: as above.
+                    let out = unsafe { out.part(row, column, columns) };
+                    let residual = &residual.row(row)[column..][..columns];
+                    if let (Ok(out), Ok(residual)) = (
+                        <&mut [bf16; CHANNELS]>::try_from(&mut *out),
+                        <&[bf16; CHANNELS]>::try_from(residual),
+                    ) {
+                        *out = added(&values, residual);
+                    } else {
+                        let mut padded = [bf16::ZERO; CHANNELS];
+                        padded[..columns].copy_from_slice(residual);
+                        out.copy_from_slice(&added(&values, &padded)[..columns]);
+                    }
+                }
                 Output::F32(out) => {
                     // SAFETY: as above.
                     let out = unsafe { out.part(row, column, columns) };
@@ -130,6 +153,16 @@ fn narrow<const N: usize>(values: &[f32; N]) -> [bf16; N] {
         *to = round(values[lane]);
     }
     narrow
+}
+
+/// A product and its residual.
+#[inline(always)]
+fn added(values: &[f32; CHANNELS], residual: &[bf16; CHANNELS]) -> [bf16; CHANNELS] {
+    let mut sums = *values;
+    for (sum, &residual) in sums.iter_mut().zip(residual) {
+        *sum = rounded(*sum) + widen(residual);
+    }
+    narrow(&sums)
 }
 
 /// The first half of a panel's channels are the gate, the second the up projection.

@@ -3,7 +3,7 @@
 //! ```text
 //! layout       how a packed weight lies in memory; slices of it
 //! pack         quantises and packs, or packs what is quantised
-//! activations  quantises and interleaves a batch's rows
+//! activations  normalises, quantises and interleaves a batch's rows
 //! tile         what a kernel computes: sums of one panel (32 channels) and one tile of rows
 //! schedule     divides a product into tasks
 //! portable, avx2, avx512   the kernels of each level
@@ -43,6 +43,7 @@ mod sharing_tests;
 #[cfg(test)]
 mod tests;
 
+pub use activations::Input;
 pub use epilogue::Output;
 pub use layout::{Format, Layout, LinearError, Packed, VERSION};
 pub use likely::{Shortlist, greedy, greedy_among, shortlist};
@@ -59,18 +60,24 @@ use self::schedule::Schedule;
 use self::tile::{Sums, Tree, Work};
 use crate::cpu::Cpu;
 use crate::level::Level;
-use crate::rows::{Rows, RowsMut};
+use crate::rows::RowsMut;
 use crate::vectorise::vectorised;
 
-/// `x` is `[rows, k]`; `out` is `[rows, n]`, or `[rows, n / 2]` for gated weights. A row with
+/// The input is `[rows, k]`; `out` is `[rows, n]`, or `[rows, n / 2]` for gated weights. A row with
 /// something infinite or NaN in it gives NaN (in integer formats) or what arithmetic gives (bf16),
 /// and leaves other rows alone.
 ///
 /// # Panics
 /// If a size does not fit, or the combination of weight, epilogue and output has no meaning.
-pub fn linear(cpu: &mut Cpu, x: Rows<bf16>, weight: &Packed, bias: Option<&[bf16]>, out: Output) {
-    let level = cpu.level;
-    let finish = &Finish::new(weight, x.rows(), bias, out);
+pub fn linear<'a>(
+    cpu: &mut Cpu,
+    x: impl Into<Input<'a>>,
+    weight: &Packed,
+    bias: Option<&[bf16]>,
+    out: Output,
+) {
+    let (level, x) = (cpu.level, x.into());
+    let finish = &Finish::new(weight, x.rows.rows(), bias, out);
     product(cpu, x, weight, |panel, _, first, rows, sums| {
         store(level, finish, panel, first, rows, sums);
     });
@@ -84,15 +91,17 @@ vectorised! {
 }
 
 /// Call `done(panel, thread, first row, rows, sums)` for every panel and tile of rows.
-fn product(
+fn product<'a>(
     cpu: &mut Cpu,
-    x: Rows<bf16>,
+    x: impl Into<Input<'a>>,
     weight: &Packed,
     done: impl Fn(usize, usize, usize, usize, &Sums) + Sync,
 ) {
     let layout = weight.layout();
-    assert_eq!(x.cols(), layout.k(), "inputs of the weight");
-    if x.rows() == 0 {
+    let x = x.into();
+    let count = x.rows.rows();
+    x.check(layout);
+    if count == 0 {
         return;
     }
     let Cpu {
@@ -102,13 +111,23 @@ fn product(
     } = cpu;
     let (format, groups) = (layout.format(), layout.k_groups());
     let (most_rows, kernel) = kernel(*level, format);
-    let tiles = Tiles::new(x.rows(), most_rows);
-    let [values, scales, offsets] = activations::sizes(layout, x.rows());
+    let tiles = Tiles::new(count, most_rows);
+    let [values, scales, offsets] = activations::sizes(layout, count);
     let schedule = Schedule::new(layout, tiles, values, team.threads());
     let thread_sums = Tree::depth(groups);
     let sums = team.threads() * thread_sums * size_of::<Sums>();
-    let [values, scales, offsets, sums] = scratch.parts([values, scales, offsets, sums]);
-    let x = Activations::prepare(team, *level, layout, x, tiles, [values, scales, offsets]);
+    let rooms = x.room() * team.threads();
+    let [values, scales, offsets, rooms, sums] =
+        scratch.parts([values, scales, offsets, rooms, sums]);
+    let x = Activations::prepare(
+        team,
+        *level,
+        layout,
+        x,
+        tiles,
+        rooms,
+        [values, scales, offsets],
+    );
     // SAFETY: aligned to 64, and any bytes are valid floats.
     let sums = RowsMut::of(unsafe { sums.align_to_mut::<Sums>().1 }, thread_sums);
     team.run(team.threads(), |_, thread| {

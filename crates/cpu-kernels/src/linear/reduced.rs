@@ -23,7 +23,8 @@ use crate::rows::{Rows, RowsMut};
 use crate::share;
 use crate::vectorise::vectorised;
 
-/// As `linear`, of which each rank computes the groups of `weight`; all get the whole of `out`.
+/// As `linear`, of which each rank computes the groups of `weight`; all get the whole of `out`,
+/// which is bf16, with a residual or without.
 ///
 /// # Errors
 /// If a rank has ended.
@@ -36,7 +37,7 @@ pub fn reduced(
     x: Rows<bf16>,
     weight: &Packed,
     bias: Option<&[bf16]>,
-    out: RowsMut<bf16>,
+    out: Output,
 ) -> Result<(), RankLost> {
     let (rows, columns) = (x.rows(), weight.layout().columns());
     partial(cpu, x, weight, &ranks.mine(rows, columns));
@@ -74,14 +75,14 @@ pub(crate) fn finish(
     weight: &Packed,
     bias: Option<&[bf16]>,
     parts: &[Rows<f32>],
-    out: RowsMut<bf16>,
+    out: Output,
 ) {
-    let (rows, columns) = (out.rows(), out.cols());
+    let (rows, columns) = out.shape();
     assert!(
         parts.len().is_power_of_two() && parts.len() <= MOST,
         "ranks"
     );
-    let finish = Finish::new(weight, rows, bias, Output::Bf16(out));
+    let finish = Finish::new(weight, rows, bias, out);
     share::rows(cpu, rows, columns * parts.len(), |row| {
         finish_row(cpu.level, &finish, parts, row, columns);
     });

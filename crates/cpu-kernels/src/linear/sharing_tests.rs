@@ -9,6 +9,7 @@ use super::tests::{FORMATS, pack_any};
 use super::*;
 use crate::ranks::Sizes;
 use crate::ranks::tests::on_ranks;
+use crate::rows::Rows;
 use crate::scratch::Scratch;
 
 const ROWS: usize = 15;
@@ -71,7 +72,7 @@ fn groups_of_several_ranks_add_up_to_the_bits_of_one() {
                         // SAFETY: columns `rank * width ..` of rows of k.
                         let x = unsafe { Rows::from_raw(start, ROWS, width, k) };
                         let mut out = vec![bf16::NAN; ROWS * n];
-                        let to = RowsMut::of(&mut out, n);
+                        let to = Output::Bf16(RowsMut::of(&mut out, n));
                         reduced(&mut cpu, ranks, x, &mine, Some(&bias), to).unwrap();
                         out
                     });

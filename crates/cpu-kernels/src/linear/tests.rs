@@ -5,6 +5,7 @@ use rand::rngs::StdRng;
 use rand::{RngExt, SeedableRng};
 
 use super::*;
+use crate::rows::Rows;
 
 /// 64-byte aligned bytes.
 pub(super) struct Aligned(crate::scratch::Scratch, usize);

@@ -177,7 +177,7 @@ pub fn mix(
                     .collect();
                 // SAFETY: an expert's rows are its own.
                 let found = unsafe { found.between(range) };
-                finish(cpu, &expert.down, None, &sums, found);
+                finish(cpu, &expert.down, None, &sums, Output::Bf16(found));
             }
             ranks.count_time(began);
             vec![found.read()]

@@ -11,36 +11,50 @@ use crate::vectorise::vectorised;
 /// Sums kept side by side, added in one order at the end whatever the level.
 const LANES: usize = 16;
 
-/// `out = x / sqrt(mean(x^2) + eps) * weight`: [T, d], [d] -> [T, d].
+/// What a norm does to rows of d numbers.
+#[derive(Clone, Copy)]
+pub struct RmsNorm<'a> {
+    /// [d]
+    pub weight: &'a [bf16],
+    pub eps: f32,
+}
+
+/// `out = x / sqrt(mean(x^2) + eps) * weight`: [T, d] -> [T, d].
 ///
 /// The mean is taken in f32, and a row is rounded to bf16 before the weight is applied.
 ///
 /// # Panics
 /// If shapes do not fit.
-pub fn rms_norm(cpu: &Cpu, x: Rows<bf16>, weight: &[bf16], eps: f32, out: RowsMut<bf16>) {
+pub fn rms_norm(cpu: &Cpu, x: Rows<bf16>, norm: RmsNorm, out: RowsMut<bf16>) {
     assert_eq!(
         (x.rows(), x.cols()),
         (out.rows(), out.cols()),
         "out's shape"
     );
-    assert_eq!(x.cols(), weight.len(), "weight's length");
+    assert_eq!(x.cols(), norm.weight.len(), "weight's length");
     share::rows(cpu, x.rows(), x.cols(), |row| {
         // SAFETY: each row is taken once.
         let out = unsafe { out.part(row, 0, x.cols()) };
-        normalise(cpu.level, x.row(row), weight, eps, out);
+        row_of(cpu.level, x.row(row), norm, out);
     });
 }
 
 vectorised! {
-    fn normalise(x: &[bf16], weight: &[bf16], eps: f32, out: &mut [bf16]) {
-        let scale = inverse_rms(x, eps);
-        for ((out, &x), &weight) in out.iter_mut().zip(x).zip(weight) {
-            *out = round(rounded(widen(x) * scale) * widen(weight));
-        }
+    fn row_of(x: &[bf16], norm: RmsNorm, out: &mut [bf16]) {
+        normalise(x, norm, out);
     }
 }
 
 /// As `rms_norm`, of one row.
+#[inline(always)]
+pub(crate) fn normalise(x: &[bf16], norm: RmsNorm, out: &mut [bf16]) {
+    let scale = inverse_rms(x, norm.eps);
+    for ((out, &x), &weight) in out.iter_mut().zip(x).zip(norm.weight) {
+        *out = round(rounded(widen(x) * scale) * widen(weight));
+    }
+}
+
+/// As `normalise`, where the row is.
 #[inline(always)]
 pub(crate) fn normalise_in_place(x: &mut [bf16], weight: &[bf16], eps: f32) {
     let scale = inverse_rms(x, eps);
@@ -90,13 +104,11 @@ mod tests {
             for level in Level::available() {
                 let cpu = Cpu::at_level(level, 2, 0).unwrap();
                 let mut out = vec![bf16::NAN; rows * cols];
-                rms_norm(
-                    &cpu,
-                    Rows::of(&x, cols),
-                    &weight,
-                    1e-6,
-                    RowsMut::of(&mut out, cols),
-                );
+                let norm = RmsNorm {
+                    weight: &weight,
+                    eps: 1e-6,
+                };
+                rms_norm(&cpu, Rows::of(&x, cols), norm, RowsMut::of(&mut out, cols));
                 for (x, found) in x.chunks(cols).zip(out.chunks(cols)) {
                     let squares: f64 = x.iter().map(|x| x.to_f64().powi(2)).sum();
                     let scale = 1.0 / (squares / cols as f64 + 1e-6).sqrt();
@@ -106,7 +118,7 @@ mod tests {
                     }
                     let mut alone = vec![bf16::NAN; cols];
                     let out = RowsMut::of(&mut alone, cols);
-                    rms_norm(&cpu, Rows::of(x, cols), &weight, 1e-6, out);
+                    rms_norm(&cpu, Rows::of(x, cols), norm, out);
                     assert_eq!(alone, found);
                 }
                 all.push(out);

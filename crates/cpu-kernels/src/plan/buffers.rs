@@ -112,6 +112,18 @@ impl Buffers {
         Ok(buffer.extent)
     }
 
+    /// The ops that use a buffer first and last, if any does.
+    pub fn life(&self, buffer: usize) -> Option<(usize, usize)> {
+        self.buffers[buffer].life
+    }
+
+    /// Forget who uses what: operations are about to be noted anew.
+    pub fn forget(&mut self) {
+        for buffer in &mut self.buffers {
+            buffer.life = None;
+        }
+    }
+
     /// Give every buffer a slot: the first that is free for the whole of its life.
     pub fn place(&mut self) {
         self.slots.clear();

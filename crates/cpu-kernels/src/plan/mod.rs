@@ -9,6 +9,7 @@
 //! belong to whoever records the plan, and outlive it.
 
 mod buffers;
+mod fuse;
 mod op;
 mod run;
 
@@ -26,7 +27,9 @@ use crate::rows::RowsMut;
 use crate::sampling::Draw;
 
 pub use buffers::{Element, Extent, View};
-pub use op::{Attention, AttentionViews, Division, Experts, ExpertsViews, Kind, Linear, Op, Table};
+pub use op::{
+    Attention, AttentionViews, Division, Experts, ExpertsViews, Kind, Linear, Norm, Op, Table,
+};
 
 use buffers::Buffers;
 
@@ -37,6 +40,8 @@ pub enum PlanError {
     Op { op: usize, what: String },
     #[error("the plan is not finished")]
     NotFinished,
+    #[error("the plan is finished")]
+    Finished,
     #[error("{0}")]
     Batch(#[from] BatchError),
     #[error("token id {id}, where the vocabulary has {rows}")]
@@ -113,16 +118,17 @@ impl Plan {
     /// Append an operation.
     ///
     /// # Errors
-    /// If it uses what is not in a buffer, or shapes that do not fit together.
+    /// If it uses what is not in a buffer, or shapes that do not fit together; once finished.
     ///
     /// # Safety
     /// What it points to holds what it says, stays where it is as long as the plan lives, and the
     /// KV cache is nobody else's while `run` runs.
     pub unsafe fn push(&mut self, op: Op) -> Result<(), PlanError> {
+        if self.finished {
+            return Err(PlanError::Finished);
+        }
         let index = self.ops.len();
-        let ranks = self.ranks.as_ref().map_or(1, |ranks| ranks.lock().count());
-        op.check(&mut self.buffers, index, ranks)
-            .map_err(|what| PlanError::Op { op: index, what })?;
+        self.note(&op, index)?;
         match &op {
             Op::Attention(attention, _) => {
                 let held = (attention.kv.block_tokens(), attention.blocks);
@@ -134,15 +140,40 @@ impl Plan {
             Op::Embed { table, .. } => self.vocabulary = table.rows,
             _ => {}
         }
-        self.finished = false;
         self.ops.push(op);
         Ok(())
     }
 
-    /// Place the buffers; operations may no longer be appended without another `finish`.
-    pub fn finish(&mut self) {
+    /// Join the operations that one kernel does together, and place the buffers that are left.
+    ///
+    /// # Errors
+    /// If what was joined does not fit together.
+    pub fn finish(&mut self) -> Result<(), PlanError> {
+        if self.finished {
+            return Ok(());
+        }
+        self.ops = fuse::fuse(std::mem::take(&mut self.ops), &self.buffers);
+        self.place()
+    }
+
+    /// Give the buffers of the operations, as they are now, their places.
+    fn place(&mut self) -> Result<(), PlanError> {
+        self.buffers.forget();
+        let ops = std::mem::take(&mut self.ops);
+        for (index, op) in ops.iter().enumerate() {
+            self.note(op, index)?;
+        }
+        self.ops = ops;
         self.buffers.place();
         self.finished = true;
+        Ok(())
+    }
+
+    /// See that an operation fits, and note what it uses.
+    fn note(&mut self, op: &Op, index: usize) -> Result<(), PlanError> {
+        let ranks = self.ranks.as_ref().map_or(1, |ranks| ranks.lock().count());
+        op.check(&mut self.buffers, index, ranks)
+            .map_err(|what| PlanError::Op { op: index, what })
     }
 
     #[must_use]

@@ -56,6 +56,13 @@ pub struct Table {
     pub stride: usize,
 }
 
+/// A norm, whose weight has as many numbers as rows.
+#[derive(Clone, Copy, Debug)]
+pub struct Norm {
+    pub weight: *const bf16,
+    pub eps: f32,
+}
+
 /// A packed weight, and perhaps a bias of `layout.n()` numbers.
 #[derive(Clone, Copy, Debug)]
 pub struct Linear {
@@ -98,8 +105,7 @@ pub enum Op {
     },
     RmsNorm {
         x: View,
-        weight: *const bf16,
-        eps: f32,
+        norm: Norm,
         out: View,
     },
     Add {
@@ -107,16 +113,20 @@ pub enum Op {
         b: View,
         out: View,
     },
-    /// `gated` layouts put out silu(gate) * up.
+    /// Of rows, or of their norms; `gated` layouts put out silu(gate) * up, others may add a
+    /// residual.
     Linear {
         x: View,
+        norm: Option<Norm>,
         linear: Linear,
+        residual: Option<View>,
         out: View,
     },
     /// A linear of which each rank has some groups along k.
     Reduced {
         x: View,
         linear: Linear,
+        residual: Option<View>,
         out: View,
     },
     /// `qkv` is overwritten.
@@ -220,11 +230,32 @@ impl Op {
                 let extent = bf(*out)?;
                 bf(*a)? == extent && bf(*b)? == extent && a.cols == out.cols && b.cols == out.cols
             }
-            Self::Linear { x, linear, out } => {
-                bf(*x)? == bf(*out)? && linear.fits(x.cols, out.cols)
+            Self::Linear {
+                x,
+                linear,
+                residual,
+                out,
+                ..
+            } => {
+                let extent = bf(*out)?;
+                let added = residual.unwrap_or(*out);
+                bf(*x)? == extent
+                    && bf(added)? == extent
+                    && added.cols == out.cols
+                    && linear.fits(x.cols, out.cols)
+                    && !(linear.layout.gated() && residual.is_some())
             }
-            Self::Reduced { x, linear, out } => {
-                bf(*x)? == bf(*out)?
+            Self::Reduced {
+                x,
+                linear,
+                residual,
+                out,
+            } => {
+                let extent = bf(*out)?;
+                let added = residual.unwrap_or(*out);
+                bf(*x)? == extent
+                    && bf(added)? == extent
+                    && added.cols == out.cols
                     && linear.fits(x.cols, out.cols)
                     && !linear.layout.gated()
                     && ranks > 1

@@ -3,14 +3,14 @@
 use crate::attention::{self, Batch, Cache, HeadNorms, Scoring};
 use crate::bf16;
 use crate::cpu::Cpu;
-use crate::linear::{self, Output, Packed};
+use crate::linear::{self, Input, Output, Packed};
 use crate::moe::{self, Among, Expert, Workspace};
 use crate::ranks::{RankLost, Ranks};
 use crate::rows::Rows;
 use crate::{activation, embedding, norm, rotary, sampling};
 
 use super::buffers::{Buffers, View};
-use super::op::{Attention, AttentionViews, Division, Experts, ExpertsViews, Linear, Op};
+use super::op::{Attention, AttentionViews, Division, Experts, ExpertsViews, Linear, Norm, Op};
 use super::{Step, Wanted};
 
 impl Op {
@@ -54,32 +54,37 @@ impl Op {
                 let out = unsafe { buffers.write_f32(*out) };
                 rotary::angles(cpu, step.positions, frequencies, *factor, out);
             }
-            Self::RmsNorm {
-                x,
-                weight,
-                eps,
-                out,
-            } => {
-                let weight = unsafe { std::slice::from_raw_parts(*weight, x.cols) };
+            Self::RmsNorm { x, norm, out } => {
+                let norm = unsafe { norm.of(x.cols) };
                 let (x, out) = unsafe { (buffers.read(*x), buffers.write(*out)) };
-                norm::rms_norm(cpu, x, weight, *eps, out);
+                norm::rms_norm(cpu, x, norm, out);
             }
             Self::Add { a, b, out } => {
                 let (a, b) = unsafe { (buffers.read(*a), buffers.read(*b)) };
                 activation::add(cpu, a, b, unsafe { buffers.write(*out) });
             }
-            Self::Linear { x, linear, out } => {
-                let (x, out) = unsafe { (buffers.read(*x), buffers.write(*out)) };
-                let out = if linear.layout.gated() {
-                    Output::SiluMul(out)
-                } else {
-                    Output::Bf16(out)
-                };
-                unsafe { linear.run(cpu, x, out) };
-            }
-            Self::Reduced { x, linear, out } => {
-                let (x, out) = unsafe { (buffers.read(*x), buffers.write(*out)) };
+            Self::Linear {
+                x,
+                norm,
+                linear,
+                residual,
+                out,
+            } => {
+                let norm = norm.map(|norm| unsafe { norm.of(x.cols) });
+                let rows = unsafe { buffers.read(*x) };
                 let (weight, bias) = unsafe { (linear.packed(), linear.bias()) };
+                let out = unsafe { linear.output(buffers, *out, *residual) };
+                linear::linear(cpu, Input { rows, norm }, &weight, bias, out);
+            }
+            Self::Reduced {
+                x,
+                linear,
+                residual,
+                out,
+            } => {
+                let (weight, bias) = unsafe { (linear.packed(), linear.bias()) };
+                let out = unsafe { linear.output(buffers, *out, *residual) };
+                let x = unsafe { buffers.read(*x) };
                 if let Some(ranks) = ranks {
                     linear::reduced(cpu, ranks, x, &weight, bias, out)?;
                 }
@@ -126,20 +131,42 @@ impl Linear {
     }
 
     /// # Safety
-    /// The weight and bias are there.
-    unsafe fn run(&self, cpu: &mut Cpu, x: Rows<bf16>, out: Output) {
-        // SAFETY: by the caller's promise.
-        let (weight, bias) = unsafe { (self.packed(), self.bias()) };
-        linear::linear(cpu, x, &weight, bias, out);
-    }
-
-    /// # Safety
     /// The bias, if any, is there for `'a`.
     unsafe fn bias<'a>(&self) -> Option<&'a [bf16]> {
         let n = self.layout.n();
         // SAFETY: by the caller's promise.
         self.bias
             .map(|bias| unsafe { std::slice::from_raw_parts(bias, n) })
+    }
+
+    /// # Safety
+    /// As for `Buffers::write`; the residual, if any, is only read.
+    unsafe fn output<'a>(
+        &self,
+        buffers: &Buffers,
+        out: View,
+        residual: Option<View>,
+    ) -> Output<'a> {
+        // SAFETY: by the caller's promise.
+        let out = unsafe { buffers.write(out) };
+        match residual {
+            // SAFETY: as above.
+            Some(residual) => Output::Residual(out, unsafe { buffers.read(residual) }),
+            None if self.layout.gated() => Output::SiluMul(out),
+            None => Output::Bf16(out),
+        }
+    }
+}
+
+impl Norm {
+    /// # Safety
+    /// The weight is there for `'a`.
+    unsafe fn of<'a>(&self, cols: usize) -> norm::RmsNorm<'a> {
+        norm::RmsNorm {
+            // SAFETY: by the caller's promise.
+            weight: unsafe { std::slice::from_raw_parts(self.weight, cols) },
+            eps: self.eps,
+        }
     }
 }
 
