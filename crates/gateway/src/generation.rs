@@ -37,7 +37,7 @@ pub struct Usage {
 /// One of a request's prompts, checked against the model.
 #[derive(Debug)]
 pub struct PreparedPrompt {
-    pub ids: Vec<u32>,
+    pub ids: Arc<[u32]>,
     pub max_tokens: u32,
 }
 
@@ -113,10 +113,10 @@ impl Generation {
         let mut choices = Vec::with_capacity(prompts.len() * params.n as usize);
         for (index, prompt) in prompts.iter().enumerate() {
             let mut replica = None;
-            let ids: Arc<[u32]> = prompt.ids.as_slice().into();
             for choice in 0..params.n {
                 let submit = submit(record, app, prompt, params, seed, choice);
-                let attempt = Attempt::start(app, model, submit, &ids, wish, deadline, replica)?;
+                let attempt =
+                    Attempt::start(app, model, submit, &prompt.ids, wish, deadline, replica)?;
                 if choices.is_empty() {
                     note_route(record, model, &attempt);
                 }
@@ -216,7 +216,8 @@ impl Generation {
         let Some(answers) = &mut self.answers else {
             return Ok(());
         };
-        let checked = answers.check(events, &self.record, &self.model.served);
+        // In a box, for which every stream would have room otherwise, with hooks or without.
+        let checked = Box::pin(answers.check(events, &self.record, &self.model.served));
         for choice in checked.await? {
             self.choices[choice].stop();
         }

@@ -1,5 +1,7 @@
 //! Answers of `/v1/chat/completions`.
 
+use std::sync::Arc;
+
 use axum::response::Response;
 use serde::Serialize;
 use serde_json::Value;
@@ -70,10 +72,7 @@ pub async fn whole(
             model: &head.model_name,
             prompt_logprobs: of_prompt
                 .map(|choice| prompt_logprobs(&prompt.ids, &choice.prompt_logprobs, names)),
-            prompt_token_ids: head
-                .params
-                .return_token_ids
-                .then_some(prompt.ids.as_slice()),
+            prompt_token_ids: head.params.return_token_ids.then_some(&*prompt.ids),
             choices: collected
                 .into_iter()
                 .enumerate()
@@ -144,7 +143,7 @@ struct Delta {
 /// Frames of a streamed answer: each choice's role first, then its text.
 pub struct ChatStream {
     head: Head,
-    prompt_ids: Vec<u32>,
+    prompt_ids: Arc<[u32]>,
     started: Vec<bool>,
     any_started: bool,
 }
@@ -206,7 +205,7 @@ impl ChatStream {
 
 impl Format for ChatStream {
     fn events(&mut self, generation: &Generation, events: Vec<ChoiceEvent>, out: &mut Frames) {
-        let params = std::sync::Arc::clone(&self.head.params);
+        let params = Arc::clone(&self.head.params);
         for event in events {
             let index = event.choice;
             if !self.started[index] {
@@ -225,12 +224,7 @@ impl Format for ChatStream {
                 };
                 let first =
                     !std::mem::replace(&mut self.any_started, true) && params.return_token_ids;
-                self.push(
-                    generation,
-                    role,
-                    first.then_some(self.prompt_ids.as_slice()),
-                    out,
-                );
+                self.push(generation, role, first.then_some(&*self.prompt_ids), out);
             }
             if !event.is_visible(params.return_token_ids) {
                 continue;

@@ -1,5 +1,7 @@
 //! Answers of `/v1/completions`.
 
+use std::sync::Arc;
+
 use axum::response::Response;
 use scalellm_engine_link::proto::TokenLogprobs;
 use serde::Serialize;
@@ -17,7 +19,7 @@ use crate::stages::Stage;
 
 /// A prompt as the answer repeats it.
 pub struct EchoedPrompt {
-    pub ids: Vec<u32>,
+    pub ids: Arc<[u32]>,
     /// With `echo`, what stands before the output.
     pub text: Option<String>,
 }
@@ -111,10 +113,7 @@ fn whole_choice<'a>(
             .filter(|_| !head.params.prompt_logprobs_for_echo)
             .map(|_| prompt_logprobs(&prompt.ids, &collected.prompt_logprobs, names)),
         token_ids: head.params.return_token_ids.then_some(collected.token_ids),
-        prompt_token_ids: head
-            .params
-            .return_token_ids
-            .then_some(prompt.ids.as_slice()),
+        prompt_token_ids: head.params.return_token_ids.then_some(&*prompt.ids),
     }
 }
 
@@ -188,7 +187,7 @@ impl CompletionStream {
 
 impl Format for CompletionStream {
     fn events(&mut self, generation: &Generation, events: Vec<ChoiceEvent>, out: &mut Frames) {
-        let params = std::sync::Arc::clone(&self.head.params);
+        let params = Arc::clone(&self.head.params);
         for event in events {
             let prompt = &self.prompts[generation.prompt_of(event.choice)];
             let is_first = self.offsets[event.choice].is_none();
@@ -221,7 +220,7 @@ impl Format for CompletionStream {
                 token_ids: params.return_token_ids.then_some(event.token_ids),
                 prompt_token_ids: begins
                     .filter(|_| params.return_token_ids)
-                    .map(|prompt| prompt.ids.as_slice()),
+                    .map(|prompt| &*prompt.ids),
             };
             let usage = match (params.include_usage, params.continuous_usage) {
                 (false, _) => None,

@@ -72,6 +72,8 @@ pub async fn respond<F: Format>(
         first,
         ended: false,
     };
+    // In a box: `unfold` has room for it twice, in its state and in the future of the next write.
+    let stream = Box::new(stream);
     let body = Body::from_stream(stream::unfold(stream, |mut stream| async move {
         let bytes = stream.next_bytes().await?;
         Some((Ok::<Bytes, Infallible>(bytes), stream))

@@ -53,6 +53,7 @@ async fn answer(
     };
     let ids = prompt::of_chat(app, record, &model, chat.prompt).await?;
     let max_tokens = prompt::check(field, &ids, &chat.params, limits)?;
+    let ids = ids.into();
     let prompt = PreparedPrompt { ids, max_tokens };
     quota::reserve_tokens(app, record, std::slice::from_ref(&prompt), &chat.params).await?;
     let generation = Generation::start(

@@ -71,7 +71,7 @@ async fn answer(
         .map(|ids| {
             Ok(PreparedPrompt {
                 max_tokens: prompt::check(prompt_field, &ids, &params, limits)?,
-                ids,
+                ids: ids.into(),
             })
         })
         .collect::<ApiResult<_>>()?;
