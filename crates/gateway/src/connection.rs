@@ -1,14 +1,16 @@
-//! One client's socket: notes when a request's first byte came, drops a client that does not read, and closes
-//! gently when a request was answered before its body was read.
+//! One client's socket: notes when a request's first byte came, sees a client leave, drops one that does not read, and
+//! closes gently when a request was answered before its body was read.
 
 use std::io;
 use std::pin::Pin;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
 use std::task::{Context, Poll, ready};
 use std::time::{Duration, Instant};
 
-use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use bytes::Bytes;
+use hyper::body::{Body, Frame, Incoming, SizeHint};
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, ReadBuf};
 use tokio::time::Sleep;
 
 use crate::metrics::Metrics;
@@ -22,6 +24,9 @@ use crate::socket::Socket;
 const LINGER_BYTES: usize = 128 << 20;
 const LINGER: Duration = Duration::from_secs(5);
 
+/// What a client of HTTP/2 begins with, if it did not ask for it in HTTP/1 (RFC 9113, section 3.4).
+const PREFACE: [u8; 24] = *b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
+
 /// Shared by a connection's socket and its requests.
 #[derive(Debug)]
 pub struct ConnectionState {
@@ -33,6 +38,8 @@ pub struct ConnectionState {
     first_byte_us: AtomicU64,
     /// Microseconds from `opened` to the last write that the socket took.
     wrote_us: AtomicU64,
+    /// A request has come whole, and its response has not ended.
+    answering: AtomicBool,
 }
 
 impl ConnectionState {
@@ -44,6 +51,7 @@ impl ConnectionState {
             requests: AtomicU64::new(0),
             first_byte_us: AtomicU64::new(0),
             wrote_us: AtomicU64::new(0),
+            answering: AtomicBool::new(false),
         })
     }
 
@@ -78,12 +86,55 @@ impl ConnectionState {
 
     pub fn request_ended(&self) {
         self.first_byte_us.store(0, Relaxed);
+        self.answering.store(false, Relaxed);
+    }
+}
+
+/// A request's body, which tells its connection when it has come whole.
+pub struct ArrivingBody {
+    body: Incoming,
+    state: Arc<ConnectionState>,
+}
+
+impl ArrivingBody {
+    #[must_use]
+    pub fn new(body: Incoming, state: Arc<ConnectionState>) -> Self {
+        state.answering.store(body.is_end_stream(), Relaxed);
+        ArrivingBody { body, state }
+    }
+}
+
+impl Body for ArrivingBody {
+    type Data = Bytes;
+    type Error = hyper::Error;
+
+    fn poll_frame(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, hyper::Error>>> {
+        let frame = ready!(Pin::new(&mut self.body).poll_frame(cx));
+        // In chunks, only what comes after the last one tells.
+        if frame.is_none() || self.body.is_end_stream() {
+            self.state.answering.store(true, Relaxed);
+        }
+        Poll::Ready(frame)
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.body.is_end_stream()
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        self.body.size_hint()
     }
 }
 
 /// The socket as hyper sees it.
 pub struct ClientSocket {
     socket: Socket,
+    beginning: Beginning,
+    /// Sees for itself when the client leaves while it is answered.
+    sees_end: bool,
     state: Arc<ConnectionState>,
     metrics: Arc<Metrics>,
     write_timeout: Duration,
@@ -103,6 +154,8 @@ impl ClientSocket {
     ) -> Self {
         ClientSocket {
             socket,
+            beginning: Beginning::default(),
+            sees_end: false,
             state,
             metrics,
             write_timeout,
@@ -110,6 +163,44 @@ impl ClientSocket {
             lingering: None,
             lingered_bytes: 0,
         }
+    }
+
+    /// Reads as much as tells which protocol the client speaks; reading gives that once more.
+    ///
+    /// # Errors
+    /// The socket's.
+    pub async fn speaks_http2(&mut self) -> io::Result<bool> {
+        let Beginning { bytes, read, .. } = &mut self.beginning;
+        loop {
+            let more = self.socket.read(&mut bytes[*read..]).await?;
+            if more > 0 {
+                self.state.saw_bytes();
+            }
+            *read += more;
+            if more == 0 || bytes[..*read] != PREFACE[..*read] {
+                return Ok(false);
+            }
+            if *read == PREFACE.len() {
+                return Ok(true);
+            }
+        }
+    }
+
+    /// Has the socket fail once the client has left while it is answered, if it can tell; says whether it can.
+    ///
+    /// To see that, hyper would read what else the client sends, into a buffer of 8 KB for each stream.
+    pub fn see_end(&mut self) -> bool {
+        self.sees_end = matches!(self.socket, Socket::Tcp(_));
+        self.sees_end
+    }
+
+    fn has_left(&self, cx: &mut Context<'_>) -> bool {
+        let Socket::Tcp(tcp) = &self.socket else {
+            return false;
+        };
+        let mut byte = [0];
+        let looked = tcp.poll_peek(cx, &mut ReadBuf::new(&mut byte));
+        matches!(looked, Poll::Ready(Ok(0) | Err(_)))
     }
 
     /// Turns a write that waits longer than the timeout into an error.
@@ -136,6 +227,23 @@ impl ClientSocket {
     }
 }
 
+/// The first bytes of a connection, read before hyper reads.
+#[derive(Default)]
+struct Beginning {
+    bytes: [u8; PREFACE.len()],
+    read: usize,
+    given: usize,
+}
+
+impl Beginning {
+    fn give(&mut self, buf: &mut ReadBuf<'_>) {
+        let rest = &self.bytes[self.given..self.read];
+        let rest = &rest[..rest.len().min(buf.remaining())];
+        buf.put_slice(rest);
+        self.given += rest.len();
+    }
+}
+
 impl AsyncRead for ClientSocket {
     fn poll_read(
         mut self: Pin<&mut Self>,
@@ -143,11 +251,14 @@ impl AsyncRead for ClientSocket {
         buf: &mut ReadBuf<'_>,
     ) -> Poll<io::Result<()>> {
         let before = buf.filled().len();
+        self.beginning.give(buf);
+        // Together with what follows, so that hyper's first buffer is enough for both.
         let read = Pin::new(&mut self.socket).poll_read(cx, buf);
-        if buf.filled().len() > before {
-            self.state.saw_bytes();
+        if buf.filled().len() == before {
+            return read;
         }
-        read
+        self.state.saw_bytes();
+        Poll::Ready(Ok(()))
     }
 }
 
@@ -175,7 +286,13 @@ impl AsyncWrite for ClientSocket {
     }
 
     fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.socket).poll_flush(cx)
+        ready!(Pin::new(&mut self.socket).poll_flush(cx))?;
+        // hyper flushes, with something to write or without, whenever it is woken.
+        if self.sees_end && self.state.answering.load(Relaxed) && self.has_left(cx) {
+            let left = io::Error::new(io::ErrorKind::UnexpectedEof, "the client has left");
+            return Poll::Ready(Err(left));
+        }
+        Poll::Ready(Ok(()))
     }
 
     fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {

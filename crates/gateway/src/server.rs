@@ -1,5 +1,6 @@
 //! Accepts connections, speaks HTTP/1.1 and HTTP/2 on them (by prior knowledge, or ALPN), and ends them in order.
 
+use std::io;
 use std::net::SocketAddr;
 use std::os::unix::fs::FileTypeExt;
 use std::path::{Path, PathBuf};
@@ -11,18 +12,20 @@ use axum::Router;
 use axum::body::Body;
 use hyper::Request;
 use hyper::body::Incoming;
+use hyper::server::conn::{http1, http2};
 use hyper::service::service_fn;
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
-use hyper_util::server::conn::auto;
+use hyper_util::server::graceful::GracefulConnection;
 use tokio::net::{TcpListener, TcpStream, UnixListener, UnixStream};
-use tokio::sync::{Semaphore, watch};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
 use tokio::task::JoinSet;
+use tokio::time::Instant;
 use tokio_rustls::TlsAcceptor;
 use tower::ServiceExt;
 
 use crate::app::{App, Phase};
 use crate::config::Config;
-use crate::connection::{ClientSocket, ConnectionState};
+use crate::connection::{ArrivingBody, ClientSocket, ConnectionState};
 use crate::error::GatewayError;
 use crate::memory;
 use crate::socket::Socket;
@@ -88,27 +91,31 @@ impl Listeners {
         Ok((Listeners { tcp, unix }, local))
     }
 
-    async fn accept(&self) -> std::io::Result<Arrived> {
+    /// The next client, once there is a place for it.
+    async fn accept(&self, places: &Arc<Semaphore>) -> io::Result<(Arrived, OwnedSemaphorePermit)> {
+        let place = Arc::clone(places).acquire_owned().await;
+        let place = place.map_err(io::Error::other)?;
         let unix = async {
             match &self.unix {
                 Some(bound) => bound.listener.accept().await,
                 None => std::future::pending().await,
             }
         };
-        tokio::select! {
+        let arrived = tokio::select! {
             accepted = self.tcp.accept() => accepted.map(|(tcp, peer)| Arrived::Tcp(tcp, peer)),
             accepted = unix => accepted.map(|(unix, _)| Arrived::Unix(unix)),
-        }
+        };
+        Ok((arrived?, place))
     }
 }
 
 /// Binds a Unix socket, in the place of one that a dead process has left.
-async fn bind_unix(path: &Path) -> std::io::Result<BoundSocket> {
+async fn bind_unix(path: &Path) -> io::Result<BoundSocket> {
     let is_left_over = match UnixStream::connect(path).await {
         Ok(_) => false,
         // A file that is no socket refuses too, and stays.
         Err(error) => {
-            error.kind() == std::io::ErrorKind::ConnectionRefused
+            error.kind() == io::ErrorKind::ConnectionRefused
                 && std::fs::metadata(path).is_ok_and(|found| found.file_type().is_socket())
         }
     };
@@ -137,21 +144,19 @@ pub async fn run(app: Arc<App>, listeners: Listeners, router: Router) {
                 .min(Semaphore::MAX_PERMITS),
         ));
         loop {
-            let accept = async {
-                let place = Arc::clone(&places).acquire_owned().await;
-                (listeners.accept().await, place)
-            };
             tokio::select! {
                 () = &mut drained => break,
                 () = &mut give_back => {}
                 Some(_) = connections.join_next() => {}
-                (accepted, place) = accept => match accepted {
-                    Ok(arrived) => {
-                        let connection = serve_connection(Arc::clone(&app), arrived, router.clone(), closing.clone());
-                        connections.spawn(async move {
-                            connection.await;
-                            drop(place);
-                        });
+                accepted = listeners.accept(&places) => match accepted {
+                    Ok((arrived, place)) => {
+                        connections.spawn(serve_connection(
+                            Arc::clone(&app),
+                            arrived,
+                            router.clone(),
+                            closing.clone(),
+                            place,
+                        ));
                     }
                     Err(error) => {
                         tracing::warn!(%error, "cannot accept a connection");
@@ -195,15 +200,17 @@ async fn drained(app: &App) {
     let _ = tokio::time::timeout(STOP_WITHIN, app.idle()).await;
 }
 
+/// Serves one client until it leaves; its place is free then.
 async fn serve_connection(
     app: Arc<App>,
     arrived: Arrived,
     router: Router,
     mut closing: watch::Receiver<bool>,
+    _place: OwnedSemaphorePermit,
 ) {
     app.metrics.connections.fetch_add(1, Relaxed);
     app.metrics.connections_open.fetch_add(1, Relaxed);
-    let open = OpenConnection(Arc::clone(&app));
+    let _open = OpenConnection(Arc::clone(&app));
     let live = app.live();
     let write_timeout = Duration::from_secs_f64(live.config.write_timeout_s);
     let header_timeout = Duration::from_secs_f64(live.config.header_timeout_s);
@@ -221,22 +228,58 @@ async fn serve_connection(
         }
     };
     let state = ConnectionState::new(is_local);
-    let socket = ClientSocket::new(
+    let mut socket = ClientSocket::new(
         socket,
         Arc::clone(&state),
         Arc::clone(&app.metrics),
         write_timeout,
     );
+    let first_request_by = Instant::now() + header_timeout;
+    let is_http2 = tokio::select! {
+        spoken = socket.speaks_http2() => match spoken {
+            Ok(is_http2) => is_http2,
+            Err(error) => return tracing::debug!(%error, "connection ended early"),
+        },
+        () = tokio::time::sleep_until(first_request_by) => return said_nothing(),
+        _ = closing.wait_for(|now| *now) => return,
+    };
     let for_requests = Arc::clone(&state);
     let service = service_fn(move |mut request: Request<Incoming>| {
         request.extensions_mut().insert(Arc::clone(&for_requests));
-        router.clone().oneshot(request.map(Body::new))
+        let state = Arc::clone(&for_requests);
+        router
+            .clone()
+            .oneshot(request.map(|body| Body::new(ArrivingBody::new(body, state))))
     });
-    let builder = protocol(header_timeout);
-    let connection = builder.serve_connection(TokioIo::new(socket), service);
+    let sees_end = !is_http2 && socket.see_end();
+    let socket = TokioIo::new(socket);
+    if is_http2 {
+        let connection = http2().serve_connection(socket, service);
+        // In a box of its own, since every connection of HTTP/1 would have room for it otherwise.
+        Box::pin(drive(connection, &state, first_request_by, closing)).await;
+    } else {
+        let mut builder = http1(header_timeout);
+        let connection = builder
+            .half_close(sees_end)
+            .serve_connection(socket, service);
+        drive(connection, &state, first_request_by, closing).await;
+    }
+}
+
+fn said_nothing() {
+    tracing::debug!("connection closed: no request came within header_timeout_s");
+}
+
+/// Runs a connection to its end, which comes soon once `closing` says so.
+async fn drive<C>(
+    connection: C,
+    state: &ConnectionState,
+    first_request_by: Instant,
+    mut closing: watch::Receiver<bool>,
+) where
+    C: GracefulConnection<Error = hyper::Error>,
+{
     tokio::pin!(connection);
-    let first_request_by = tokio::time::sleep(header_timeout);
-    tokio::pin!(first_request_by);
     let mut waiting_for_first = true;
     let mut told_to_close = false;
     loop {
@@ -245,13 +288,12 @@ async fn serve_connection(
                 if let Err(error) = ended {
                     tracing::debug!(%error, "connection ended early");
                 }
-                break;
+                return;
             }
-            () = first_request_by.as_mut(), if waiting_for_first => {
+            () = tokio::time::sleep_until(first_request_by), if waiting_for_first => {
                 waiting_for_first = false;
                 if state.requests.load(Relaxed) == 0 {
-                    tracing::debug!("connection closed: no request came within header_timeout_s");
-                    break;
+                    return said_nothing();
                 }
             }
             _ = closing.wait_for(|now| *now), if !told_to_close => {
@@ -260,7 +302,6 @@ async fn serve_connection(
             }
         }
     }
-    drop(open);
 }
 
 /// Begins TLS, where clients are to speak it; `None` if it does not come about in time.
@@ -289,16 +330,19 @@ impl Drop for OpenConnection {
     }
 }
 
-fn protocol(header_timeout: Duration) -> auto::Builder<TokioExecutor> {
-    let mut builder = auto::Builder::new(TokioExecutor::new());
+fn http1(header_timeout: Duration) -> http1::Builder {
+    let mut builder = http1::Builder::new();
     // Its own limit of 100 headers is as good as any, and set here it would fill as many for each request.
     builder
-        .http1()
         .timer(TokioTimer::new())
         .header_read_timeout(header_timeout)
         .max_buf_size(MAX_HEAD_BYTES);
     builder
-        .http2()
+}
+
+fn http2() -> http2::Builder<TokioExecutor> {
+    let mut builder = http2::Builder::new(TokioExecutor::new());
+    builder
         .timer(TokioTimer::new())
         .max_concurrent_streams(MAX_STREAMS_PER_CONNECTION)
         .max_header_list_size(MAX_HEAD_BYTES as u32)

@@ -10,7 +10,7 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 
 use crate::support::{
-    Connection, LONG, Reply, Stack, engine, open, request, streamed_text, with_model,
+    Connection, LONG, Reply, Stack, engine, open, request, says, streamed_text, with_model,
 };
 
 fn endless() -> Settings {
@@ -81,6 +81,43 @@ async fn a_client_that_leaves_before_the_answer_frees_the_engine() {
     stack
         .wait_metric("scalellm_requests_total{", "status=\"499\"", 1.0)
         .await;
+}
+
+#[tokio::test]
+async fn a_client_that_leaves_after_a_body_in_chunks_frees_the_engine() {
+    let stack = Stack::one(endless()).await;
+    let mut socket = TcpStream::connect(stack.address()).await.unwrap();
+    let body = with_model(json!({"prompt": "x", "max_tokens": 100_000})).to_string();
+    let whole = format!(
+        "POST /v1/completions HTTP/1.1\r\nhost: t\r\ntransfer-encoding: chunked\r\n\r\n{:x}\r\n{body}\r\n0\r\n\r\n",
+        body.len()
+    );
+    socket.write_all(whole.as_bytes()).await.unwrap();
+    stack
+        .wait_metric("scalellm_replica_running_requests{", "", 1.0)
+        .await;
+    drop(socket);
+    stack
+        .wait_metric("scalellm_replica_running_requests{", "", 0.0)
+        .await;
+}
+
+#[tokio::test]
+async fn what_is_sent_behind_a_request_is_answered_after_it() {
+    let stack = Stack::one(says("four words for you")).await;
+    let mut socket = TcpStream::connect(stack.address()).await.unwrap();
+    let body = with_model(json!({"prompt": "x", "max_tokens": 4, "stream": true})).to_string();
+    let asked = format!(
+        "POST /v1/completions HTTP/1.1\r\nhost: t\r\ncontent-length: {}\r\n\r\n{body}",
+        body.len()
+    );
+    let probe = "GET /health HTTP/1.1\r\nhost: t\r\nconnection: close\r\n\r\n";
+    let whole = format!("{asked}{asked}{probe}");
+    socket.write_all(whole.as_bytes()).await.unwrap();
+    let mut answers = String::new();
+    socket.read_to_string(&mut answers).await.unwrap();
+    assert_eq!(answers.matches("HTTP/1.1 200 OK").count(), 3, "{answers}");
+    assert_eq!(answers.matches("data: [DONE]").count(), 2, "{answers}");
 }
 
 #[tokio::test]

@@ -52,6 +52,32 @@ async fn keys_guard_all_but_the_open_routes() {
 }
 
 #[tokio::test]
+async fn a_protocol_is_recognised_byte_by_byte() {
+    let stack = Stack::one(engine()).await;
+    // A settings frame follows an HTTP/2 client's preface, and the server's own answers it.
+    let http2 = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\0\x04\0\0\0\0\0";
+    let asked = b"GET /health HTTP/1.1\r\nhost: t\r\n\r\n";
+    // What begins like a preface, and is none.
+    let misled = b"PRI * HTTP/1.1\r\nhost: t\r\n\r\n";
+    for (bytes, answer) in [
+        (&http2[..], &b"\0\0"[..]),
+        (asked, b"HTTP/1.1 200"),
+        (misled, b"HTTP/1.1 4"),
+    ] {
+        let mut socket = TcpStream::connect(stack.address()).await.unwrap();
+        socket.set_nodelay(true).unwrap();
+        for byte in bytes {
+            socket.write_all(&[*byte]).await.unwrap();
+            tokio::task::yield_now().await;
+        }
+        let mut found = vec![0; answer.len()];
+        let read = tokio::time::timeout(LONG, socket.read_exact(&mut found)).await;
+        read.unwrap().unwrap();
+        assert_eq!(found, answer, "{}", String::from_utf8_lossy(bytes));
+    }
+}
+
+#[tokio::test]
 async fn a_body_over_the_limit_is_refused_unread() {
     let stack = Stack::start(vec![engine()], |config| config.max_body_bytes = 100_000).await;
     // Declared: the answer comes before a byte of the 100 MB was sent.
