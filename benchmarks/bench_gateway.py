@@ -136,7 +136,7 @@ def arguments_parser() -> argparse.ArgumentParser:
     parser.add_argument("--gateways", default=every, help="default: %(default)s")
     parser.add_argument("--repeats", type=int, default=3, help="default: %(default)s")
     parser.add_argument("--seconds", type=float, default=3.0, help="a measure; %(default)s")
-    parser.add_argument("--held", type=int, default=4000, help="streams; default: %(default)s")
+    parser.add_argument("--held", type=int, default=9500, help="streams; default: %(default)s")
     parser.add_argument(
         "--budget", type=float, default=float("inf"), help="s after which no gateway is begun"
     )

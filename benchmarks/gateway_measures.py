@@ -45,7 +45,7 @@ class Amounts:
     """How much of each is asked for; a slow gateway is asked less, so that it answers at all."""
 
     seconds: float
-    held: int = 4000
+    held: int = 9500  # with a connection to the endpoint for each, 20,000 files are enough
 
     def for_slow(self) -> "Amounts":
         return replace(self, held=200)
