@@ -10,6 +10,7 @@ import queue
 import statistics
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -20,7 +21,10 @@ from scalellm.engine.step_time import StepShape, StepTime
 from scalellm.errors import EngineError
 
 if TYPE_CHECKING:
+    from scalellm.config import EngineConfig
     from scalellm.engine.local import LocalEngine, Outbox
+    from scalellm.engine.step import Limits
+    from scalellm.executor.single import SingleExecutor
 
 _RUN = 8  # equal steps that are one sample
 _ANSWER_S = 600.0
@@ -81,6 +85,43 @@ class Recorder(StepTime):
     def observe(self, shape: StepShape, elapsed_ms: float) -> None:
         super().observe(shape, elapsed_ms)
         self.steps.append((time.perf_counter(), shape, elapsed_ms))
+
+
+@dataclass(frozen=True, slots=True)
+class MeasuredEngine:
+    """An engine in this process whose steps are recorded."""
+
+    engine: "LocalEngine"
+    executor: "SingleExecutor"
+    limits: "Limits"
+    recorder: Recorder
+
+
+@contextmanager
+def measured_engine(config: "EngineConfig") -> Iterator[MeasuredEngine]:
+    """Raises OutOfMemoryError where there is no place for the model."""
+    from scalellm.engine.local import LocalEngine, LocalListener
+    from scalellm.engine.loop import EngineLoop
+    from scalellm.executor.load import load_executor
+
+    executor = load_executor(config)
+    listener = LocalListener()
+    loop = EngineLoop(executor, listener, config)
+    recorder = Recorder()
+    loop.scheduler.step_time = recorder
+    engine = LocalEngine(loop, listener, executor.close)
+    try:
+        yield MeasuredEngine(engine, executor, loop.scheduler.limits, recorder)
+    finally:
+        engine.close()
+
+
+def run_sweep(measured: MeasuredEngine, sweep: Sequence[Load]) -> list[Sample]:
+    """What the steps of a sweep took."""
+    measured.recorder.steps.clear()
+    for number, load in enumerate(sweep, start=1):
+        run_load(measured.engine, load, measured.executor.vocab_size, seed=number)
+    return list(samples_of(measured.recorder.steps))
 
 
 def run_load(engine: "LocalEngine", load: Load, vocab_size: int, seed: int) -> None:
@@ -177,6 +218,11 @@ def _errors(cost: StepCost, samples: Sequence[Sample]) -> list[float]:
     return [
         cost.step_ms(s.tokens, s.attended, s.sequences, s.read) / s.step_ms - 1 for s in samples
     ]
+
+
+def slowed(cost: StepCost, samples: Sequence[Sample]) -> float:
+    """How many times what the cost says the median step took, at least once."""
+    return max(1.0, statistics.median(1 / (1 + error) for error in _errors(cost, samples)))
 
 
 def misfit(cost: StepCost, samples: Sequence[Sample]) -> float:

@@ -12,7 +12,6 @@ from scalellm.controller.cores import usable_cores
 from scalellm.errors import ConfigError, OutOfMemoryError
 
 if TYPE_CHECKING:
-    from scalellm.bench.steps import Sample
     from scalellm.controller.blueprint.cost import ShapeCost
 
 _FRONT_MS = 3.0  # socket, gateway and link of one request on an idle machine
@@ -64,8 +63,13 @@ def run(arguments: argparse.Namespace) -> int:
             config, model_path=folder, tensor_parallel_size=width, cpu_threads=width * each
         )
         try:
-            shapes[width], misfit = _measure(shaped, arguments.short, on_gpu=gpus > 0)
+            # GPUs have memory of their own; the cores of a host share its.
+            neighbours = 0 if gpus else devices // width - 1
+            shape, misfit = _measure(shaped, arguments.short, gpus > 0, neighbours)
+            shapes[width] = shape
             notes.append(f"TP {width}: the median step is {misfit:.1%} off the line")
+            if neighbours:
+                notes[-1] += f", and {shape.beside:.2f} x as long where all others compute too"
         except OutOfMemoryError as error:
             notes.append(f"TP {width} is left out: {error}")
         print(notes[-1], flush=True)
@@ -109,41 +113,41 @@ def _widths(text: str, devices: int) -> list[int]:
     return found
 
 
-def _measure(config: EngineConfig, short: bool, on_gpu: bool) -> "tuple[ShapeCost, float]":
-    from scalellm.bench.steps import SHORT_SWEEP, SWEEP, Recorder, fit, misfit, run_load, samples_of
-    from scalellm.controller.blueprint.cost import ShapeCost
-    from scalellm.engine.local import LocalEngine, LocalListener
-    from scalellm.engine.loop import EngineLoop
-    from scalellm.executor.load import load_executor
-
-    executor = load_executor(config)
-    listener = LocalListener()
-    loop = EngineLoop(executor, listener, config)
-    recorder = Recorder()
-    loop.scheduler.step_time = recorder
-    limits = loop.scheduler.limits
-    kv_tokens, block_size = executor.num_blocks * executor.block_size, executor.block_size
-    engine = LocalEngine(loop, listener, executor.close)
-    sweep = SHORT_SWEEP if short else SWEEP
-    try:
-        # What allocates, and on a GPU compiles kernels and records steps for each size.
-        for load in sweep if on_gpu else sweep[:1]:
-            run_load(engine, load, executor.vocab_size, seed=0)
-        recorder.steps.clear()
-        for number, load in enumerate(sweep, start=1):
-            run_load(engine, load, executor.vocab_size, seed=number)
-        samples: list[Sample] = list(samples_of(recorder.steps))
-    finally:
-        engine.close()
-    cost = fit(samples)
-    shape = ShapeCost(
-        config.tensor_parallel_size,
-        cost,
-        limits.max_num_seqs,
-        limits.max_num_batched_tokens,
-        limits.step_budget_ms,
-        kv_tokens,
-        block_size,
-        limits.max_model_len,
+def _measure(
+    config: EngineConfig, short: bool, on_gpu: bool, neighbours: int
+) -> "tuple[ShapeCost, float]":
+    """What steps cost alone, and how much more beside `neighbours` that compute all the time."""
+    from scalellm.bench.neighbours import busy_neighbours
+    from scalellm.bench.steps import (
+        SHORT_SWEEP,
+        SWEEP,
+        fit,
+        measured_engine,
+        misfit,
+        run_sweep,
+        slowed,
     )
+    from scalellm.controller.blueprint.cost import ShapeCost
+
+    sweep = SHORT_SWEEP if short else SWEEP
+    with measured_engine(config) as measured:
+        # What allocates, and on a GPU compiles kernels and records steps for each size.
+        run_sweep(measured, sweep if on_gpu else sweep[:1])
+        samples = run_sweep(measured, sweep)
+        cost, beside = fit(samples), 1.0
+        if neighbours:
+            with busy_neighbours(config, neighbours):
+                beside = slowed(cost, run_sweep(measured, SHORT_SWEEP))
+        executor, limits = measured.executor, measured.limits
+        shape = ShapeCost(
+            config.tensor_parallel_size,
+            cost,
+            limits.max_num_seqs,
+            limits.max_num_batched_tokens,
+            limits.step_budget_ms,
+            executor.num_blocks * executor.block_size,
+            executor.block_size,
+            limits.max_model_len,
+            beside,
+        )
     return shape, misfit(cost, samples)

@@ -14,6 +14,7 @@ import math
 from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from functools import partial
 
 from scalellm.controller.blueprint.cost import Calibration
 from scalellm.controller.blueprint.journal import Policy
@@ -185,9 +186,12 @@ class Cluster:
             extend_hashes(request.block_hashes, request.token_ids, size, b"")
         index = self._routing.pick(self._replicas, request, now_ms)
         replica = self._replicas[index]
+        was_idle = replica.is_idle
         self._in_engines += 1
         outputs = replica.submit(request, now_ms)
         heapq.heappush(self._ends, (replica.ends_ms, index))
+        if was_idle:
+            self._change_pace(index, now_ms)
         self._take(outputs, now_ms)
 
     def _take(self, outputs: Iterable[Output], now_ms: float) -> None:
@@ -228,9 +232,23 @@ class Cluster:
                 self._calibration.shapes[tp],
                 prefix_caching=self._load.shares_prefixes,
                 exact=self._exact,
+                others_busy=partial(self._others_busy, index),
             )
-            for tp in blueprint.replicas
+            for index, tp in enumerate(blueprint.replicas)
         ]
+
+    def _others_busy(self, index: int) -> float:
+        """The share of the other replicas' devices that compute now."""
+        others = self._replicas[:index] + self._replicas[index + 1 :]
+        busy = sum(found.shape.tp for found in others if not found.is_idle)
+        return busy / max(1, sum(found.shape.tp for found in others))
+
+    def _change_pace(self, index: int, now_ms: float) -> None:
+        """A replica began or ended computing: the next steps of others take another time."""
+        for other, replica in enumerate(self._replicas):
+            if other != index and replica.shape.beside > 1.0 and not replica.is_idle:
+                replica.interrupt(now_ms)
+                heapq.heappush(self._ends, (replica.ends_ms, other))
 
     def _count_places(self) -> int:
         return int(PLACES_PER_SLOT * sum(found.shape.max_num_seqs for found in self._replicas))
@@ -252,6 +270,8 @@ class Cluster:
         outputs = replica.finish_work()
         heapq.heappush(self._ends, (replica.ends_ms, index))
         self._routing.cached(index, replica)
+        if replica.is_idle:
+            self._change_pace(index, now_ms)
         self._take(outputs, now_ms)
         self._let_in(now_ms)
 

@@ -10,7 +10,7 @@ What is busy cannot be changed, except that a stretch ends with the step in whic
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from scalellm.controller.blueprint.cost import ShapeCost
 from scalellm.engine.kv_cache import KVCache
@@ -25,9 +25,15 @@ class SimulatedReplica:
     """Times in milliseconds of simulated time."""
 
     def __init__(
-        self, shape: ShapeCost, *, prefix_caching: bool = False, exact: bool = False
+        self,
+        shape: ShapeCost,
+        *,
+        prefix_caching: bool = False,
+        exact: bool = False,
+        others_busy: Callable[[], float] = lambda: 0.0,
     ) -> None:
-        """`exact` computes every step by itself, none in closed form."""
+        """`exact` computes every step by itself, none in closed form; `others_busy`: the share of
+        the host's other devices that compute now, which is asked when a step begins."""
         self.shape = shape
         limits = Limits(
             max_num_seqs=shape.max_num_seqs,
@@ -37,12 +43,14 @@ class SimulatedReplica:
         )
         blocks = max(1, shape.kv_tokens // shape.block_size)
         kv = KVCache(blocks, shape.block_size, prefix_caching)
-        self.scheduler = StretchScheduler(limits, kv, CalibratedStepTime(shape.cost))
+        self._step_time = CalibratedStepTime(shape.cost)
+        self.scheduler = StretchScheduler(limits, kv, self._step_time)
         self.ends_ms = math.inf  # of the work in progress; infinite while idle
         self.busy_ms = 0.0
         self.steps = 0
         self.step_ms = 0.0  # of the last step that ended
         self._exact = exact
+        self._others_busy = others_busy
         self._step: Step | None = None
         self._stretch: Stretch | None = None
         self._started_ms = 0.0
@@ -87,8 +95,10 @@ class SimulatedReplica:
         scheduler = self.scheduler
         self._started_ms = now_ms
         self.ends_ms = math.inf
+        if self.shape.beside > 1.0:
+            self._step_time.pace = 1.0 + (self.shape.beside - 1.0) * self._others_busy()
         if not self._exact:
-            self._stretch = scheduler.stretch(now_ms, self.shape.cost)
+            self._stretch = scheduler.stretch(now_ms, self.shape.cost, self._step_time.pace)
             if self._stretch is not None:
                 self.ends_ms = self._stretch.end_ms()
                 return

@@ -10,6 +10,7 @@ class CalibratedStepTime(StepTime):
     def __init__(self, cost: StepCost) -> None:
         super().__init__()
         self._cost = cost
+        self.pace = 1.0  # what others on the same host make of every step's time
 
     def observe(self, shape: StepShape, elapsed_ms: float) -> None:
         """Measured steps do not change a calibration."""
@@ -17,7 +18,8 @@ class CalibratedStepTime(StepTime):
     def predict_ms(self, shape: StepShape) -> float:
         if shape.tokens < 1:
             return 0.0
-        return self._cost.step_ms(shape.tokens, shape.attended, shape.spans, shape.read)
+        ms = self._cost.step_ms(shape.tokens, shape.attended, shape.spans, shape.read)
+        return self.pace * ms
 
     def largest_chunk(self, shape: StepShape, start: int, budget_ms: float) -> int:
         """Most tokens of one more span within the budget: the largest n of a growing cost."""

@@ -48,8 +48,8 @@ class Stretch:
 class StretchScheduler(Scheduler):
     """The engine's scheduler, which can also be told the outcome of many equal steps."""
 
-    def stretch(self, start_ms: float, cost: StepCost) -> Stretch | None:
-        """The steps from now until the first stream ends or blocks run out.
+    def stretch(self, start_ms: float, cost: StepCost, pace: float = 1.0) -> Stretch | None:
+        """The steps from now until the first stream ends or blocks run out, at `pace` x `cost`.
 
         None unless the next step gives every running request one token and admits nobody: either
         nobody waits, or all places are taken."""
@@ -73,8 +73,8 @@ class StretchScheduler(Scheduler):
             if steps == 0:
                 return None
         streams = len(running)
-        first_ms = cost.step_ms(streams, attended, streams, attended)
-        return Stretch(start_ms, steps, first_ms, cost.per_context_ms * streams)
+        first_ms = pace * cost.step_ms(streams, attended, streams, attended)
+        return Stretch(start_ms, steps, first_ms, pace * cost.per_context_ms * streams)
 
     def _blocks_for(self, steps: int) -> int:
         """Blocks to be taken for so many steps; the last token's position is not written."""

@@ -1,8 +1,10 @@
 """The line through measured steps."""
 
+from dataclasses import replace
+
 import pytest
 
-from scalellm.bench.steps import Sample, fit, misfit, samples_of
+from scalellm.bench.steps import Sample, fit, misfit, samples_of, slowed
 from scalellm.controller.blueprint.cost import StepCost
 from scalellm.engine.step_time import StepShape
 
@@ -40,3 +42,11 @@ def test_equal_steps_are_their_median_and_a_pause_is_not_a_step() -> None:
     assert found.step_ms == pytest.approx(20.0)
     other = StepShape(5, 400.0, 5)
     assert [one.sequences for one in samples_of([*steps, (20.0, other, 1.0)])] == [4, 5]
+
+
+def test_how_much_slower_others_make_steps_is_a_median_and_never_a_gain() -> None:
+    samples = [sample(n, n * 100, n, n * 100) for n in (1, 2, 4, 8, 16)]
+    slower = [replace(one, step_ms=1.3 * one.step_ms) for one in samples]
+    disturbed = [*slower[:-1], replace(slower[-1], step_ms=9 * slower[-1].step_ms)]
+    assert slowed(TRUE, disturbed) == pytest.approx(1.3)
+    assert slowed(TRUE, [replace(one, step_ms=0.9 * one.step_ms) for one in samples]) == 1.0

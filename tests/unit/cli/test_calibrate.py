@@ -14,12 +14,15 @@ from scalellm.errors import OutOfMemoryError
 
 
 @pytest.fixture
-def measured(monkeypatch: pytest.MonkeyPatch) -> list[tuple[EngineConfig, bool]]:
-    """The engines whose steps were measured, and whether on a GPU; one rank has no room."""
-    found: list[tuple[EngineConfig, bool]] = []
+def measured(monkeypatch: pytest.MonkeyPatch) -> list[tuple[EngineConfig, int]]:
+    """The engines whose steps were measured, and beside how many others; one rank has no room."""
+    found: list[tuple[EngineConfig, int]] = []
 
-    def measure(config: EngineConfig, _short: bool, on_gpu: bool) -> tuple[ShapeCost, float]:
-        found.append((config, on_gpu))
+    def measure(
+        config: EngineConfig, _short: bool, on_gpu: bool, neighbours: int
+    ) -> tuple[ShapeCost, float]:
+        assert not (on_gpu and neighbours)
+        found.append((config, neighbours))
         if config.tensor_parallel_size == 1:
             raise OutOfMemoryError("the model does not fit: needs 90 GiB")
         return ShapeCost(config.tensor_parallel_size, StepCost(1.0), 8, 512, 100.0, 4096), 0.01
@@ -41,14 +44,14 @@ def on_gpus(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
 
 
 def test_devices_are_gpus_where_engines_run_on_them(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, measured: list[tuple[EngineConfig, bool]]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, measured: list[tuple[EngineConfig, int]]
 ) -> None:
     on_gpus(monkeypatch, 8)
     code, file = run(tmp_path, "--widths", "2,8", "--device", "auto")
     assert code == 0
-    assert [(c.tensor_parallel_size, c.cpu_threads, gpu) for c, gpu in measured] == [
-        (2, 2, True),
-        (8, 8, True),
+    assert [(c.tensor_parallel_size, c.cpu_threads, beside) for c, beside in measured] == [
+        (2, 2, 0),
+        (8, 8, 0),
     ]
     found = read_calibration(str(file))
     assert (found.widths, found.source) == ((2, 8), "measured")
@@ -81,3 +84,12 @@ def test_a_model_that_fits_no_width_is_an_error(
     code, file = run(tmp_path, "--widths", "1", "--device", "cpu")
     assert (code, file.exists()) == (1, False)
     assert "the model does not fit: needs 90 GiB" in capsys.readouterr().err
+
+
+def test_replicas_of_a_cpu_are_measured_beside_as_many_as_fit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, measured: list[tuple[EngineConfig, int]]
+) -> None:
+    monkeypatch.setattr(calibrate, "usable_cores", lambda: 8)
+    assert run(tmp_path, "--widths", "2,4,8", "--devices", "8", "--device", "cpu")[0] == 0
+    found = [(config.tensor_parallel_size, neighbours) for config, neighbours in measured]
+    assert found == [(2, 3), (4, 1), (8, 0)]

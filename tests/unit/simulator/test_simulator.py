@@ -26,15 +26,16 @@ from scalellm.simulator.stretch import Stretch
 NODE = read_calibration("node-8gpu")
 NARROW, WIDE = uniform(NODE.widths, 8)
 ONE = Blueprint((Group(1, 1),))
+THREE = Blueprint((Group(1, 3),))
 MIXED = Synthetic(LogNormal(5.0, 1.0, at_most=2000), LogNormal(3.5, 0.8))
 SHARED = Synthetic(LogNormal(6.0, 0.8, at_most=2000), Fixed(20), prefix_reuse=0.5)
 LONG = Synthetic(Fixed(40), Fixed(150))
 TALK = Conversations(Fixed(40), Fixed(30), turns=3, systems=2, system_tokens=64, think_s=0.2)
 
 
-def small(kv_tokens: int = 4096, slots: int = 8) -> Calibration:
+def small(kv_tokens: int = 4096, slots: int = 8, beside: float = 1.0) -> Calibration:
     cost = StepCost(10.0, 0.5, 1e-3, 0.25)
-    shape = ShapeCost(1, cost, slots, 256, 100.0, kv_tokens, max_model_len=2048)
+    shape = ShapeCost(1, cost, slots, 256, 100.0, kv_tokens, max_model_len=2048, beside=beside)
     return Calibration("small", "derived", "", {1: shape}, front_ms=1.0, switch_ms=500.0)
 
 
@@ -59,6 +60,7 @@ SAMPLES: list[tuple[str, Calibration, Blueprint, Callable[[], Load]]] = [
     ("blocks short, preemptions", small(kv_tokens=512), ONE, open_load(LONG, 3.0, 5.0)),
     ("shared prefixes", small(kv_tokens=8192), ONE, open_load(SHARED, 3.0, 5.0)),
     ("conversations", small(kv_tokens=8192), ONE, open_load(TALK, 2.0, 5.0)),
+    ("slower beside others", small(beside=1.3), THREE, open_load(MIXED, 8.0, 5.0)),
     ("closed loop", NODE, NARROW, lambda: Closed(MIXED, 40, 160, None, 2048)),
 ]
 
@@ -95,6 +97,20 @@ def test_a_single_request_takes_what_its_steps_cost() -> None:
     assert served.ttft_ms == pytest.approx(calibration.front_ms + prompt_ms)
     decodes = [cost.step_ms(1, 101 + at, 1, 101 + at) for at in range(4)]
     assert served.tbt_ms == pytest.approx(sum(decodes) / 4)
+
+
+def test_steps_take_longer_while_others_on_the_host_compute() -> None:
+    source, cost = Synthetic(Fixed(100), Fixed(50)), small().shapes[1].cost
+
+    def token_ms(clients: int) -> list[float]:
+        load = Closed(source, clients, clients, None, 2048)
+        return [one.tbt_ms for one in Cluster(load, small(beside=1.5), THREE).run().served]
+
+    alone = sum(cost.step_ms(1, 101 + at, 1, 101 + at) for at in range(49)) / 49
+    assert token_ms(1) == pytest.approx([alone])
+    # One of the two others computes, both; first and last steps begin, or end, alone.
+    assert token_ms(2) == pytest.approx([1.25 * alone] * 2, rel=0.01)
+    assert token_ms(3) == pytest.approx([1.5 * alone] * 3, rel=0.01)
 
 
 def test_a_stretch_is_interrupted_after_the_step_that_runs() -> None:

@@ -89,6 +89,7 @@ class ShapeCost:
     kv_tokens: int
     block_size: int = 16
     max_model_len: int = 131_072
+    beside: float = 1.0  # a step's time while all other devices of the host compute, by that alone
 
     def streams(self, context_tokens: float) -> float:
         """Most that run at once with so much context each."""
@@ -154,6 +155,8 @@ def _shape(found: dict[str, Any]) -> ShapeCost:
     numbers = [getattr(cost, entry.name) for entry in fields(cost)]
     if not all(isinstance(value, int | float) and value >= 0 for value in numbers):
         raise ValueError(f"tp = {shape.tp}: every coefficient must be a number, at least 0")
+    if not shape.beside >= 1:
+        raise ValueError(f"tp = {shape.tp}: got beside = {shape.beside}, allowed: 1 or more")
     if cost.decode_ms(1, 1) <= 0:
         raise ValueError(f"tp = {shape.tp}: a step must take time")
     return shape
