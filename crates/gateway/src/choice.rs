@@ -60,9 +60,9 @@ pub struct Choice {
     /// Output tokens, up to and with the one that completes a stop string.
     pub output_tokens: u32,
     /// The engine's, up to its first token.
-    pub first_times: Option<proto::StageTimes>,
+    pub first_times: Option<Box<proto::StageTimes>>,
     /// The engine's, of the whole; absent when it was not the engine that ended the choice.
-    pub last_times: Option<proto::StageTimes>,
+    pub last_times: Option<Box<proto::StageTimes>>,
     /// The replica that ran it last.
     pub replica: usize,
     /// Replicas that it outlived.
@@ -139,7 +139,7 @@ impl Choice {
     /// gave up comes with the error.
     pub fn take(&mut self, output: proto::Output) -> (ChoiceEvent, Option<Box<ApiError>>) {
         let reason = output.finish_reason();
-        if let Some(times) = output.times {
+        if let Some(times) = output.times.map(Box::new) {
             if reason != FinishReason::Unspecified {
                 self.last_times = Some(times.clone());
             }

@@ -214,6 +214,9 @@ impl ClientSocket {
             self.stalled = None;
             return wrote;
         }
+        if self.sees_end && self.has_left(cx) {
+            return Poll::Ready(Err(left()));
+        }
         let timeout = self.write_timeout;
         let timer = self
             .stalled
@@ -225,6 +228,10 @@ impl ClientSocket {
             "the client does not read",
         )))
     }
+}
+
+fn left() -> io::Error {
+    io::Error::new(io::ErrorKind::UnexpectedEof, "the client has left")
 }
 
 /// The first bytes of a connection, read before hyper reads.
@@ -289,8 +296,7 @@ impl AsyncWrite for ClientSocket {
         ready!(Pin::new(&mut self.socket).poll_flush(cx))?;
         // hyper flushes, with something to write or without, whenever it is woken.
         if self.sees_end && self.state.answering.load(Relaxed) && self.has_left(cx) {
-            let left = io::Error::new(io::ErrorKind::UnexpectedEof, "the client has left");
-            return Poll::Ready(Err(left));
+            return Poll::Ready(Err(left()));
         }
         Poll::Ready(Ok(()))
     }

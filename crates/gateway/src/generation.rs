@@ -313,7 +313,7 @@ impl Generation {
     }
 
     /// Takes the engine's times of the first token into the request's stages.
-    fn note_first(&self, now: Instant, times: proto::StageTimes, choice: &Choice) {
+    fn note_first(&self, now: Instant, times: Box<proto::StageTimes>, choice: &Choice) {
         let between = |from: u64, to: u64| {
             Duration::from_micros(if from == 0 {
                 0

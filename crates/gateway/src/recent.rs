@@ -38,8 +38,8 @@ pub struct EndedRequest {
     first: Option<First>,
     /// Since the start.
     pub last_tokens_us: Option<u64>,
-    pub engine_first: Option<proto::StageTimes>,
-    pub engine_last: Option<proto::StageTimes>,
+    pub engine_first: Option<Box<proto::StageTimes>>,
+    pub engine_last: Option<Box<proto::StageTimes>>,
 }
 
 /// The first frame's way: what the gateway had done for it, and when, since the start.

@@ -58,8 +58,8 @@ pub struct Progress {
     pub first_tokens: Option<TokensCame>,
     pub last_tokens: Option<TokensCame>,
     /// What the engine said with its first output, and with its last.
-    pub engine_first: Option<proto::StageTimes>,
-    pub engine_last: Option<proto::StageTimes>,
+    pub engine_first: Option<Box<proto::StageTimes>>,
+    pub engine_last: Option<Box<proto::StageTimes>>,
     /// Of `Detokenise`, what came before the first token was out.
     pub first_detokenise_us: Option<u64>,
     /// Known by whoever ended the response early; its status replaces the response's in log and metrics.

@@ -106,9 +106,14 @@ mod tests {
     use crate::linear::{Format, Layout, pack};
     use crate::rows::Rows;
 
-    const HIDDEN: usize = 96;
+    // No whole panels, and norms that end within a cache line.
+    const HIDDEN: usize = 72;
     const INNER: usize = 160;
     const WORDS: usize = 40;
+    const INT4: Format = Format::Int4 {
+        group: 32,
+        zeros: false,
+    };
 
     struct Model {
         table: Vec<bf16>,
@@ -263,10 +268,29 @@ mod tests {
     }
 
     #[test]
+    fn nothing_is_appended_to_a_plan_that_is_finished() {
+        let mut plan = Plan::default();
+        plan.finish().unwrap();
+        let view = View {
+            buffer: plan.buffer(4, Element::Bf16, Extent::Token),
+            first: 0,
+            cols: 4,
+        };
+        let op = Op::Add {
+            a: view,
+            b: view,
+            out: view,
+        };
+        // SAFETY: it points to nothing.
+        let refused = unsafe { plan.push(op) };
+        assert!(matches!(refused, Err(PlanError::Finished)));
+    }
+
+    #[test]
     fn what_is_joined_gives_the_bits_of_what_is_not_at_every_level_and_format() {
         let mut random = StdRng::seed_from_u64(3);
         for level in Level::available() {
-            for format in [Format::Int8, Format::Bf16] {
+            for format in [Format::Int8, INT4, Format::Bf16] {
                 let mut cpu = Cpu::at_level(level, 2, 0).unwrap();
                 let layout =
                     |n, k, groups, gated| Layout::new(format, n, k, groups, gated).unwrap();

@@ -152,14 +152,8 @@ impl Plan {
         if self.finished {
             return Ok(());
         }
-        self.ops = fuse::fuse(std::mem::take(&mut self.ops), &self.buffers);
-        self.place()
-    }
-
-    /// Give the buffers of the operations, as they are now, their places.
-    fn place(&mut self) -> Result<(), PlanError> {
+        let ops = fuse::fuse(self.ops.clone(), &self.buffers);
         self.buffers.forget();
-        let ops = std::mem::take(&mut self.ops);
         for (index, op) in ops.iter().enumerate() {
             self.note(op, index)?;
         }

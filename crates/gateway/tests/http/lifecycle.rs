@@ -10,7 +10,7 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 
 use crate::support::{
-    Connection, LONG, Reply, Stack, engine, open, request, says, streamed_text, with_model,
+    Connection, Folder, LONG, Reply, Stack, engine, open, request, streamed_text, with_model,
 };
 
 fn endless() -> Settings {
@@ -103,21 +103,52 @@ async fn a_client_that_leaves_after_a_body_in_chunks_frees_the_engine() {
 }
 
 #[tokio::test]
-async fn what_is_sent_behind_a_request_is_answered_after_it() {
-    let stack = Stack::one(says("four words for you")).await;
+async fn what_is_sent_while_a_request_is_answered_is_answered_after_it() {
+    let slow = Settings {
+        tbt_ms: 50.0,
+        ..engine()
+    };
+    let stack = Stack::one(slow).await;
     let mut socket = TcpStream::connect(stack.address()).await.unwrap();
-    let body = with_model(json!({"prompt": "x", "max_tokens": 4, "stream": true})).to_string();
+    let body = with_model(json!({"prompt": "x", "max_tokens": 6, "stream": true})).to_string();
     let asked = format!(
         "POST /v1/completions HTTP/1.1\r\nhost: t\r\ncontent-length: {}\r\n\r\n{body}",
         body.len()
     );
+    socket.write_all(asked.as_bytes()).await.unwrap();
+    let mut answers = vec![0; 32];
+    socket.read_exact(&mut answers).await.unwrap();
+    // The answer has begun: this waits in the socket, where the client's end is looked for.
+    socket.write_all(asked.as_bytes()).await.unwrap();
     let probe = "GET /health HTTP/1.1\r\nhost: t\r\nconnection: close\r\n\r\n";
-    let whole = format!("{asked}{asked}{probe}");
-    socket.write_all(whole.as_bytes()).await.unwrap();
-    let mut answers = String::new();
-    socket.read_to_string(&mut answers).await.unwrap();
+    socket.write_all(probe.as_bytes()).await.unwrap();
+    socket.read_to_end(&mut answers).await.unwrap();
+    let answers = String::from_utf8(answers).unwrap();
     assert_eq!(answers.matches("HTTP/1.1 200 OK").count(), 3, "{answers}");
     assert_eq!(answers.matches("data: [DONE]").count(), 2, "{answers}");
+}
+
+#[tokio::test]
+async fn a_client_of_a_unix_socket_that_leaves_frees_the_engine() {
+    let folder = Folder::new();
+    let path = folder.0.join("gateway.sock");
+    let at = path.clone();
+    let stack = Stack::start(vec![endless()], |config| config.unix_socket = Some(at)).await;
+    let mut socket = tokio::net::UnixStream::connect(&path).await.unwrap();
+    let body =
+        with_model(json!({"prompt": "x", "max_tokens": 100_000, "stream": true})).to_string();
+    let asked = format!(
+        "POST /v1/completions HTTP/1.1\r\nhost: t\r\ncontent-length: {}\r\n\r\n{body}",
+        body.len()
+    );
+    socket.write_all(asked.as_bytes()).await.unwrap();
+    stack
+        .wait_metric("scalellm_replica_running_requests{", "", 1.0)
+        .await;
+    drop(socket);
+    stack
+        .wait_metric("scalellm_replica_running_requests{", "", 0.0)
+        .await;
 }
 
 #[tokio::test]
