@@ -7,7 +7,7 @@ import pickle
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from threading import Timer
 
 from scalellm.bench.steps import Load, measured_engine, run_load
@@ -27,9 +27,12 @@ def busy_neighbours(config: EngineConfig, count: int) -> Iterator[None]:
         processes = [_start(config, stack) for _ in range(count)]
         for process in processes:
             limit = Timer(_READY_S, process.kill)
+            limit.daemon = True
             limit.start()
-            said = process.stdout.readline() if process.stdout else b""
-            limit.cancel()
+            try:
+                said = process.stdout.readline() if process.stdout else b""
+            finally:
+                limit.cancel()
             if said.strip() != b"ready":
                 raise EngineError("a replica that was to be a neighbour did not start")
         yield
@@ -47,9 +50,11 @@ def _start(config: EngineConfig, stack: ExitStack) -> subprocess.Popen[bytes]:
         )
     )
     stack.callback(process.kill)
-    if process.stdin:
-        process.stdin.write(pickle.dumps(config))
-        process.stdin.close()
+    # One that has ended already is noticed when it does not say that it is ready.
+    with suppress(BrokenPipeError):
+        if process.stdin:
+            process.stdin.write(pickle.dumps(config))
+            process.stdin.close()
     return process
 
 

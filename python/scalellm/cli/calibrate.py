@@ -9,13 +9,15 @@ from scalellm.cli.flags import add_settings, resolve_arguments
 from scalellm.cli.model import check_folder, resolve_model
 from scalellm.config import EngineConfig, build
 from scalellm.controller.cores import usable_cores
-from scalellm.errors import ConfigError, OutOfMemoryError
+from scalellm.errors import ConfigError, EngineError, OutOfMemoryError
 
 if TYPE_CHECKING:
-    from scalellm.controller.blueprint.cost import ShapeCost
+    from scalellm.bench.steps import MeasuredEngine
+    from scalellm.controller.blueprint.cost import ShapeCost, StepCost
 
 _FRONT_MS = 3.0  # socket, gateway and link of one request on an idle machine
 _SWITCH_MS = 500.0
+_MOST_NEIGHBOURS = 7  # each is an engine of its own, with weights and a cache
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -35,6 +37,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--short", action="store_true", help="fewer steps of each kind: as at a first start"
+    )
+    parser.add_argument(
+        "--alone",
+        action="store_true",
+        help="not beside busy replicas: what a simulation needs, and a first start does not",
     )
 
 
@@ -64,12 +71,12 @@ def run(arguments: argparse.Namespace) -> int:
         )
         try:
             # GPUs have memory of their own; the cores of a host share its.
-            neighbours = 0 if gpus else devices // width - 1
+            neighbours = 0 if gpus or arguments.alone else devices // width - 1
             shape, misfit = _measure(shaped, arguments.short, gpus > 0, neighbours)
             shapes[width] = shape
             notes.append(f"TP {width}: the median step is {misfit:.1%} off the line")
-            if neighbours:
-                notes[-1] += f", and {shape.beside:.2f} x as long where all others compute too"
+            if shape.others:
+                notes[-1] += f"; {shape.beside:.3f} x as long beside {shape.others} busy devices"
         except OutOfMemoryError as error:
             notes.append(f"TP {width} is left out: {error}")
         print(notes[-1], flush=True)
@@ -116,28 +123,17 @@ def _widths(text: str, devices: int) -> list[int]:
 def _measure(
     config: EngineConfig, short: bool, on_gpu: bool, neighbours: int
 ) -> "tuple[ShapeCost, float]":
-    """What steps cost alone, and how much more beside `neighbours` that compute all the time."""
-    from scalellm.bench.neighbours import busy_neighbours
-    from scalellm.bench.steps import (
-        SHORT_SWEEP,
-        SWEEP,
-        fit,
-        measured_engine,
-        misfit,
-        run_sweep,
-        slowed,
-    )
+    """What steps cost alone, and how much more beside up to so many busy `neighbours`."""
+    from scalellm.bench.steps import SHORT_SWEEP, SWEEP, fit, measured_engine, misfit, run_sweep
     from scalellm.controller.blueprint.cost import ShapeCost
 
     sweep = SHORT_SWEEP if short else SWEEP
     with measured_engine(config) as measured:
         # What allocates, and on a GPU compiles kernels and records steps for each size.
-        run_sweep(measured, sweep if on_gpu else sweep[:1])
-        samples = run_sweep(measured, sweep)
-        cost, beside = fit(samples), 1.0
-        if neighbours:
-            with busy_neighbours(config, neighbours):
-                beside = slowed(cost, run_sweep(measured, SHORT_SWEEP))
+        run_sweep(measured, sweep if on_gpu else sweep[:1], 0)
+        samples = run_sweep(measured, sweep, 1)
+        cost = fit(samples)
+        beside, neighbours = _beside(measured, config, cost, neighbours)
         executor, limits = measured.executor, measured.limits
         shape = ShapeCost(
             config.tensor_parallel_size,
@@ -149,5 +145,28 @@ def _measure(
             executor.block_size,
             limits.max_model_len,
             beside,
+            neighbours * config.tensor_parallel_size,
         )
     return shape, misfit(cost, samples)
+
+
+def _beside(
+    measured: "MeasuredEngine", config: EngineConfig, cost: "StepCost", neighbours: int
+) -> tuple[float, int]:
+    """What steps take beside busy neighbours, by what they take alone before and after, and beside
+    how many that was."""
+    from scalellm.bench.neighbours import busy_neighbours
+    from scalellm.bench.steps import SHORT_SWEEP, run_sweep, slowed
+
+    neighbours = min(neighbours, _MOST_NEIGHBOURS)
+    if not neighbours:
+        return 1.0, 0
+    alone = [slowed(cost, run_sweep(measured, SHORT_SWEEP, 2))]
+    try:
+        with busy_neighbours(config, neighbours):
+            beside = slowed(cost, run_sweep(measured, SHORT_SWEEP, 3))
+    except EngineError as error:
+        print(f"TP {config.tensor_parallel_size}: {error}: taken to be alone", flush=True)
+        return 1.0, 0
+    alone.append(slowed(cost, run_sweep(measured, SHORT_SWEEP, 4)))
+    return max(1.0, 2 * beside / sum(alone)), neighbours

@@ -73,7 +73,7 @@ def _measure(
                 *(*PYTHON, "scalellm", "calibrate", str(model_path)),
                 *engine_flags(config.engine, config.log, "model"),
                 *("--widths", ",".join(str(width) for width in widths)),
-                *("--devices", str(devices), "--short", "--write", str(part)),
+                *("--devices", str(devices), "--short", "--alone", "--write", str(part)),
             ],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,

@@ -237,11 +237,10 @@ class Cluster:
             for index, tp in enumerate(blueprint.replicas)
         ]
 
-    def _others_busy(self, index: int) -> float:
-        """The share of the other replicas' devices that compute now."""
+    def _others_busy(self, index: int) -> int:
+        """How many devices of other replicas compute now."""
         others = self._replicas[:index] + self._replicas[index + 1 :]
-        busy = sum(found.shape.tp for found in others if not found.is_idle)
-        return busy / max(1, sum(found.shape.tp for found in others))
+        return sum(found.shape.tp for found in others if not found.is_idle)
 
     def _change_pace(self, index: int, now_ms: float) -> None:
         """A replica began or ended computing: the next steps of others take another time."""

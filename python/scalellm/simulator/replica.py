@@ -30,10 +30,10 @@ class SimulatedReplica:
         *,
         prefix_caching: bool = False,
         exact: bool = False,
-        others_busy: Callable[[], float] = lambda: 0.0,
+        others_busy: Callable[[], int] = lambda: 0,
     ) -> None:
-        """`exact` computes every step by itself, none in closed form; `others_busy`: the share of
-        the host's other devices that compute now, which is asked when a step begins."""
+        """`exact` computes every step by itself, none in closed form; `others_busy`: how many other
+        devices of the host compute now, which is asked when a step begins."""
         self.shape = shape
         limits = Limits(
             max_num_seqs=shape.max_num_seqs,
@@ -96,7 +96,7 @@ class SimulatedReplica:
         self._started_ms = now_ms
         self.ends_ms = math.inf
         if self.shape.beside > 1.0:
-            self._step_time.pace = 1.0 + (self.shape.beside - 1.0) * self._others_busy()
+            self._step_time.pace = self.shape.pace(self._others_busy())
         if not self._exact:
             self._stretch = scheduler.stretch(now_ms, self.shape.cost, self._step_time.pace)
             if self._stretch is not None:

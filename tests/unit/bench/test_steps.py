@@ -1,10 +1,22 @@
 """The line through measured steps."""
 
 from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
-from scalellm.bench.steps import Sample, fit, misfit, samples_of, slowed
+from scalellm.bench import steps
+from scalellm.bench.steps import (
+    SHORT_SWEEP,
+    SWEEP,
+    Recorder,
+    Sample,
+    fit,
+    misfit,
+    samples_of,
+    slowed,
+)
 from scalellm.controller.blueprint.cost import StepCost
 from scalellm.engine.step_time import StepShape
 
@@ -44,9 +56,22 @@ def test_equal_steps_are_their_median_and_a_pause_is_not_a_step() -> None:
     assert [one.sequences for one in samples_of([*steps, (20.0, other, 1.0)])] == [4, 5]
 
 
-def test_how_much_slower_others_make_steps_is_a_median_and_never_a_gain() -> None:
+def test_how_much_slower_steps_were_is_a_median() -> None:
     samples = [sample(n, n * 100, n, n * 100) for n in (1, 2, 4, 8, 16)]
     slower = [replace(one, step_ms=1.3 * one.step_ms) for one in samples]
     disturbed = [*slower[:-1], replace(slower[-1], step_ms=9 * slower[-1].step_ms)]
     assert slowed(TRUE, disturbed) == pytest.approx(1.3)
-    assert slowed(TRUE, [replace(one, step_ms=0.9 * one.step_ms) for one in samples]) == 1.0
+    assert slowed(TRUE, samples) == pytest.approx(1.0)
+
+
+def test_no_two_sweeps_of_an_engine_have_a_prompt_in_common(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    seeds: list[int] = []
+    monkeypatch.setattr(steps, "run_load", lambda _engine, _load, _vocab, seed: seeds.append(seed))
+    measured: Any = SimpleNamespace(
+        engine=None, executor=SimpleNamespace(vocab_size=9), recorder=Recorder()
+    )
+    for number, sweep in enumerate((SWEEP, SWEEP, SHORT_SWEEP, SHORT_SWEEP)):
+        steps.run_sweep(measured, sweep, number)
+    assert len(set(seeds)) == len(seeds) == 2 * (len(SWEEP) + len(SHORT_SWEEP))

@@ -93,3 +93,6 @@ def test_replicas_of_a_cpu_are_measured_beside_as_many_as_fit(
     assert run(tmp_path, "--widths", "2,4,8", "--devices", "8", "--device", "cpu")[0] == 0
     found = [(config.tensor_parallel_size, neighbours) for config, neighbours in measured]
     assert found == [(2, 3), (4, 1), (8, 0)]
+    measured.clear()
+    run(tmp_path, "--widths", "2", "--devices", "8", "--device", "cpu", "--alone")
+    assert [neighbours for _, neighbours in measured] == [0]

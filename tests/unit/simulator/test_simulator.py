@@ -35,7 +35,9 @@ TALK = Conversations(Fixed(40), Fixed(30), turns=3, systems=2, system_tokens=64,
 
 def small(kv_tokens: int = 4096, slots: int = 8, beside: float = 1.0) -> Calibration:
     cost = StepCost(10.0, 0.5, 1e-3, 0.25)
-    shape = ShapeCost(1, cost, slots, 256, 100.0, kv_tokens, max_model_len=2048, beside=beside)
+    shape = ShapeCost(
+        1, cost, slots, 256, 100.0, kv_tokens, max_model_len=2048, beside=beside, others=2
+    )
     return Calibration("small", "derived", "", {1: shape}, front_ms=1.0, switch_ms=500.0)
 
 

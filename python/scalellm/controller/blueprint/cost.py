@@ -89,7 +89,13 @@ class ShapeCost:
     kv_tokens: int
     block_size: int = 16
     max_model_len: int = 131_072
-    beside: float = 1.0  # a step's time while all other devices of the host compute, by that alone
+    beside: float = 1.0  # a step's time while others on the host compute, by its time alone
+    others: int = 0  # devices of those others
+
+    def pace(self, busy: int) -> float:
+        """What `busy` other devices of the host make of a step's time; more than `others` count as
+        those."""
+        return 1.0 + (self.beside - 1.0) * min(1.0, busy / max(1, self.others))
 
     def streams(self, context_tokens: float) -> float:
         """Most that run at once with so much context each."""
