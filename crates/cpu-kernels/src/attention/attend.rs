@@ -380,6 +380,8 @@ impl Job<'_> {
         if group.seen.iter().all(Range::is_empty) {
             return;
         }
+        #[cfg(not(target_arch = "x86_64"))]
+        let _ = ahead;
         match tile {
             #[cfg(target_arch = "x86_64")]
             // SAFETY: a level above portable is only made where the processor has it.

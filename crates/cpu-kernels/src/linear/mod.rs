@@ -172,6 +172,8 @@ fn share(bytes: &[u8], part: usize, parts: usize) -> &[u8] {
 
 /// The most rows of a tile, and what computes one.
 fn kernel(level: Level, format: Format) -> (usize, fn(&Work, &mut Tree)) {
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = format;
     match level {
         #[cfg(target_arch = "x86_64")]
         Level::Avx512 => {
