@@ -27,8 +27,9 @@ from scalellm.bench.results import Row
 _SMALL_BYTES, _BIG_BYTES = 500, 220_000
 _SMALL_PROMPTS, _BIG_PROMPTS = 512, 192
 _CONCURRENCY, _BIG_CONCURRENCY, _PACED_STREAMS = 64, 16, 256
-_ANSWER_TOKENS, _STREAM_TOKENS, _PACED_TOKENS, _HELD_TOKENS = 16, 256, 100, 4
+_ANSWER_TOKENS, _STREAM_TOKENS, _PACED_TOKENS, _HELD_TOKENS = 16, 256, 100, 12
 _PACED_TBT_MS, _HELD_TBT_MS = 20.0, 1000.0
+_HELD_LIFE_MS = (_HELD_TOKENS - 1) * _HELD_TBT_MS
 # A rate holds if the gateway could answer more, and did answer about as many.
 _RATES, _HEADROOM, _HELD_SHARE = (2000, 5000, 10_000), 1.1, 0.95
 _BESIDE_RATE = 200
@@ -258,7 +259,9 @@ def _overload(found: Figures, server: Running, bench: Bench) -> Figures:
 
 
 def _held(found: Figures, server: Running, bench: Bench) -> Figures:
-    """The most that was there while they were open, and a while later, less what was before."""
+    """The most that was there while they were open, and a while later, less what was before.
+
+    No figure unless nearly all were open at the same time."""
     number = bench.amounts.held
     before = server.processes.pss_bytes()
     rows: list[Row] = []
@@ -279,8 +282,11 @@ def _held(found: Figures, server: Running, bench: Bench) -> Figures:
         raise PeerError("the load of held streams failed")
     time.sleep(_LEFT_AFTER_S)
     left_mib = (server.processes.pss_bytes() - before) / _MIB
-    held_kib = (most - before) / number / 1024
-    return _plus(found, rows[0], held_kib=held_kib, held_left_mib=left_mib)
+    (row,) = rows
+    if row["completed"] < _HELD_SHARE * number or row["ttft_ms"]["max"] > _HELD_LIFE_MS:
+        return _plus(found, row)
+    held_kib = (most - before) / row["completed"] / 1024
+    return _plus(found, row, held_kib=held_kib, held_left_mib=left_mib)
 
 
 def _costed(
