@@ -28,13 +28,16 @@ const CEILING_SECONDS: f64 = 0.015;
 const PRODUCT_SECONDS: f64 = 0.06;
 
 /// (name, n, k, groups along k, gated)
-const SHAPES: [(&str, usize, usize, usize, bool); 6] = [
+const SHAPES: [(&str, usize, usize, usize, bool); 8] = [
     ("qkv", 4096, 1024, 1, false),
     ("o", 1024, 2048, 8, false),
     ("gate_up", 6144, 1024, 1, true),
     ("down", 1024, 3072, 8, false),
     ("lm_head", 151_936, 1024, 1, false),
     ("large down", 4096, 14336, 8, false),
+    // What the groups cost, by which ranks get the bits of one process.
+    ("o whole", 1024, 2048, 1, false),
+    ("down whole", 1024, 3072, 1, false),
 ];
 
 /// `int4`, `int4-128`, `int4-128-zeros` and the like.
