@@ -237,12 +237,7 @@ impl Op {
                 out,
                 ..
             } => {
-                let extent = bf(*out)?;
-                let added = residual.unwrap_or(*out);
-                bf(*x)? == extent
-                    && bf(added)? == extent
-                    && added.cols == out.cols
-                    && linear.fits(x.cols, out.cols)
+                linear.fits_views(bf, *x, *residual, *out)?
                     && !(linear.layout.gated() && residual.is_some())
             }
             Self::Reduced {
@@ -250,16 +245,7 @@ impl Op {
                 linear,
                 residual,
                 out,
-            } => {
-                let extent = bf(*out)?;
-                let added = residual.unwrap_or(*out);
-                bf(*x)? == extent
-                    && bf(added)? == extent
-                    && added.cols == out.cols
-                    && linear.fits(x.cols, out.cols)
-                    && !linear.layout.gated()
-                    && ranks > 1
-            }
+            } => linear.fits_views(bf, *x, *residual, *out)? && !linear.layout.gated() && ranks > 1,
             Self::Attention(attention, views) => {
                 let extents = (bf(views.qkv)?, bf(views.out)?);
                 let turned = views.angles.cols;
@@ -311,6 +297,23 @@ impl Op {
 }
 
 impl Linear {
+    /// Whether rows of the three views, noted by `used`, are inputs, residual and outputs.
+    fn fits_views(
+        &self,
+        mut used: impl FnMut(View) -> Result<Extent, String>,
+        x: View,
+        residual: Option<View>,
+        out: View,
+    ) -> Result<bool, String> {
+        let extent = used(out)?;
+        // What is added is like what it is added to.
+        let added = residual.unwrap_or(out);
+        Ok(used(x)? == extent
+            && used(added)? == extent
+            && added.cols == out.cols
+            && self.fits(x.cols, out.cols))
+    }
+
     fn fits(&self, inputs: usize, columns: usize) -> bool {
         self.layout.k() == inputs
             && self.layout.columns() == columns

@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 use bytes::Bytes;
 use http_body_util::BodyExt;
 use scalellm_fake_engine::Settings;
-use serde_json::json;
+use serde_json::{Value, json};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 
@@ -29,6 +29,14 @@ fn ask(stream: bool) -> hyper::Request<http_body_util::Full<Bytes>> {
         &[],
         Bytes::from(body.to_string()),
     )
+}
+
+/// A request for a completion, as bytes.
+fn asked(fields: Value) -> Vec<u8> {
+    let body = with_model(fields).to_string();
+    let length = body.len();
+    let head = format!("POST /v1/completions HTTP/1.1\r\nhost: t\r\ncontent-length: {length}");
+    format!("{head}\r\n\r\n{body}").into_bytes()
 }
 
 /// A stream of which the first bytes have been read.
@@ -64,13 +72,8 @@ async fn a_client_that_leaves_a_stream_frees_the_engine() {
 async fn a_client_that_leaves_before_the_answer_frees_the_engine() {
     let stack = Stack::one(endless()).await;
     let mut socket = TcpStream::connect(stack.address()).await.unwrap();
-    let body = with_model(json!({"prompt": "x", "max_tokens": 100_000})).to_string();
-    let head = format!(
-        "POST /v1/completions HTTP/1.1\r\nhost: t\r\ncontent-length: {}\r\n\r\n",
-        body.len()
-    );
-    socket.write_all(head.as_bytes()).await.unwrap();
-    socket.write_all(body.as_bytes()).await.unwrap();
+    let fields = json!({"prompt": "x", "max_tokens": 100_000});
+    socket.write_all(&asked(fields)).await.unwrap();
     stack
         .wait_metric("scalellm_replica_running_requests{", "", 1.0)
         .await;
@@ -110,16 +113,12 @@ async fn what_is_sent_while_a_request_is_answered_is_answered_after_it() {
     };
     let stack = Stack::one(slow).await;
     let mut socket = TcpStream::connect(stack.address()).await.unwrap();
-    let body = with_model(json!({"prompt": "x", "max_tokens": 6, "stream": true})).to_string();
-    let asked = format!(
-        "POST /v1/completions HTTP/1.1\r\nhost: t\r\ncontent-length: {}\r\n\r\n{body}",
-        body.len()
-    );
-    socket.write_all(asked.as_bytes()).await.unwrap();
+    let fields = json!({"prompt": "x", "max_tokens": 6, "stream": true});
+    socket.write_all(&asked(fields.clone())).await.unwrap();
     let mut answers = vec![0; 32];
     socket.read_exact(&mut answers).await.unwrap();
     // The answer has begun: this waits in the socket, where the client's end is looked for.
-    socket.write_all(asked.as_bytes()).await.unwrap();
+    socket.write_all(&asked(fields)).await.unwrap();
     let probe = "GET /health HTTP/1.1\r\nhost: t\r\nconnection: close\r\n\r\n";
     socket.write_all(probe.as_bytes()).await.unwrap();
     socket.read_to_end(&mut answers).await.unwrap();
@@ -135,13 +134,9 @@ async fn a_client_of_a_unix_socket_that_leaves_frees_the_engine() {
     let at = path.clone();
     let stack = Stack::start(vec![endless()], |config| config.unix_socket = Some(at)).await;
     let mut socket = tokio::net::UnixStream::connect(&path).await.unwrap();
-    let body =
-        with_model(json!({"prompt": "x", "max_tokens": 100_000, "stream": true})).to_string();
-    let asked = format!(
-        "POST /v1/completions HTTP/1.1\r\nhost: t\r\ncontent-length: {}\r\n\r\n{body}",
-        body.len()
-    );
-    socket.write_all(asked.as_bytes()).await.unwrap();
+    // Nothing is written to it meanwhile, which would tell.
+    let fields = json!({"prompt": "x", "max_tokens": 100_000});
+    socket.write_all(&asked(fields)).await.unwrap();
     stack
         .wait_metric("scalellm_replica_running_requests{", "", 1.0)
         .await;
@@ -161,15 +156,8 @@ async fn a_client_that_stops_reading_is_dropped() {
     let stack = Stack::start(vec![fast], |config| config.write_timeout_s = 0.3).await;
     let mut socket = TcpStream::connect(stack.address()).await.unwrap();
     // Every token with its logprobs, so that the socket's buffers fill soon.
-    let body =
-        with_model(json!({"prompt": "x", "max_tokens": 900_000, "logprobs": 20, "stream": true}))
-            .to_string();
-    let head = format!(
-        "POST /v1/completions HTTP/1.1\r\nhost: t\r\ncontent-length: {}\r\n\r\n",
-        body.len()
-    );
-    socket.write_all(head.as_bytes()).await.unwrap();
-    socket.write_all(body.as_bytes()).await.unwrap();
+    let fields = json!({"prompt": "x", "max_tokens": 900_000, "logprobs": 20, "stream": true});
+    socket.write_all(&asked(fields)).await.unwrap();
     stack
         .wait_metric("scalellm_clients_stalled_total ", "", 1.0)
         .await;
