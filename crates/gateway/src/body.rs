@@ -27,6 +27,12 @@ const BLOCK_BYTES: usize = 64 << 10;
 /// A larger body is parsed on the threads for text: its milliseconds would hold up the requests that share its thread.
 const PARSED_IN_PLACE_BYTES: usize = 64 << 10;
 
+/// The same for one that is hardly read: some 0.1 ms.
+const SCANNED_IN_PLACE_BYTES: usize = 1 << 20;
+
+/// As much memory as a declared length is believed for; it is touched when the bytes are there.
+const MAX_AHEAD_BYTES: usize = 1 << 20;
+
 impl BodyMemory {
     #[must_use]
     pub fn new(bytes: usize) -> BodyMemory {
@@ -126,7 +132,36 @@ pub async fn parse<T>(
 where
     T: Send + 'static,
 {
-    if bytes.len() <= PARSED_IN_PLACE_BYTES {
+    made(app, record, bytes, PARSED_IN_PLACE_BYTES, take).await
+}
+
+/// As [`parse`], for a `take` that looks for a few fields only.
+///
+/// # Errors
+/// As [`parse`].
+pub async fn scan<T>(
+    app: &App,
+    record: &RequestRecord,
+    bytes: &Bytes,
+    take: impl FnOnce(&[u8]) -> ApiResult<T> + Send + 'static,
+) -> ApiResult<T>
+where
+    T: Send + 'static,
+{
+    made(app, record, bytes, SCANNED_IN_PLACE_BYTES, take).await
+}
+
+async fn made<T>(
+    app: &App,
+    record: &RequestRecord,
+    bytes: &Bytes,
+    in_place_bytes: usize,
+    take: impl FnOnce(&[u8]) -> ApiResult<T> + Send + 'static,
+) -> ApiResult<T>
+where
+    T: Send + 'static,
+{
+    if bytes.len() <= in_place_bytes {
         return record.timed(Stage::Parse, || take(bytes));
     }
     let bytes = bytes.clone();
@@ -155,8 +190,8 @@ async fn read<'a>(
     let declared = headers
         .get(header::CONTENT_LENGTH)
         .and_then(|v| v.to_str().ok())
-        .and_then(|v| v.parse().ok());
-    if declared.is_some_and(|bytes: u64| bytes > config.max_body_bytes as u64) {
+        .and_then(|v| v.parse::<usize>().ok());
+    if declared.is_some_and(|bytes| bytes > config.max_body_bytes) {
         return Err(ApiError::body_too_large(config.max_body_bytes));
     }
     if headers
@@ -169,14 +204,19 @@ async fn read<'a>(
         ));
     }
     let limit = Duration::from_secs_f64(config.body_timeout_s);
-    tokio::time::timeout(limit, collect(body, config.max_body_bytes, memory, held))
-        .await
-        .map_err(|_| ApiError::body_timeout(config.body_timeout_s))?
+    let ahead = declared.unwrap_or(0).min(MAX_AHEAD_BYTES);
+    tokio::time::timeout(
+        limit,
+        collect(body, config.max_body_bytes, ahead, memory, held),
+    )
+    .await
+    .map_err(|_| ApiError::body_timeout(config.body_timeout_s))?
 }
 
 async fn collect<'a>(
     mut body: Body,
     limit_bytes: usize,
+    ahead_bytes: usize,
     memory: &'a BodyMemory,
     held: &mut Option<SemaphorePermit<'a>>,
 ) -> ApiResult<Bytes> {
@@ -197,6 +237,7 @@ async fn collect<'a>(
             first = data;
         } else {
             if whole.is_empty() {
+                whole.reserve(ahead_bytes.max(so_far));
                 whole.extend_from_slice(&std::mem::take(&mut first));
             }
             whole.extend_from_slice(&data);

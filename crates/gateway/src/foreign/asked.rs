@@ -11,38 +11,61 @@
 use std::ops::Range;
 
 use bytes::Bytes;
-use serde::{Deserialize, Deserializer};
 use serde_json::Value;
-use serde_json::value::RawValue;
 
+use super::top_level;
 use crate::error::{ApiError, ApiResult};
 use crate::request::fields::{got, wrong};
 
 const MAX_DEADLINE_MS: u64 = 86_400_000;
 
-/// The fields that matter here, as they stand in the body. A field given twice is refused: the two ends might not read
-/// the same one.
-#[derive(Deserialize)]
-struct Top<'a> {
-    #[serde(borrow, default, deserialize_with = "present")]
-    model: Option<&'a RawValue>,
-    #[serde(borrow, default, deserialize_with = "present")]
-    stream: Option<&'a RawValue>,
-    #[serde(borrow, default, deserialize_with = "present")]
-    stream_options: Option<&'a RawValue>,
-    #[serde(borrow, default, deserialize_with = "present")]
-    deadline_ms: Option<&'a RawValue>,
-    #[serde(borrow, default, deserialize_with = "present")]
-    max_tokens: Option<&'a RawValue>,
-    #[serde(borrow, default, deserialize_with = "present")]
-    max_completion_tokens: Option<&'a RawValue>,
-    #[serde(borrow, default, deserialize_with = "present")]
-    n: Option<&'a RawValue>,
+/// Where the values of the fields that matter here stand in the body.
+#[derive(Default)]
+struct Top {
+    model: Option<Range<usize>>,
+    stream: Option<Range<usize>>,
+    stream_options: Option<Range<usize>>,
+    deadline_ms: Option<Range<usize>>,
+    max_tokens: Option<Range<usize>>,
+    max_completion_tokens: Option<Range<usize>>,
+    n: Option<Range<usize>>,
 }
 
-/// `null` is a value here: it has a place in the body.
-fn present<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<&'de RawValue>, D::Error> {
-    <&RawValue>::deserialize(deserializer).map(Some)
+impl Top {
+    /// # Errors
+    /// 400 for what is no JSON object, and for a field given twice: the two ends might not read the same one.
+    fn read(text: &str) -> ApiResult<Top> {
+        let mut top = Top::default();
+        let mut twice = None;
+        let read = top_level::fields(text, |key, place| {
+            if let Some(field) = top.field(&key)
+                && field.replace(place).is_some()
+            {
+                twice = Some(key.into_owned());
+            }
+        });
+        match (read, twice) {
+            (Err(error), _) => Err(invalid(error)),
+            (Ok(()), Some(key)) => Err(ApiError::field(
+                &key,
+                format!("duplicate field: {key} is given twice"),
+            )),
+            (Ok(()), None) => Ok(top),
+        }
+    }
+
+    fn field(&mut self, key: &str) -> Option<&mut Option<Range<usize>>> {
+        Some(match key {
+            "model" => &mut self.model,
+            "stream" => &mut self.stream,
+            "stream_options" => &mut self.stream_options,
+            "deadline_ms" => &mut self.deadline_ms,
+            "max_tokens" => &mut self.max_tokens,
+            "max_completion_tokens" => &mut self.max_completion_tokens,
+            "n" => &mut self.n,
+            _ => return None,
+        })
+    }
 }
 
 /// A request that is passed on.
@@ -73,40 +96,36 @@ impl Asked {
                 "the request body is not UTF-8: byte {at} cannot be there"
             ))
         })?;
-        // A list would be taken for the fields in their order.
-        if !text.trim_ascii_start().starts_with('{') {
-            return Err(ApiError::body("the request body is not a JSON object"));
-        }
-        let top: Top = serde_json::from_str(text)
-            .map_err(|e| ApiError::body(format!("the request body is not valid JSON: {e}")))?;
-        let place = |raw: &RawValue| {
-            let start = raw.get().as_ptr() as usize - text.as_ptr() as usize;
-            start..start + raw.get().len()
+        let top = Top::read(text)?;
+        let value = |place: &Option<Range<usize>>| {
+            let parse = |place| serde_json::from_str(&text[place]).map_err(invalid);
+            place.clone().map(parse).transpose()
         };
+        let max_tokens = count(value(&top.max_tokens)?);
         let mut asked = Asked {
-            model_at: top.model.map(place),
-            model: string("model", top.model)?,
-            stream: boolean("stream", top.stream)?,
-            max_tokens: count(top.max_completion_tokens).or(count(top.max_tokens)),
-            n: count(top.n).unwrap_or(1).max(1),
+            model: string("model", value(&top.model)?)?,
+            model_at: top.model,
+            stream: boolean("stream", value(&top.stream)?)?,
+            max_tokens: count(value(&top.max_completion_tokens)?).or(max_tokens),
+            n: count(value(&top.n)?).unwrap_or(1).max(1),
+            deadline_ms: deadline(value(&top.deadline_ms)?)?,
             ..Asked::default()
         };
-        if let Some(raw) = top.deadline_ms {
-            asked.deadline_ms = deadline(raw)?;
-            asked
-                .edits
-                .push((field_around(text, &place(raw)), Bytes::new()));
+        if let Some(place) = &top.deadline_ms {
+            let cut = field_around(text, place);
+            asked.edits.push((cut, Bytes::new()));
         }
         if asked.stream {
-            asked.ask_for_usage(text, top.stream_options.map(|raw| (raw, place(raw))));
+            let options = value(&top.stream_options)?;
+            asked.ask_for_usage(text, options.zip(top.stream_options));
         }
         asked.edits.sort_by_key(|(range, _)| range.start);
         Ok(asked)
     }
 
-    fn ask_for_usage(&mut self, text: &str, options: Option<(&RawValue, Range<usize>)>) {
+    fn ask_for_usage(&mut self, text: &str, options: Option<(Value, Range<usize>)>) {
         const WANTED: &str = r#"{"include_usage":true}"#;
-        let Some((raw, range)) = options else {
+        let Some((options, range)) = options else {
             // There is a field, "stream", that can follow the comma.
             let first = text.find('{').map_or(0, |brace| brace + 1);
             let field = format!(r#""stream_options":{WANTED},"#);
@@ -114,9 +133,9 @@ impl Asked {
             self.usage_is_ours = true;
             return;
         };
-        let wanted = match serde_json::from_str(raw.get()) {
-            Ok(Value::Null) => WANTED.to_owned(),
-            Ok(Value::Object(mut options))
+        let wanted = match options {
+            Value::Null => WANTED.to_owned(),
+            Value::Object(mut options)
                 if options.get("include_usage") != Some(&Value::Bool(true)) =>
             {
                 options.insert("include_usage".to_owned(), true.into());
@@ -180,21 +199,20 @@ fn field_around(text: &str, value: &Range<usize>) -> Range<usize> {
     start..text.len() - behind.len() + comma
 }
 
-fn parsed(raw: &RawValue) -> Value {
-    // It was read as JSON once already.
-    serde_json::from_str(raw.get()).unwrap_or_default()
+fn invalid(error: impl std::fmt::Display) -> Box<ApiError> {
+    ApiError::body(format!("the request body is not valid JSON: {error}"))
 }
 
-fn string(name: &str, raw: Option<&RawValue>) -> ApiResult<Option<String>> {
-    match raw.map(parsed) {
+fn string(name: &str, value: Option<Value>) -> ApiResult<Option<String>> {
+    match value {
         None | Some(Value::Null) => Ok(None),
         Some(Value::String(text)) => Ok(Some(text)),
         Some(other) => Err(wrong(name, &other, "a string")),
     }
 }
 
-fn boolean(name: &str, raw: Option<&RawValue>) -> ApiResult<bool> {
-    match raw.map(parsed) {
+fn boolean(name: &str, value: Option<Value>) -> ApiResult<bool> {
+    match value {
         None | Some(Value::Null) => Ok(false),
         Some(Value::Bool(value)) => Ok(value),
         Some(other) => Err(wrong(name, &other, "true or false")),
@@ -202,16 +220,15 @@ fn boolean(name: &str, raw: Option<&RawValue>) -> ApiResult<bool> {
 }
 
 /// A number that quotas are reckoned with; whether it is allowed, the upstream says.
-fn count(raw: Option<&RawValue>) -> Option<u32> {
-    let number = parsed(raw?).as_f64()?;
+fn count(value: Option<Value>) -> Option<u32> {
+    let number = value?.as_f64()?;
     (number >= 0.0).then_some(number as u32)
 }
 
-fn deadline(raw: &RawValue) -> ApiResult<Option<u64>> {
-    let value = parsed(raw);
-    if value.is_null() {
+fn deadline(value: Option<Value>) -> ApiResult<Option<u64>> {
+    let Some(value) = value.filter(|value| !value.is_null()) else {
         return Ok(None);
-    }
+    };
     match value
         .as_u64()
         .filter(|ms| (1..=MAX_DEADLINE_MS).contains(ms))
@@ -323,9 +340,10 @@ mod tests {
     #[test]
     fn what_the_gateway_acts_on_is_checked() {
         for (body, says) in [
-            ("", "not a JSON object"),
-            ("[1]", "not a JSON object"),
-            ("{\"model\":}", "not valid JSON"),
+            ("", "expected an object at byte 0"),
+            ("[1]", "expected an object at byte 0"),
+            ("{\"model\":}", "not valid JSON: expected a value at byte 9"),
+            ("{\"model\":\"\\q\"}", "not valid JSON: invalid escape"),
             ("{\"model\":1}", "model: got 1, allowed is a string"),
             ("{\"stream\":\"yes\"}", "stream: got \"yes\""),
             ("{\"deadline_ms\":0}", "deadline_ms: got 0"),

@@ -8,6 +8,7 @@
 //! exchange   one request and its answer
 //! upstream   one server: health, idle connections, counts
 //! link       one connection
+//! top_level  the fields of a JSON object, without what is within them
 //! ```
 
 use std::sync::Arc;
@@ -28,6 +29,7 @@ mod head;
 mod link;
 mod relay;
 mod stream;
+mod top_level;
 mod upstream;
 
 #[cfg(any(test, feature = "fuzzing"))]

@@ -80,7 +80,7 @@ pub async fn relayed(
         return Ok(None);
     }
     let bytes = body.bytes.clone();
-    let asked = body::parse(app, record, &body.bytes, Asked::read).await?;
+    let asked = body::scan(app, record, &body.bytes, Asked::read).await?;
     let Some(model) = live.fleet.foreign(asked.model.as_deref())?.cloned() else {
         return Ok(None);
     };
