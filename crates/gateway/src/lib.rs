@@ -11,7 +11,7 @@
 //! quota, metering      the key's budgets; what is used       (from admission to the end)
 //! admission, fair_queue  a place among the running requests admission
 //! safety/              a model's checks of requests and answers  safety (of the request)
-//! prompt, text_pool    template and ids, on own threads     text_queue, template, tokenise
+//! prompt, text_pool    template and ids, long ones on own threads  text_queue, template, tokenise
 //! fleet, submit        model name to replica                route
 //! attempt, faults      the replica dies: on at another one   (until the last token)
 //! choice, generation   engine outputs to text               link_out to decode, detokenise

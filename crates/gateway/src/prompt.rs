@@ -1,4 +1,4 @@
-//! Between a request's text and its prompt's token ids: template, tokenising and back, on the threads for text.
+//! Between a request's text and its prompt's token ids: template, tokenising and back, where it is quick or on the threads for text.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -38,7 +38,7 @@ pub async fn of_conversation(
         });
         (ids, template_took)
     };
-    let (ids, _) = on_text_threads(app, record, bytes, job).await?;
+    let (ids, _) = worked(app, record, model, bytes, job).await?;
     ids.map_err(|error| match error {
         // Only a template's own refusal is about the messages.
         TextError::Template(_) | TextError::TemplateSyntax { .. } => {
@@ -99,7 +99,7 @@ pub async fn of_prompts(
             .collect();
         (ids, Duration::ZERO)
     };
-    on_text_threads(app, record, bytes, job).await?.0
+    worked(app, record, model, bytes, job).await?.0
 }
 
 /// Texts of each of `prompts`, which come back with them.
@@ -122,7 +122,7 @@ pub async fn texts_of(
         });
         (texts.collect(), Duration::ZERO)
     };
-    Ok(on_text_threads(app, record, bytes, job).await?.0)
+    Ok(worked(app, record, model, bytes, job).await?.0)
 }
 
 /// How each of `ids` reads, with the ids themselves.
@@ -141,7 +141,7 @@ pub async fn names_of(
         let names = ids.iter().map(|id| text_model.token_text(*id).0).collect();
         ((ids, names), Duration::ZERO)
     };
-    Ok(on_text_threads(app, record, bytes, job).await?.0)
+    Ok(worked(app, record, model, bytes, job).await?.0)
 }
 
 fn ids_of(
@@ -160,19 +160,16 @@ fn ids_of(
 
 /// Runs a job on about `bytes` of text that tells how long its template took; the rest of its time, less its pauses,
 /// is tokenising.
-async fn on_text_threads<T: Send + 'static>(
+async fn worked<T: Send + 'static>(
     app: &App,
     record: &RequestRecord,
+    model: &Model,
     bytes: usize,
     job: impl FnOnce(&mut Pause) -> (T, Duration) + Send + 'static,
 ) -> ApiResult<(T, Duration)> {
     let start = Instant::now();
-    let timed = move |pause: &mut Pause| {
-        let start = Instant::now();
-        let done = job(pause);
-        (done, start.elapsed().saturating_sub(pause.took()))
-    };
-    let (done, worked) = app.text_pool.run(bytes, timed).await.inspect_err(|error| {
+    let ran = app.text_pool.run_paced(&model.text_pace, bytes, job).await;
+    let (done, worked) = ran.inspect_err(|error| {
         if error.status == StatusCode::SERVICE_UNAVAILABLE {
             app.metrics.rejected("text_queue");
         }

@@ -1,4 +1,7 @@
-//! Threads for templates and tokenising, which take milliseconds and must not hold up the async threads.
+//! Threads for templates and tokenising, which may take milliseconds and must not hold up the async threads.
+//!
+//! Handing over a greeting, and taking it back, takes as long as its few words do. So short work is done where it comes
+//! from as long as its model's was quick; a template that does not end is met by these threads alone.
 //!
 //! Short work goes before long work, and long work lets it in between: where it calls its [`Pause`], the thread does
 //! what short work waits there. So a thread that tokenises a whole book answers a greeting meanwhile.
@@ -6,6 +9,7 @@
 use std::collections::VecDeque;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering::Relaxed};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
@@ -16,6 +20,12 @@ use crate::error::{ApiError, ApiResult};
 
 /// Work on more text than this is long: about 1 ms of tokenising.
 const SHORT_BYTES: usize = 4096;
+
+/// Work that took no longer is worth no hand-over.
+const QUICK: Duration = Duration::from_micros(100);
+
+/// So often in a row it has to have been quick.
+const QUICK_IN_A_ROW: u32 = 8;
 
 /// After so much short work in a row, a piece of long work is done.
 const SHORT_IN_A_ROW: usize = 8;
@@ -41,6 +51,26 @@ struct Jobs {
     long: VecDeque<Job>,
     short_in_a_row: usize,
     ended: bool,
+}
+
+/// How quick a model's short work was lately; at first it is thought not to be.
+#[derive(Default)]
+pub struct Pace {
+    quick_in_a_row: AtomicU32,
+}
+
+impl Pace {
+    fn is_quick(&self) -> bool {
+        self.quick_in_a_row.load(Relaxed) >= QUICK_IN_A_ROW
+    }
+
+    fn took(&self, time: Duration) {
+        if time > QUICK {
+            self.quick_in_a_row.store(0, Relaxed);
+        } else if !self.is_quick() {
+            self.quick_in_a_row.fetch_add(1, Relaxed);
+        }
+    }
 }
 
 /// What a running job calls now and then: short work that waits is done there.
@@ -102,6 +132,34 @@ impl TextPool {
         Ok(pool)
     }
 
+    /// Runs `job` on about `bytes` of text of a model with this `pace`: here and now if it will be quick, or else as
+    /// [`TextPool::run`] does. Returns also how long it took, without pauses.
+    ///
+    /// # Errors
+    /// As [`TextPool::run`].
+    pub async fn run_paced<T: Send + 'static>(
+        &self,
+        pace: &Pace,
+        bytes: usize,
+        job: impl FnOnce(&mut Pause) -> T + Send + 'static,
+    ) -> ApiResult<(T, Duration)> {
+        let timed = move |pause: &mut Pause| {
+            let start = Instant::now();
+            let done = job(pause);
+            (done, start.elapsed().saturating_sub(pause.took()))
+        };
+        let is_short = bytes <= SHORT_BYTES;
+        let ran = if is_short && pace.is_quick() {
+            catch_unwind(AssertUnwindSafe(|| timed(&mut Pause::none()))).map_err(|_| failed())
+        } else {
+            self.run(bytes, timed).await
+        };
+        if is_short {
+            pace.took(ran.as_ref().map_or(Duration::MAX, |(_, took)| *took));
+        }
+        ran
+    }
+
     /// Runs `job` on about `bytes` of text on one of the threads; a job whose caller has gone before its turn is not
     /// run.
     ///
@@ -128,9 +186,7 @@ impl TextPool {
             );
             return Err(ApiError::busy("overloaded", message, 1));
         }
-        answered
-            .await
-            .map_err(|_| ApiError::internal("handling this request's text failed"))
+        answered.await.map_err(|_| failed())
     }
 
     /// Jobs that wait for a thread.
@@ -138,6 +194,10 @@ impl TextPool {
     pub fn queued(&self) -> usize {
         self.queue.jobs.lock().waiting()
     }
+}
+
+fn failed() -> Box<ApiError> {
+    ApiError::internal("handling this request's text failed")
 }
 
 impl Jobs {
@@ -249,6 +309,41 @@ mod tests {
         assert_eq!(panicked.status.as_u16(), 500);
         assert_eq!(pool.run(0, |_| 4).await.unwrap(), 4);
     }
+
+    #[tokio::test]
+    async fn only_short_work_that_was_quick_is_done_in_place() {
+        let pool = TextPool::start(1, 100).unwrap();
+        let pace = Pace::default();
+        let here = std::thread::current().id();
+        let mut was_here = Vec::new();
+        let slow = 20;
+        for number in 0..30 {
+            let job = move |_: &mut Pause| {
+                if number == slow {
+                    std::thread::sleep(2 * QUICK);
+                }
+                std::thread::current().id() == here
+            };
+            // On a busy machine any of them may take long: then it is told so.
+            let (in_place, took) = pool.run_paced(&pace, SHORT_BYTES, job).await.unwrap();
+            was_here.push((in_place, took <= QUICK));
+        }
+        let mut quick = 0;
+        for (in_place, was_quick) in was_here {
+            assert_eq!(in_place, quick >= QUICK_IN_A_ROW);
+            quick = if was_quick { quick + 1 } else { 0 };
+        }
+        let quick = Pace {
+            quick_in_a_row: AtomicU32::new(QUICK_IN_A_ROW),
+        };
+        let job = move |_: &mut Pause| std::thread::current().id() == here;
+        let long = pool.run_paced(&quick, SHORT_BYTES + 1, job).await.unwrap();
+        assert!(!long.0);
+        let panicked = pool.run_paced(&quick, 1, |_| assert_eq!(1, 2)).await;
+        assert_eq!(panicked.unwrap_err().status.as_u16(), 500);
+        assert!(!quick.is_quick());
+    }
+
     #[tokio::test]
     async fn long_work_lets_short_work_in_and_has_its_turn() {
         let pool = Arc::new(TextPool::start(1, 100).unwrap());

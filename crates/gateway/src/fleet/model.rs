@@ -14,11 +14,13 @@ use crate::faults::Faults;
 use crate::routing::{Placement, RouteWish, Routing};
 use crate::served::Served;
 use crate::text::TextModel;
+use crate::text_pool::Pace;
 
 /// A served model that replicas of our own compute.
 pub struct Model {
     pub served: Arc<Served>,
     pub text: Arc<TextModel>,
+    pub text_pace: Pace,
     pub replicas: Vec<Arc<Replica>>,
     /// Of them, those that get no new requests.
     drained: Vec<Arc<Replica>>,
@@ -71,6 +73,7 @@ impl Model {
         Ok(Model {
             served,
             text,
+            text_pace: Pace::default(),
             replicas,
             drained,
             addresses: names,
