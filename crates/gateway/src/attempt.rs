@@ -58,7 +58,7 @@ pub struct Attempt {
     ids_at_loss: usize,
     refusals: u32,
     failures: Failures,
-    pause: Option<Pause>,
+    pause: Option<Box<Pause>>,
 }
 
 enum Run {
@@ -256,11 +256,13 @@ impl Attempt {
             ids,
             "a choice has lost its replica"
         );
-        let pause = self.pause.get_or_insert_with(|| Pause {
-            since: now,
-            until: now + faults.replay_wait(),
-            _waiting: app.metrics.faults.waits(),
-            loss: loss.clone(),
+        let pause = self.pause.get_or_insert_with(|| {
+            Box::new(Pause {
+                since: now,
+                until: now + faults.replay_wait(),
+                _waiting: app.metrics.faults.waits(),
+                loss: loss.clone(),
+            })
         });
         pause.loss = loss;
         self.run = Run::Paused(Box::pin(sleep(Duration::ZERO)));

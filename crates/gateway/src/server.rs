@@ -4,6 +4,7 @@ use std::io;
 use std::net::SocketAddr;
 use std::os::unix::fs::FileTypeExt;
 use std::path::{Path, PathBuf};
+use std::pin::{Pin, pin};
 use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
 use std::time::Duration;
@@ -254,14 +255,13 @@ async fn serve_connection(
     let sees_end = !is_http2 && socket.see_end();
     let socket = TokioIo::new(socket);
     if is_http2 {
-        let connection = http2().serve_connection(socket, service);
-        // In a box of its own, since every connection of HTTP/1 would have room for it otherwise.
-        Box::pin(drive(connection, &state, first_request_by, closing)).await;
+        // In a box, since every connection of HTTP/1 would have room for it otherwise.
+        let mut connection = Box::pin(http2().serve_connection(socket, service));
+        drive(connection.as_mut(), &state, first_request_by, closing).await;
     } else {
         let mut builder = http1(header_timeout);
-        let connection = builder
-            .half_close(sees_end)
-            .serve_connection(socket, service);
+        let builder = builder.half_close(sees_end);
+        let connection = pin!(builder.serve_connection(socket, service));
         drive(connection, &state, first_request_by, closing).await;
     }
 }
@@ -272,14 +272,13 @@ fn said_nothing() {
 
 /// Runs a connection to its end, which comes soon once `closing` says so.
 async fn drive<C>(
-    connection: C,
+    mut connection: Pin<&mut C>,
     state: &ConnectionState,
     first_request_by: Instant,
     mut closing: watch::Receiver<bool>,
 ) where
     C: GracefulConnection<Error = hyper::Error>,
 {
-    tokio::pin!(connection);
     let mut waiting_for_first = true;
     let mut told_to_close = false;
     loop {
@@ -309,7 +308,9 @@ async fn greet(tcp: TcpStream, acceptor: Option<TlsAcceptor>, limit: Duration) -
     let Some(acceptor) = acceptor else {
         return Some(Socket::Tcp(tcp));
     };
-    match tokio::time::timeout(limit, acceptor.accept(tcp)).await {
+    // In a box, since connections without TLS would have room for it otherwise.
+    let greeting = Box::pin(acceptor.accept(tcp));
+    match tokio::time::timeout(limit, greeting).await {
         Ok(Ok(stream)) => Some(Socket::Tls(Box::new(stream.into()))),
         Ok(Err(error)) => {
             tracing::debug!(%error, "no TLS");

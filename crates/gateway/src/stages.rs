@@ -1,5 +1,6 @@
 //! Where a request's time goes, on one clock.
 
+use std::num::NonZeroU64;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 /// Monotonic time that also tells Unix time: both are read once, at the start of the process.
@@ -144,23 +145,27 @@ impl Stage {
 /// Times of the stages a request has passed.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct StageTimes {
-    took_us: [Option<u64>; Stage::ALL.len()],
+    /// Microseconds and one more, which leaves 0 for what was not passed.
+    took: [Option<NonZeroU64>; Stage::ALL.len()],
 }
 
 impl StageTimes {
     /// Sets a stage's time; a second time for the same stage is added.
     pub fn add(&mut self, stage: Stage, took: Duration) {
-        let slot = &mut self.took_us[stage as usize];
-        *slot = Some(slot.unwrap_or(0) + micros(took));
+        self.put(stage, self.get_us(stage).unwrap_or(0) + micros(took));
     }
 
     pub fn set(&mut self, stage: Stage, took: Duration) {
-        self.took_us[stage as usize] = Some(micros(took));
+        self.put(stage, micros(took));
+    }
+
+    fn put(&mut self, stage: Stage, us: u64) {
+        self.took[stage as usize] = Some(NonZeroU64::MIN.saturating_add(us));
     }
 
     #[must_use]
     pub fn get_us(&self, stage: Stage) -> Option<u64> {
-        self.took_us[stage as usize]
+        self.took[stage as usize].map(|took| took.get() - 1)
     }
 
     /// What the gateway itself has worked on the output.

@@ -29,6 +29,9 @@ struct Top {
     max_tokens: Option<Range<usize>>,
     max_completion_tokens: Option<Range<usize>>,
     n: Option<Range<usize>>,
+    /// Of these it matters only that the hooks see what the upstream will.
+    messages: Option<Range<usize>>,
+    prompt: Option<Range<usize>>,
 }
 
 impl Top {
@@ -63,6 +66,8 @@ impl Top {
             "max_tokens" => &mut self.max_tokens,
             "max_completion_tokens" => &mut self.max_completion_tokens,
             "n" => &mut self.n,
+            "messages" => &mut self.messages,
+            "prompt" => &mut self.prompt,
             _ => return None,
         })
     }
@@ -348,6 +353,7 @@ mod tests {
             ("{\"stream\":\"yes\"}", "stream: got \"yes\""),
             ("{\"deadline_ms\":0}", "deadline_ms: got 0"),
             ("{\"model\":\"a\",\"mod\\u0065l\":\"b\"}", "duplicate field"),
+            ("{\"messages\":[],\"messages\":[]}", "duplicate field"),
         ] {
             let message = Asked::read(body.as_bytes()).unwrap_err().message;
             assert!(message.contains(says), "{message}");

@@ -306,10 +306,12 @@ impl Relay<'_> {
         }
         let mut json = answers.renamed(&json).map_or(json, Bytes::from);
         if let Some(checked) = self.checked() {
-            json = checked.whole(&json).await.map_err(|error| Failed {
-                answer: Box::new(Refusal::Ours(*error)),
-                elsewhere: false,
-            })?;
+            json = Box::pin(checked.whole(&json))
+                .await
+                .map_err(|error| Failed {
+                    answer: Box::new(Refusal::Ours(*error)),
+                    elsewhere: false,
+                })?;
         }
         Ok(respond(&head, Body::from(json)))
     }

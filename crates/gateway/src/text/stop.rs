@@ -17,7 +17,21 @@ pub struct StopMatcher {
     /// Completed strings count; else they are let through.
     armed: bool,
     /// Bytes that begin a stop string.
-    first: [bool; 256],
+    first: ByteSet,
+}
+
+/// A bit for each byte.
+#[derive(Default)]
+struct ByteSet([u64; 4]);
+
+impl ByteSet {
+    fn insert(&mut self, byte: u8) {
+        self.0[usize::from(byte >> 6)] |= 1 << (byte & 63);
+    }
+
+    fn has(&self, byte: u8) -> bool {
+        self.0[usize::from(byte >> 6)] >> (byte & 63) & 1 == 1
+    }
 }
 
 struct Automaton {
@@ -35,9 +49,9 @@ impl StopMatcher {
             .filter(|stop| !stop.is_empty())
             .map(Automaton::new)
             .collect();
-        let mut first = [false; 256];
+        let mut first = ByteSet::default();
         for automaton in &stops {
-            first[usize::from(automaton.stop.as_bytes()[0])] = true;
+            first.insert(automaton.stop.as_bytes()[0]);
         }
         Self {
             stops,
@@ -67,7 +81,7 @@ impl StopMatcher {
             out.push_str(text);
             return None;
         }
-        if self.held.is_empty() && !text.bytes().any(|b| self.first[usize::from(b)]) {
+        if self.held.is_empty() && !text.bytes().any(|b| self.first.has(b)) {
             out.push_str(text);
             return None;
         }
