@@ -2,18 +2,22 @@
 
 small     closed loop of 64, prompts of 500 bytes, answers of 16 tokens in one piece
 chunk     64 streams of 256 tokens, as fast as they go; 256 streams of a token every 20 ms
-added     constant arrivals; end to end, less the same load sent to the endpoint behind it
+added     constant arrivals; end to end, less the same load sent to the endpoint behind it, in turn
 big       closed loop of 16, prompts of 220 KB, each new
-beside    p99 of small requests while those run, over their p99 alone
+beside    p99 of small requests while those run, over their p99 alone; the same for small requests
+          straight to the endpoint, which says how much of it is the load's
 overload  64 places before an engine of 20 ms: p99 at twice the load, over that at 80%
-held      streams that are open at once with a token a second; what is left of their memory later
+held      streams that are open at once with a token a second, and what is left of their memory
+          later, over that of the same process after requests and a pause
 """
 
 import json
 import random
+import statistics
 import threading
 import time
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -33,9 +37,12 @@ _HELD_LIFE_MS = (_HELD_TOKENS - 1) * _HELD_TBT_MS
 # A rate holds if the gateway could answer more, and did answer about as many.
 _RATES, _HEADROOM, _HELD_SHARE = (2000, 5000, 10_000), 1.1, 0.95
 _BESIDE_RATE = 200
+# So often in turn, and the medians: p99 of one run is as often twice as long as not.
+_ADDED_ROUNDS, _BESIDE_ROUNDS = 5, 3
+_BIG_BEGIN_S = 0.5
 _LIMITED_TTFT_MS = 20.0
 _LOOK_EVERY_S = 0.2
-_LEFT_AFTER_S = 5.0
+_SETTLED_AFTER_S = 5.0
 _MIB = 1 << 20
 
 Prompt = Mapping[str, str]
@@ -72,6 +79,7 @@ class Figures:
     added_10000_p50_ms: float | None = None
     added_10000_p99_ms: float | None = None
     beside_big_p99_ratio: float | None = None
+    beside_big_direct_p99_ratio: float | None = None
     overload_p99_ratio: float | None = None
     overload_refused_share: float | None = None
     big_request_s: float | None = None
@@ -128,7 +136,7 @@ def measure_gateway(gateway: Gateway, repeat: int, bench: Bench) -> Figures:
         found = _big_requests(found, server, bench)
         for rate in _RATES:
             found = _added(found, server, behind, bench, rate)
-        found = _beside_big_requests(found, server, bench)
+        found = _beside_big_requests(found, server, behind, bench)
     if gateway.limited is not None:
         with _behind(bench, _LIMITED_TTFT_MS, 0.0) as behind:
             limited = replace(gateway, launch=gateway.limited)
@@ -190,15 +198,25 @@ def _paced_chunks(found: Figures, server: Running, bench: Bench) -> Figures:
 def _added(found: Figures, server: Running, behind: Backend, bench: Bench, rate: int) -> Figures:
     if (found.request_s or 0.0) < _HEADROOM * rate:
         return found
-    direct = _open_loop(behind.url, "", bench, rate)
-    row = _open_loop(server.url, server.api_key, bench, rate)
-    if min(row["request_s"], direct["request_s"]) < _HELD_SHARE * rate:
-        return _plus(found, row)
-    added = {
-        f"added_{rate}_{percentile}_ms": row["e2e_ms"][percentile] - direct["e2e_ms"][percentile]
-        for percentile in ("p50", "p99")
-    }
-    return _plus(found, row, **added)
+    ways = ((behind.url, ""), (server.url, server.api_key))
+    e2e_ms: dict[str, list[dict[str, float]]] = {url: [] for url, _ in ways}
+    for number in range(_ADDED_ROUNDS):
+        for url, key in ways if number % 2 else ways[::-1]:
+            row = _open_loop(url, key, bench, rate)
+            if url == server.url:
+                found = _plus(found, row)
+            if row["request_s"] >= _HELD_SHARE * rate:
+                e2e_ms[url].append(row["e2e_ms"])
+    # The rate is held if it is in most of the rounds.
+    if min(map(len, e2e_ms.values())) <= _ADDED_ROUNDS / 2:
+        return found
+    added: dict[str, Any] = {}
+    for percentile in ("p50", "p99"):
+        direct, through = (
+            statistics.median(of_round[percentile] for of_round in e2e_ms[url]) for url, _ in ways
+        )
+        added[f"added_{rate}_{percentile}_ms"] = through - direct
+    return replace(found, **added)
 
 
 def _open_loop(url: str, api_key: str, bench: Bench, rate: float) -> Row:
@@ -219,26 +237,29 @@ def _big_requests(found: Figures, server: Running, bench: Bench) -> Figures:
     return _plus(found, row, big_request_s=row["request_s"], after_big_mib=mib)
 
 
-def _beside_big_requests(found: Figures, server: Running, bench: Bench) -> Figures:
-    alone = _open_loop(server.url, server.api_key, bench, _BESIDE_RATE)
-    rows: list[Row] = []
+def _beside_big_requests(found: Figures, server: Running, behind: Backend, bench: Bench) -> Figures:
+    ways = ((server.url, server.api_key), (behind.url, ""))
+    ratios: dict[str, list[float]] = {url: [] for url, _ in ways}
+    for _ in range(_BESIDE_ROUNDS):
+        alone = [_open_loop(url, key, bench, _BESIDE_RATE) for url, key in ways]
+        with ThreadPoolExecutor(1) as pool:
+            big = pool.submit(_run_big_requests, server, bench)
+            time.sleep(_BIG_BEGIN_S)
+            beside = [_open_loop(url, key, bench, _BESIDE_RATE) for url, key in ways]
+            found = _plus(found, big.result())
+        for (url, _), row, other in zip(ways, alone, beside, strict=True):
+            if row["completed"] and other["completed"]:
+                ratios[url].append(other["e2e_ms"]["p99"] / row["e2e_ms"]["p99"])
+        found = _plus(found, beside[0])
+    through, direct = (statistics.median(ratios[url]) if ratios[url] else None for url, _ in ways)
+    return replace(found, beside_big_p99_ratio=through, beside_big_direct_p99_ratio=direct)
 
-    def big() -> None:
-        # They begin before the small ones, and end after them.
-        seconds = bench.amounts.seconds + 1.0
-        level = {"concurrency": _BIG_CONCURRENCY, "duration_s": seconds}
-        prompts = bench.prompts.big
-        rows.append(_load(server.url, server.api_key, prompts, level, 1, stream=False))
 
-    running = threading.Thread(target=big)
-    running.start()
-    time.sleep(0.5)
-    row = _open_loop(server.url, server.api_key, bench, _BESIDE_RATE)
-    running.join()
-    if not rows or not row["completed"] or not alone["completed"]:
-        return _plus(found, row)
-    ratio = row["e2e_ms"]["p99"] / alone["e2e_ms"]["p99"]
-    return _plus(found, row, beside_big_p99_ratio=ratio)
+def _run_big_requests(server: Running, bench: Bench) -> Row:
+    """From before two loads of small ones until after them."""
+    seconds = 2 * bench.amounts.seconds + 2 * _BIG_BEGIN_S
+    level = {"concurrency": _BIG_CONCURRENCY, "duration_s": seconds}
+    return _load(server.url, server.api_key, bench.prompts.big, level, 1, stream=False)
 
 
 def _overload(found: Figures, server: Running, bench: Bench) -> Figures:
@@ -261,8 +282,12 @@ def _overload(found: Figures, server: Running, bench: Bench) -> Figures:
 def _held(found: Figures, server: Running, bench: Bench) -> Figures:
     """The most that was there while they were open, and a while later, less what was before.
 
-    No figure unless nearly all were open at the same time."""
+    Before them requests have filled what a gateway remembers for whoever comes next. No figure
+    unless nearly all were open at the same time."""
     number = bench.amounts.held
+    level = {"concurrency": _CONCURRENCY, "duration_s": bench.amounts.seconds}
+    _load(server.url, server.api_key, bench.prompts.small, level, 1, stream=False)
+    time.sleep(_SETTLED_AFTER_S)
     before = server.processes.pss_bytes()
     rows: list[Row] = []
 
@@ -280,7 +305,7 @@ def _held(found: Figures, server: Running, bench: Bench) -> Figures:
         holding.join(_LOOK_EVERY_S)
     if not rows:
         raise PeerError("the load of held streams failed")
-    time.sleep(_LEFT_AFTER_S)
+    time.sleep(_SETTLED_AFTER_S)
     left_mib = (server.processes.pss_bytes() - before) / _MIB
     (row,) = rows
     if row["completed"] < _HELD_SHARE * number or row["ttft_ms"]["max"] > _HELD_LIFE_MS:
