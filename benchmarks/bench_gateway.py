@@ -1,6 +1,6 @@
 """Measure gateways: each alone on one core; the load and what stands behind it on another.
 
-    make bench-gateway                                        all; about five minutes
+    make bench-gateway                                        all; 2 to 3 minutes each, three times
     python benchmarks/bench_gateway.py --gateways scalellm,smg --repeats 1 --seconds 2
     python benchmarks/bench_gateway.py --print                the table of what was measured
 

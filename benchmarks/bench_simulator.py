@@ -4,16 +4,19 @@
     python benchmarks/bench_simulator.py --part wide    one part; the rest another time
 
 For each static plan `scalellm calibrate --short` measures what steps cost; then the plan serves
-closed loops and Poisson arrivals, and `scalellm simulate`'s code plays the same requests with those
-costs. None of the loads is one of the calibration's. The load generator and the gateway run on the
-same two cores as the engines, which a simulation knows only as `front_ms`.
+closed loops and Poisson arrivals, and `scalellm simulate`'s code plays the same requests with
+those costs. None of the loads is one of the calibration's. All loads come three times, each time
+with other requests, and the medians are compared: which prompts find a step about to begin is
+chance, in both. The load generator and the gateway run on the same two cores as the engines,
+which a simulation knows only as `front_ms`.
 """
 
 import argparse
 import json
 import shlex
+import statistics
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -42,6 +45,7 @@ LEVELS = (
     Level(rate=1.0, duration_s=40.0),
 )
 WARM_UP = Level(4, requests=4)
+ROUNDS = 3
 WITHIN = {"p50": 0.10, "p99": 0.25}
 Figures = Mapping[str, float]
 
@@ -58,27 +62,44 @@ def figures(row: Mapping[str, Any]) -> Figures:
     }
 
 
+def seeds(level: int) -> list[int]:
+    """What is drawn for a level depends on these, one a round."""
+    return [level + number * len(LEVELS) for number in range(ROUNDS)]
+
+
+def middle(rounds: Sequence[Figures]) -> Figures:
+    return {name: statistics.median(one[name] for one in rounds) for name in rounds[0]}
+
+
 def measure(plan: str, shape: str, folder: Path) -> list[Figures]:
+    """Of each level. All of them come before any comes again, as the machine's speed changes."""
     model = model_folder(shape, folder)
     log = folder / f"{plan.replace(' ', '-')}.log"
     with deployed(model, plan, 0, log) as running:
-        loaded(running.url, [WARM_UP], Workload(seed=len(LEVELS)))
+        loaded(running.url, [WARM_UP], Workload(seed=ROUNDS * len(LEVELS)))
         # One by one: a level's number decides what is drawn for it, and a simulation has but one.
-        return [
-            figures(loaded(running.url, [level], Workload(seed=seed)).rows[0])
-            for seed, level in enumerate(LEVELS)
+        rounds = [
+            [
+                figures(loaded(running.url, [level], Workload(seed=seeds(index)[number])).rows[0])
+                for index, level in enumerate(LEVELS)
+            ]
+            for number in range(ROUNDS)
         ]
+    return [middle(of_level) for of_level in zip(*rounds, strict=True)]
 
 
 def simulate(plan: str, calibration: Calibration) -> list[Figures]:
     (groups,) = PLANS[plan]
     blueprint = parse_groups([groups])
-    found = []
-    for seed, level in enumerate(LEVELS):
+
+    def played(level: Level, seed: int) -> Figures:
         setup = Setup(calibration, partial(_load, level, seed), "prefix")
         summary = summary_of(plan, run_static(setup, blueprint), Objectives(1e9, 1e9))
-        found.append(figures(summary.to_json()))
-    return found
+        return figures(summary.to_json())
+
+    return [
+        middle([played(level, seed) for seed in seeds(index)]) for index, level in enumerate(LEVELS)
+    ]
 
 
 def _load(level: Level, seed: int) -> Load:
@@ -105,8 +126,9 @@ def section(
     lines = [
         (
             "Simulated by measured, less one, after `scalellm calibrate` on the same machine "
-            f"({note}); 128 tokens in, 64 out. Goals: p50 and throughput within 10%, "
-            f"p99 within 25%; what misses them is in bold. With\n\n    {command}\n"
+            f"({note}); 128 tokens in, 64 out, medians of {ROUNDS} rounds. Goals: p50 and "
+            f"throughput within 10%, p99 within 25%; what misses them is in bold. With\n\n"
+            f"    {command}\n"
         ),
     ]
     names = list(next(iter(real.values()))[0])

@@ -4,8 +4,8 @@ small     closed loop of 64, prompts of 500 bytes, answers of 16 tokens in one p
 chunk     64 streams of 256 tokens, as fast as they go; 256 streams of a token every 20 ms
 added     constant arrivals; end to end, less the same load sent to the endpoint behind it, in turn
 big       closed loop of 16, prompts of 220 KB, each new
-beside    p99 of small requests while those run, over their p99 alone; the same for small requests
-          straight to the endpoint, which says how much of it is the load's
+beside    p99 of small requests while such run, the same again and again, over their p99 alone;
+          and that of small requests straight to the endpoint, which is the load's own
 overload  64 places before an engine of 20 ms: p99 at twice the load, over that at 80%
 held      streams that are open at once with a token a second, and what is left of their memory
           later, over that of the same process after requests and a pause
@@ -199,21 +199,19 @@ def _added(found: Figures, server: Running, behind: Backend, bench: Bench, rate:
     if (found.request_s or 0.0) < _HEADROOM * rate:
         return found
     ways = ((behind.url, ""), (server.url, server.api_key))
-    e2e_ms: dict[str, list[dict[str, float]]] = {url: [] for url, _ in ways}
+    rows: dict[str, list[Row]] = {url: [] for url, _ in ways}
     for number in range(_ADDED_ROUNDS):
         for url, key in ways if number % 2 else ways[::-1]:
             row = _open_loop(url, key, bench, rate)
-            if url == server.url:
-                found = _plus(found, row)
-            if row["request_s"] >= _HELD_SHARE * rate:
-                e2e_ms[url].append(row["e2e_ms"])
-    # The rate is held if it is in most of the rounds.
-    if min(map(len, e2e_ms.values())) <= _ADDED_ROUNDS / 2:
+            rows[url].append(row)
+            found = _plus(found, row)
+    held = (statistics.median(row["request_s"] for row in of_way) for of_way in rows.values())
+    if min(held) < _HELD_SHARE * rate:
         return found
     added: dict[str, Any] = {}
     for percentile in ("p50", "p99"):
         direct, through = (
-            statistics.median(of_round[percentile] for of_round in e2e_ms[url]) for url, _ in ways
+            statistics.median(row["e2e_ms"][percentile] for row in rows[url]) for url, _ in ways
         )
         added[f"added_{rate}_{percentile}_ms"] = through - direct
     return replace(found, **added)
@@ -240,24 +238,31 @@ def _big_requests(found: Figures, server: Running, bench: Bench) -> Figures:
 def _beside_big_requests(found: Figures, server: Running, behind: Backend, bench: Bench) -> Figures:
     ways = ((server.url, server.api_key), (behind.url, ""))
     ratios: dict[str, list[float]] = {url: [] for url, _ in ways}
-    for _ in range(_BESIDE_ROUNDS):
+    for number in range(_BESIDE_ROUNDS):
+        if number:
+            ways = ways[::-1]
         alone = [_open_loop(url, key, bench, _BESIDE_RATE) for url, key in ways]
         with ThreadPoolExecutor(1) as pool:
             big = pool.submit(_run_big_requests, server, bench)
             time.sleep(_BIG_BEGIN_S)
             beside = [_open_loop(url, key, bench, _BESIDE_RATE) for url, key in ways]
-            found = _plus(found, big.result())
+            rows = [*alone, *beside, big.result()]
+        for row in rows:
+            found = _plus(found, row)
+        if not all(row["completed"] for row in rows):
+            return found
         for (url, _), row, other in zip(ways, alone, beside, strict=True):
-            if row["completed"] and other["completed"]:
-                ratios[url].append(other["e2e_ms"]["p99"] / row["e2e_ms"]["p99"])
-        found = _plus(found, beside[0])
-    through, direct = (statistics.median(ratios[url]) if ratios[url] else None for url, _ in ways)
-    return replace(found, beside_big_p99_ratio=through, beside_big_direct_p99_ratio=direct)
+            ratios[url].append(other["e2e_ms"]["p99"] / row["e2e_ms"]["p99"])
+    return replace(
+        found,
+        beside_big_p99_ratio=statistics.median(ratios[server.url]),
+        beside_big_direct_p99_ratio=statistics.median(ratios[behind.url]),
+    )
 
 
 def _run_big_requests(server: Running, bench: Bench) -> Row:
     """From before two loads of small ones until after them."""
-    seconds = 2 * bench.amounts.seconds + 2 * _BIG_BEGIN_S
+    seconds = 2 * (bench.amounts.seconds + 1.0) + _BIG_BEGIN_S
     level = {"concurrency": _BIG_CONCURRENCY, "duration_s": seconds}
     return _load(server.url, server.api_key, bench.prompts.big, level, 1, stream=False)
 
@@ -286,7 +291,10 @@ def _held(found: Figures, server: Running, bench: Bench) -> Figures:
     unless nearly all were open at the same time."""
     number = bench.amounts.held
     level = {"concurrency": _CONCURRENCY, "duration_s": bench.amounts.seconds}
-    _load(server.url, server.api_key, bench.prompts.small, level, 1, stream=False)
+    warm = _load(server.url, server.api_key, bench.prompts.small, level, 1, stream=False)
+    if not warm["completed"]:
+        raise PeerError("no request was answered before the held streams")
+    found = _plus(found, warm)
     time.sleep(_SETTLED_AFTER_S)
     before = server.processes.pss_bytes()
     rows: list[Row] = []

@@ -27,11 +27,11 @@ const BLOCK_BYTES: usize = 64 << 10;
 /// A larger body is parsed on the threads for text: its milliseconds would hold up the requests that share its thread.
 const PARSED_IN_PLACE_BYTES: usize = 64 << 10;
 
-/// The same for one that is hardly read: some 0.1 ms.
-const SCANNED_IN_PLACE_BYTES: usize = 1 << 20;
+/// The same for one of which a few fields are looked for, which is mostly strings: tens of microseconds.
+const SCANNED_IN_PLACE_BYTES: usize = 256 << 10;
 
-/// As much memory as a declared length is believed for; it is touched when the bytes are there.
-const MAX_AHEAD_BYTES: usize = 1 << 20;
+/// A declared length is believed up to so many times what has come.
+const AHEAD: usize = 4;
 
 impl BodyMemory {
     #[must_use]
@@ -204,10 +204,10 @@ async fn read<'a>(
         ));
     }
     let limit = Duration::from_secs_f64(config.body_timeout_s);
-    let ahead = declared.unwrap_or(0).min(MAX_AHEAD_BYTES);
+    let declared = declared.unwrap_or(0);
     tokio::time::timeout(
         limit,
-        collect(body, config.max_body_bytes, ahead, memory, held),
+        collect(body, config.max_body_bytes, declared, memory, held),
     )
     .await
     .map_err(|_| ApiError::body_timeout(config.body_timeout_s))?
@@ -216,7 +216,7 @@ async fn read<'a>(
 async fn collect<'a>(
     mut body: Body,
     limit_bytes: usize,
-    ahead_bytes: usize,
+    declared_bytes: usize,
     memory: &'a BodyMemory,
     held: &mut Option<SemaphorePermit<'a>>,
 ) -> ApiResult<Bytes> {
@@ -237,7 +237,7 @@ async fn collect<'a>(
             first = data;
         } else {
             if whole.is_empty() {
-                whole.reserve(ahead_bytes.max(so_far));
+                whole.reserve(declared_bytes.min(AHEAD * so_far).max(so_far));
                 whole.extend_from_slice(&std::mem::take(&mut first));
             }
             whole.extend_from_slice(&data);

@@ -13,7 +13,7 @@ use crate::request::chat::{ChatPrompt, Conversation};
 use crate::request::{Params, Prompt};
 use crate::stages::Stage;
 use crate::text::{TextError, TextModel};
-use crate::text_pool::Pause;
+use crate::text_pool::{Pace, Pause};
 
 /// Ids of a conversation.
 ///
@@ -38,7 +38,7 @@ pub async fn of_conversation(
         });
         (ids, template_took)
     };
-    let (ids, _) = worked(app, record, model, bytes, job).await?;
+    let (ids, _) = worked(app, record, &model.paces.chat, bytes, job).await?;
     ids.map_err(|error| match error {
         // Only a template's own refusal is about the messages.
         TextError::Template(_) | TextError::TemplateSyntax { .. } => {
@@ -99,7 +99,9 @@ pub async fn of_prompts(
             .collect();
         (ids, Duration::ZERO)
     };
-    worked(app, record, model, bytes, job).await?.0
+    worked(app, record, &model.paces.prompts, bytes, job)
+        .await?
+        .0
 }
 
 /// Texts of each of `prompts`, which come back with them.
@@ -122,7 +124,7 @@ pub async fn texts_of(
         });
         (texts.collect(), Duration::ZERO)
     };
-    Ok(worked(app, record, model, bytes, job).await?.0)
+    Ok(worked(app, record, &model.paces.back, bytes, job).await?.0)
 }
 
 /// How each of `ids` reads, with the ids themselves.
@@ -141,7 +143,7 @@ pub async fn names_of(
         let names = ids.iter().map(|id| text_model.token_text(*id).0).collect();
         ((ids, names), Duration::ZERO)
     };
-    Ok(worked(app, record, model, bytes, job).await?.0)
+    Ok(worked(app, record, &model.paces.back, bytes, job).await?.0)
 }
 
 fn ids_of(
@@ -163,12 +165,12 @@ fn ids_of(
 async fn worked<T: Send + 'static>(
     app: &App,
     record: &RequestRecord,
-    model: &Model,
+    pace: &Pace,
     bytes: usize,
     job: impl FnOnce(&mut Pause) -> (T, Duration) + Send + 'static,
 ) -> ApiResult<(T, Duration)> {
     let start = Instant::now();
-    let ran = app.text_pool.run_paced(&model.text_pace, bytes, job).await;
+    let ran = app.text_pool.run_paced(pace, bytes, job).await;
     let (done, worked) = ran.inspect_err(|error| {
         if error.status == StatusCode::SERVICE_UNAVAILABLE {
             app.metrics.rejected("text_queue");

@@ -1,7 +1,8 @@
 //! Threads for templates and tokenising, which may take milliseconds and must not hold up the async threads.
 //!
 //! Handing over a greeting, and taking it back, takes as long as its few words do. So short work is done where it comes
-//! from as long as its model's was quick; a template that does not end is met by these threads alone.
+//! from as long as work of its kind was quick for its model. What turns out slow there makes the next eight go the
+//! long way: a template that does not end holds up others once in nine times at the most.
 //!
 //! Short work goes before long work, and long work lets it in between: where it calls its [`Pause`], the thread does
 //! what short work waits there. So a thread that tokenises a whole book answers a greeting meanwhile.
@@ -53,7 +54,7 @@ struct Jobs {
     ended: bool,
 }
 
-/// How quick a model's short work was lately; at first it is thought not to be.
+/// How quick one kind of a model's short work was lately; at first it is thought not to be.
 #[derive(Default)]
 pub struct Pace {
     quick_in_a_row: AtomicU32,
@@ -337,6 +338,10 @@ mod tests {
             quick_in_a_row: AtomicU32::new(QUICK_IN_A_ROW),
         };
         let job = move |_: &mut Pause| std::thread::current().id() == here;
+        assert!(pool.run_paced(&quick, SHORT_BYTES, job).await.unwrap().0);
+        let quick = Pace {
+            quick_in_a_row: AtomicU32::new(QUICK_IN_A_ROW),
+        };
         let long = pool.run_paced(&quick, SHORT_BYTES + 1, job).await.unwrap();
         assert!(!long.0);
         let panicked = pool.run_paced(&quick, 1, |_| assert_eq!(1, 2)).await;

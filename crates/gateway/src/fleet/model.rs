@@ -20,7 +20,7 @@ use crate::text_pool::Pace;
 pub struct Model {
     pub served: Arc<Served>,
     pub text: Arc<TextModel>,
-    pub text_pace: Pace,
+    pub paces: TextPaces,
     pub replicas: Vec<Arc<Replica>>,
     /// Of them, those that get no new requests.
     drained: Vec<Arc<Replica>>,
@@ -37,6 +37,14 @@ impl Deref for Model {
     fn deref(&self) -> &Served {
         &self.served
     }
+}
+
+/// How quick each kind of a model's short text work was.
+#[derive(Default)]
+pub struct TextPaces {
+    pub chat: Pace,
+    pub prompts: Pace,
+    pub back: Pace,
 }
 
 /// What an engine said it can take.
@@ -73,7 +81,7 @@ impl Model {
         Ok(Model {
             served,
             text,
-            text_pace: Pace::default(),
+            paces: TextPaces::default(),
             replicas,
             drained,
             addresses: names,

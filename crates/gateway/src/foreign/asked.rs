@@ -18,6 +18,8 @@ use crate::error::{ApiError, ApiResult};
 use crate::request::fields::{got, wrong};
 
 const MAX_DEADLINE_MS: u64 = 86_400_000;
+/// Of a value that is read: more would be parsed for nothing.
+const MAX_FIELD_BYTES: usize = 4096;
 
 /// Where the values of the fields that matter here stand in the body.
 #[derive(Default)]
@@ -29,9 +31,11 @@ struct Top {
     max_tokens: Option<Range<usize>>,
     max_completion_tokens: Option<Range<usize>>,
     n: Option<Range<usize>>,
-    /// Of these it matters only that the hooks see what the upstream will.
+    /// Of these it matters only that hooks look at the one that the upstream will.
     messages: Option<Range<usize>>,
     prompt: Option<Range<usize>>,
+    prompt_token_ids: Option<Range<usize>>,
+    suffix: Option<Range<usize>>,
 }
 
 impl Top {
@@ -68,6 +72,8 @@ impl Top {
             "n" => &mut self.n,
             "messages" => &mut self.messages,
             "prompt" => &mut self.prompt,
+            "prompt_token_ids" => &mut self.prompt_token_ids,
+            "suffix" => &mut self.suffix,
             _ => return None,
         })
     }
@@ -102,18 +108,25 @@ impl Asked {
             ))
         })?;
         let top = Top::read(text)?;
-        let value = |place: &Option<Range<usize>>| {
-            let parse = |place| serde_json::from_str(&text[place]).map_err(invalid);
+        let value = |name: &str, place: &Option<Range<usize>>| {
+            let parse = |place: Range<usize>| match place.len() {
+                ..=MAX_FIELD_BYTES => serde_json::from_str(&text[place]).map_err(invalid),
+                bytes => Err(ApiError::field(
+                    name,
+                    format!("{name}: got {bytes} bytes, allowed are {MAX_FIELD_BYTES}"),
+                )),
+            };
             place.clone().map(parse).transpose()
         };
-        let max_tokens = count(value(&top.max_tokens)?);
+        let max_tokens = count(value("max_tokens", &top.max_tokens)?);
+        let max_completion_tokens = value("max_completion_tokens", &top.max_completion_tokens)?;
         let mut asked = Asked {
-            model: string("model", value(&top.model)?)?,
+            model: string("model", value("model", &top.model)?)?,
             model_at: top.model,
-            stream: boolean("stream", value(&top.stream)?)?,
-            max_tokens: count(value(&top.max_completion_tokens)?).or(max_tokens),
-            n: count(value(&top.n)?).unwrap_or(1).max(1),
-            deadline_ms: deadline(value(&top.deadline_ms)?)?,
+            stream: boolean("stream", value("stream", &top.stream)?)?,
+            max_tokens: count(max_completion_tokens).or(max_tokens),
+            n: count(value("n", &top.n)?).unwrap_or(1).max(1),
+            deadline_ms: deadline(value("deadline_ms", &top.deadline_ms)?)?,
             ..Asked::default()
         };
         if let Some(place) = &top.deadline_ms {
@@ -121,7 +134,7 @@ impl Asked {
             asked.edits.push((cut, Bytes::new()));
         }
         if asked.stream {
-            let options = value(&top.stream_options)?;
+            let options = value("stream_options", &top.stream_options)?;
             asked.ask_for_usage(text, options.zip(top.stream_options));
         }
         asked.edits.sort_by_key(|(range, _)| range.start);
@@ -348,12 +361,13 @@ mod tests {
             ("", "expected an object at byte 0"),
             ("[1]", "expected an object at byte 0"),
             ("{\"model\":}", "not valid JSON: expected a value at byte 9"),
-            ("{\"model\":\"\\q\"}", "not valid JSON: invalid escape"),
+            ("{\"model\":\"\\q\"}", "not valid JSON: expected an escape"),
             ("{\"model\":1}", "model: got 1, allowed is a string"),
             ("{\"stream\":\"yes\"}", "stream: got \"yes\""),
             ("{\"deadline_ms\":0}", "deadline_ms: got 0"),
             ("{\"model\":\"a\",\"mod\\u0065l\":\"b\"}", "duplicate field"),
             ("{\"messages\":[],\"messages\":[]}", "duplicate field"),
+            ("{\"suffix\":\"\",\"suffix\":\"\"}", "duplicate field"),
         ] {
             let message = Asked::read(body.as_bytes()).unwrap_err().message;
             assert!(message.contains(says), "{message}");
@@ -364,6 +378,9 @@ mod tests {
                 .message
                 .contains("byte 6")
         );
+        let long = format!(r#"{{"n":[{}1]}}"#, "1,".repeat(2048));
+        let error = Asked::read(long.as_bytes()).unwrap_err();
+        assert_eq!(error.message, "n: got 4099 bytes, allowed are 4096");
         let asked = Asked::read(br#"{"max_tokens":7,"max_completion_tokens":9,"n":3}"#).unwrap();
         assert_eq!((asked.max_tokens, asked.n), (Some(9), 3));
     }
