@@ -1,7 +1,7 @@
 //! The OpenAI-compatible front. One file for each stage of a request's life, in order:
 //!
 //! ```text
-//! server, connection   a socket's requests; socket, tls      accept
+//! server, connection   a socket's requests; http2, socket, tls  accept
 //! observe, recent,     id, stage times, metrics, log        (around all that follows)   write
 //! written
 //! traces/              OpenTelemetry spans to a collector    (after the end)
@@ -40,6 +40,7 @@ mod foreign;
 pub mod fuzzing;
 mod gen_ai;
 mod generation;
+mod http2;
 mod log;
 mod memory;
 mod metering;

@@ -15,7 +15,7 @@ use hyper::Request;
 use hyper::body::Incoming;
 use hyper::server::conn::{http1, http2};
 use hyper::service::service_fn;
-use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
+use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::server::graceful::GracefulConnection;
 use tokio::net::{TcpListener, TcpStream, UnixListener, UnixStream};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
@@ -28,6 +28,7 @@ use crate::app::{App, Phase};
 use crate::config::Config;
 use crate::connection::{ArrivingBody, ClientSocket, ConnectionState};
 use crate::error::GatewayError;
+use crate::http2::Streams;
 use crate::memory;
 use crate::socket::Socket;
 
@@ -255,8 +256,12 @@ async fn serve_connection(
     let sees_end = !is_http2 && socket.see_end();
     let socket = TokioIo::new(socket);
     if is_http2 {
+        let streams = Streams {
+            metrics: Arc::clone(&app.metrics),
+            write_timeout,
+        };
         // In a box, since every connection of HTTP/1 would have room for it otherwise.
-        let mut connection = Box::pin(http2().serve_connection(socket, service));
+        let mut connection = Box::pin(http2(streams).serve_connection(socket, service));
         drive(connection.as_mut(), &state, first_request_by, closing).await;
     } else {
         let mut builder = http1(header_timeout);
@@ -341,8 +346,8 @@ fn http1(header_timeout: Duration) -> http1::Builder {
     builder
 }
 
-fn http2() -> http2::Builder<TokioExecutor> {
-    let mut builder = http2::Builder::new(TokioExecutor::new());
+fn http2(streams: Streams) -> http2::Builder<Streams> {
+    let mut builder = http2::Builder::new(streams);
     builder
         .timer(TokioTimer::new())
         .max_concurrent_streams(MAX_STREAMS_PER_CONNECTION)

@@ -11,6 +11,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use crate::connection::ConnectionState;
+use crate::http2::Taking;
 
 /// A stream's first frame on its way out.
 #[derive(Debug, Clone, Copy)]
@@ -22,6 +23,7 @@ pub struct FirstFrame {
 #[derive(Debug, Default)]
 pub struct Written {
     connection: Option<Arc<ConnectionState>>,
+    stream: Option<Arc<Taking>>,
     /// The earliest frame that the socket has not been seen to take.
     handed: Option<Instant>,
     pub first: Option<FirstFrame>,
@@ -34,12 +36,16 @@ impl Written {
     pub fn new(connection: Option<Arc<ConnectionState>>) -> Written {
         Written {
             connection,
+            stream: Taking::here(),
             ..Written::default()
         }
     }
 
     /// The body is asked for more: looks whether what it gave before is out.
     pub fn look(&mut self) {
+        if let Some(stream) = &self.stream {
+            stream.asked();
+        }
         let (Some(handed), Some(connection)) = (self.handed, &self.connection) else {
             return;
         };
@@ -56,6 +62,9 @@ impl Written {
 
     /// The body has given a frame.
     pub fn gave(&mut self) {
+        if let Some(stream) = &self.stream {
+            stream.gave();
+        }
         let now = *self.handed.get_or_insert_with(Instant::now);
         self.first.get_or_insert(FirstFrame {
             handed: now,

@@ -3,7 +3,9 @@
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
-use http_body_util::BodyExt;
+use http_body_util::{BodyExt, Full};
+use hyper::client::conn::http2;
+use hyper_util::rt::{TokioExecutor, TokioIo};
 use scalellm_fake_engine::Settings;
 use serde_json::{Value, json};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -21,7 +23,7 @@ fn endless() -> Settings {
     }
 }
 
-fn ask(stream: bool) -> hyper::Request<http_body_util::Full<Bytes>> {
+fn ask(stream: bool) -> hyper::Request<Full<Bytes>> {
     let body = with_model(json!({"prompt": "x", "max_tokens": 100_000, "stream": stream}));
     request(
         "POST",
@@ -168,6 +170,50 @@ async fn a_client_that_stops_reading_is_dropped() {
         .wait_metric("scalellm_requests_in_flight ", "", 1.0)
         .await;
     drop(socket);
+}
+
+#[tokio::test]
+async fn a_stream_of_http2_that_is_given_no_window_is_dropped_alone() {
+    let fast = Settings {
+        tokens_per_step: 64,
+        tbt_ms: 0.2,
+        ..endless()
+    };
+    let stack = Stack::start(vec![fast], |config| config.write_timeout_s = 0.3).await;
+    let tcp = TcpStream::connect(stack.address()).await.unwrap();
+    let (mut sender, connection) = http2::Builder::new(TokioExecutor::new())
+        .initial_stream_window_size(65_535)
+        .handshake(TokioIo::new(tcp))
+        .await
+        .unwrap();
+    let connection = tokio::spawn(connection);
+    let url = format!("http://{}/v1/completions", stack.address());
+    let mut ask = async |fields: Value| {
+        let body = Full::new(Bytes::from(with_model(fields).to_string()));
+        let request = hyper::Request::post(&url).body(body).unwrap();
+        sender.send_request(request).await.unwrap()
+    };
+    let fields = json!({"prompt": "x", "max_tokens": 900_000, "logprobs": 20, "stream": true});
+    let unread = ask(fields).await;
+    stack
+        .wait_metric("scalellm_clients_stalled_total ", "", 1.0)
+        .await;
+    stack
+        .wait_metric("scalellm_replica_running_requests{", "", 0.0)
+        .await;
+    // The socket is read, and its other streams go on.
+    let read = Reply::read(ask(json!({"prompt": "x", "max_tokens": 5})).await).await;
+    assert_eq!(read.ok()["choices"][0]["text"], "abcde");
+    let mut body = unread.into_body();
+    let ended = loop {
+        match body.frame().await {
+            Some(Ok(_)) => {}
+            other => break other,
+        }
+    };
+    assert!(ended.is_some_and(|frame| frame.is_err()), "it was cut off");
+    drop(sender);
+    connection.await.unwrap().unwrap();
 }
 
 #[tokio::test]
