@@ -18,6 +18,8 @@ use scalellm_routing::{
 
 /// In a request it asks for the route, in the response it tells it.
 pub const ROUTE_HEADER: &str = "x-scalellm-route";
+/// How servers elsewhere are chosen, where a policy's name is told.
+pub const UPSTREAMS: &str = "upstreams";
 const SESSION_HEADER: &str = "x-session-id";
 /// Of a mirrored cache, what is taken in before others get the router.
 const BLOCKS_AT_ONCE: usize = 1024;
@@ -52,7 +54,10 @@ impl RouteWish {
 #[derive(Debug, Clone)]
 pub struct RouteNote {
     replica: String,
-    choice: Choice,
+    policy: &'static str,
+    reason: &'static str,
+    /// Milliseconds until the first token, and tokens that are cached.
+    predicted: Option<(f64, usize)>,
 }
 
 impl RouteNote {
@@ -60,27 +65,37 @@ impl RouteNote {
     pub fn new(replica: &Replica, choice: Choice) -> RouteNote {
         RouteNote {
             replica: crate::fleet::replica_name(replica),
-            choice,
+            policy: choice.policy.name(),
+            reason: choice.reason.name(),
+            predicted: Some((choice.predicted_ms, choice.cached_tokens)),
+        }
+    }
+
+    /// Of a server elsewhere, of which nothing is predicted.
+    #[must_use]
+    pub fn upstream(name: &str, reason: &'static str) -> RouteNote {
+        RouteNote {
+            replica: name.to_owned(),
+            policy: UPSTREAMS,
+            reason,
+            predicted: None,
         }
     }
 }
 
 impl fmt::Display for RouteNote {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Choice {
+        let RouteNote {
+            replica,
             policy,
             reason,
-            predicted_ms,
-            cached_tokens,
-            ..
-        } = &self.choice;
-        write!(
-            f,
-            "replica={}; policy={}; reason={}; predicted_ms={predicted_ms:.1}; cached_tokens={cached_tokens}",
-            self.replica,
-            policy.name(),
-            reason.name()
-        )
+            predicted,
+        } = self;
+        write!(f, "replica={replica}; policy={policy}; reason={reason}")?;
+        if let Some((ms, cached_tokens)) = predicted {
+            write!(f, "; predicted_ms={ms:.1}; cached_tokens={cached_tokens}")?;
+        }
+        Ok(())
     }
 }
 

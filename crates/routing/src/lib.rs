@@ -32,3 +32,4 @@ pub use policy::{Choice, Policy, Reason, UnknownPolicy};
 pub use prefix_index::{MAX_BLOCKS, MAX_REPLICAS, PrefixIndex};
 pub use retry_budget::RetryBudget;
 pub use router::Router;
+pub use session::session_rank;

@@ -15,6 +15,12 @@ use crate::router::View;
 const BOUND: f64 = 1.25;
 const SLACK_MS: f64 = 50.0;
 
+/// The higher, the sooner a session goes to the replica of this id.
+#[must_use]
+pub fn session_rank(session: u64, id: u64) -> u64 {
+    mix(session ^ mix(id))
+}
+
 /// Requests that name no session go where [`crate::Policy::Prefix`] sends them.
 pub(crate) fn choose(view: &View<'_>) -> Option<(usize, Reason)> {
     let Some(session) = view.request.session else {
@@ -28,7 +34,7 @@ pub(crate) fn choose(view: &View<'_>) -> Option<(usize, Reason)> {
         .sum::<f64>()
         / count as f64;
     let mut ranked: Vec<usize> = (0..count).collect();
-    ranked.sort_by_key(|at| std::cmp::Reverse(mix(session ^ mix(view.candidates[*at].id))));
+    ranked.sort_by_key(|at| std::cmp::Reverse(session_rank(session, view.candidates[*at].id)));
     let rank = ranked
         .iter()
         .position(|at| view.predictions[*at].first_token_ms <= BOUND * mean + SLACK_MS)

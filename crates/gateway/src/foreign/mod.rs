@@ -2,7 +2,8 @@
 //!
 //! ```text
 //! asked      what of a request the gateway reads, and the bytes that it changes
-//! relay      choice of the upstream, retries before the first byte, the answer's head
+//! pick       which upstream
+//! relay      retries before the first byte, the answer's head
 //! stream     the events on their way to the client
 //! events     whole events in the bytes as they come; usage taken out, the model's name put back
 //! exchange   one request and its answer
@@ -15,6 +16,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
 
 use parking_lot::Mutex;
+use scalellm_routing::stable_hash;
 use serde_json::{Value, json};
 
 use crate::config::{ModelConfig, UpstreamConfig};
@@ -27,6 +29,7 @@ mod exchange;
 mod framing;
 mod head;
 mod link;
+mod pick;
 mod relay;
 mod stream;
 mod top_level;
@@ -37,6 +40,7 @@ pub use asked::Asked;
 #[cfg(any(test, feature = "fuzzing"))]
 pub use events::{Answers, Events};
 pub use exchange::{Exchange, Failure};
+use pick::{Candidate, Picker, Reason};
 pub use relay::{Endpoint, relayed};
 pub use upstream::Upstream;
 
@@ -50,13 +54,8 @@ pub struct ForeignModel {
     pub upstreams: Vec<Arc<Upstream>>,
     /// Of them, those that get no new requests.
     drained: Vec<bool>,
-    turns: Mutex<Turns>,
-}
-
-struct Turns {
-    /// Of smooth weighted round robin: how much each upstream's turn is due.
-    due: Vec<i64>,
-    saved_retries: f64,
+    pub picker: Picker,
+    saved_retries: Mutex<f64>,
 }
 
 impl ForeignModel {
@@ -80,16 +79,13 @@ impl ForeignModel {
                 Upstream::start(upstream, &config.name, &path, running)
             })
             .collect::<Result<_, _>>()?;
-        let turns = Turns {
-            due: vec![0; upstreams.len()],
-            saved_retries: MAX_SAVED_RETRIES,
-        };
         let is_drained = |upstream: &UpstreamConfig| config.drained.contains(&upstream.url);
         Ok(ForeignModel {
             served,
             drained: config.upstreams.iter().map(is_drained).collect(),
             upstreams,
-            turns: Mutex::new(turns),
+            picker: Picker::default(),
+            saved_retries: Mutex::new(MAX_SAVED_RETRIES),
         })
     }
 
@@ -121,36 +117,46 @@ impl ForeignModel {
             })
     }
 
-    /// Whose turn it is among those that are well and not in `avoid`: by weight, fallbacks only if there is no other.
-    fn pick(&self, avoid: &[usize]) -> Option<usize> {
+    /// One of those that are well and not `tried`, fallbacks only if there is no other; and why it.
+    fn pick(&self, tried: &[usize], session: Option<u64>) -> Option<(usize, Reason)> {
         let among = |fallback: bool| {
             self.usable()
                 .filter(|(index, upstream)| {
-                    upstream.config.fallback == fallback && !avoid.contains(index)
+                    upstream.config.fallback == fallback && !tried.contains(index)
                 })
-                .map(|(index, upstream)| (index, i64::from(upstream.config.weight)))
+                .map(|(index, upstream)| Candidate {
+                    index,
+                    id: stable_hash(upstream.name.as_bytes()),
+                    weight: upstream.config.weight,
+                    in_flight: upstream.counts.in_flight.load(Relaxed),
+                })
                 .collect::<Vec<_>>()
         };
-        let mut candidates = among(false);
-        if candidates.is_empty() {
-            candidates = among(true);
+        let others = among(false);
+        let (index, mut reason) = match others.is_empty() {
+            true => {
+                let (index, _) = self.picker.pick(&among(true), session)?;
+                (index, Reason::Fallback)
+            }
+            false => self.picker.pick(&others, session)?,
+        };
+        if !tried.is_empty() {
+            reason = Reason::Retry;
         }
-        if let [(only, _)] = candidates[..] {
-            return Some(only);
-        }
-        next_turn(&mut self.turns.lock().due, &candidates)
+        self.picker.chosen(reason);
+        Some((index, reason))
     }
 
     fn request_came(&self) {
-        let mut turns = self.turns.lock();
-        turns.saved_retries = (turns.saved_retries + RETRIES_PER_REQUEST).min(MAX_SAVED_RETRIES);
+        let mut saved = self.saved_retries.lock();
+        *saved = (*saved + RETRIES_PER_REQUEST).min(MAX_SAVED_RETRIES);
     }
 
     fn may_retry(&self) -> bool {
-        let mut turns = self.turns.lock();
-        let may = turns.saved_retries >= 1.0;
+        let mut saved = self.saved_retries.lock();
+        let may = *saved >= 1.0;
         if may {
-            turns.saved_retries -= 1.0;
+            *saved -= 1.0;
         }
         may
     }
@@ -176,33 +182,5 @@ impl ForeignModel {
             states.join(", ")
         );
         ApiError::busy("no_replica", message, 1)
-    }
-}
-
-/// Smooth weighted round robin: everybody's turn comes nearer by its weight, and whose is nearest pays for all.
-fn next_turn(due: &mut [i64], weights: &[(usize, i64)]) -> Option<usize> {
-    for (index, weight) in weights {
-        due[*index] += weight;
-    }
-    let (next, _) = weights
-        .iter()
-        .max_by_key(|(index, _)| (due[*index], std::cmp::Reverse(*index)))?;
-    due[*next] -= weights.iter().map(|(_, weight)| weight).sum::<i64>();
-    Some(*next)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn turns_are_shared_by_weight() {
-        let mut due = vec![0; 3];
-        let weights = [(0, 5), (2, 1)];
-        let turns: Vec<usize> = (0..12)
-            .filter_map(|_| next_turn(&mut due, &weights))
-            .collect();
-        assert_eq!(turns, [0, 0, 0, 2, 0, 0, 0, 0, 0, 2, 0, 0]);
-        assert_eq!(next_turn(&mut due, &[]), None);
     }
 }

@@ -22,6 +22,7 @@ use crate::body::{self, ReadBody};
 use crate::error::{ApiError, ApiResult, ErrorNote};
 use crate::quota;
 use crate::record::{REQUEST_ID_HEADER, RequestRecord};
+use crate::routing::RouteNote;
 use crate::safety;
 use crate::stages::Stage;
 use crate::traces::TRACEPARENT;
@@ -163,10 +164,11 @@ impl Relay<'_> {
             choices,
         });
         self.model.request_came();
+        let wish = record.update(|progress| progress.wish);
         let mut tried = Vec::new();
         let mut refusal = None;
         while tried.len() < MAX_ATTEMPTS {
-            let Some(index) = self.model.pick(&tried) else {
+            let Some((index, reason)) = self.model.pick(&tried, wish.session) else {
                 break;
             };
             if refusal.is_some() {
@@ -177,7 +179,12 @@ impl Relay<'_> {
             }
             tried.push(index);
             let upstream = Arc::clone(&self.model.upstreams[index]);
-            record.update(|progress| progress.replica = Some(Arc::clone(&upstream.name)));
+            record.update(|progress| {
+                progress.replica = Some(Arc::clone(&upstream.name));
+                progress.route = wish
+                    .explain
+                    .then(|| RouteNote::upstream(&upstream.told_as, reason.name()));
+            });
             upstream.counts.requests.fetch_add(1, Relaxed);
             let failed = tokio::select! {
                 biased;

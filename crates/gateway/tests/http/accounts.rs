@@ -7,7 +7,9 @@ use scalellm_fake_engine::{Output, Settings};
 use scalellm_gateway::Config;
 use serde_json::{Value, json};
 
-use crate::support::{LONG, Reply, Stack, engine, open, request, says, send, with_model};
+use crate::foreign::WHOLE;
+use crate::support::{Folder, LONG, Reply, Stack, engine, open, request, says, send, with_model};
+use crate::upstream::{Mock, before, json as upstream_json};
 
 fn with_database(config: &mut Config) {
     let file = config.models[0].path.join("accounts.db");
@@ -160,6 +162,41 @@ async fn quotas_really_refuse() {
     complete_as(&stack, &secret, smaller).await.ok();
     let whole = json!({"prompt": "abcde", "max_tokens": 200});
     complete_as(&stack, &secret, whole).await.error(429);
+}
+
+#[tokio::test]
+async fn quotas_and_usage_hold_before_a_server_elsewhere_too() {
+    let folder = Folder::new();
+    let mock = Mock::start(|_| vec![upstream_json(WHOLE)]).await;
+    let file = folder.0.join("accounts.db");
+    let stack = Stack::start(Vec::new(), |config| {
+        before(vec![mock.upstream()])(config);
+        config.database_url = Some(format!("sqlite:{}", file.display()));
+        config.usage_interval_s = 0.02;
+        config.database_timeout_s = 30.0;
+    })
+    .await;
+    let (id, secret) = new_key(&stack, json!({"limits": {"tokens_per_month": 100}})).await;
+    let ask = json!({"model": "chat", "messages": [], "max_tokens": 45});
+    // What is reserved before the server counts, by the body's length; it counts 5 and 2 tokens.
+    let reserved = i64::try_from(ask.to_string().len()).unwrap() / 4 + 45;
+    let fit = (100 - reserved) / 7 + 1;
+    for _ in 0..fit {
+        let reply = send_as(&stack, "POST", "/v1/chat/completions", &secret, &ask).await;
+        assert_eq!(reply.ok()["usage"]["prompt_tokens"], 5);
+        assert_eq!(reply.header("x-ratelimit-limit-tokens"), "100");
+    }
+    let reply = send_as(&stack, "POST", "/v1/chat/completions", &secret, &ask).await;
+    assert_eq!(reply.error(429)["code"], "insufficient_quota");
+    assert!(reply.header("retry-after").parse::<u64>().unwrap() > 0);
+    assert_eq!(reply.header("x-ratelimit-limit-tokens"), "100");
+    assert_eq!(mock.seen().len(), usize::try_from(fit).unwrap());
+    let query = format!("key={id}&group_by=model");
+    let row = wait_usage(&stack, &query, |row| row["prompt_tokens"] == 5 * fit).await;
+    assert_eq!(
+        (&row["model"], &row["cached_tokens"], &row["output_tokens"]),
+        (&json!("chat"), &json!(3 * fit), &json!(2 * fit))
+    );
 }
 
 #[tokio::test]

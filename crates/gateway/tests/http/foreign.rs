@@ -356,6 +356,41 @@ async fn requests_are_shared_by_weight() {
 }
 
 #[tokio::test]
+async fn a_session_keeps_its_upstream_and_the_choice_is_told() {
+    let mocks = [
+        Mock::start(|_| vec![json(WHOLE)]).await,
+        Mock::start(|_| vec![json(WHOLE)]).await,
+    ];
+    let stack = gateway(mocks.iter().map(Mock::upstream).collect()).await;
+    let asked = async |headers: &[(&str, &str)]| {
+        let body = Bytes::from_static(b"{}");
+        let request = request("POST", "/v1/chat/completions", headers, body);
+        send(stack.address(), request).await
+    };
+    for _ in 0..6 {
+        let reply = asked(&[("x-session-id", "one")]).await;
+        reply.ok();
+        assert!(!reply.headers.contains_key("x-scalellm-route"));
+    }
+    let mut seen = mocks.each_ref().map(|mock| mock.seen().len());
+    seen.sort_unstable();
+    assert_eq!(seen, [0, 6]);
+    let reply = asked(&[("x-session-id", "one"), ("x-scalellm-route", "1")]).await;
+    let route = reply.header("x-scalellm-route");
+    assert!(route.starts_with("replica=upstream-"), "{route}");
+    assert!(
+        route.ends_with("; policy=upstreams; reason=session"),
+        "{route}"
+    );
+    let reply = asked(&[("x-scalellm-route", "1")]).await;
+    assert!(reply.header("x-scalellm-route").ends_with("; reason=load"));
+    for (reason, count) in [("session", 7.0), ("load", 1.0)] {
+        let chosen = stack.metric("scalellm_routed_total{", reason).await;
+        assert_eq!(chosen, count, "{reason}");
+    }
+}
+
+#[tokio::test]
 async fn an_upstream_may_speak_tls() {
     let made = rcgen::generate_simple_self_signed(vec!["localhost".to_owned()]).unwrap();
     let folder = super::support::Folder::new();

@@ -7,6 +7,7 @@ use scalellm_accounts::Class;
 use crate::fleet::Fleet;
 use crate::foreign::Upstream;
 use crate::metrics::{label, samples};
+use crate::routing::UPSTREAMS;
 use crate::text::CacheCounts;
 
 pub fn write_queues(out: &mut String, fleet: &Fleet) {
@@ -62,6 +63,15 @@ pub fn write_routing(out: &mut String, fleet: &Fleet) {
             (labels, count)
         })
     });
+    let elsewhere = fleet.foreign.iter().flat_map(|model| {
+        let counts = model.picker.counts().filter(|(_, count)| *count > 0);
+        counts.map(move |(reason, count)| {
+            let (model, reason) = (label(&model.served.name), reason.name());
+            let labels = format!("model={model},policy=\"{UPSTREAMS}\",reason=\"{reason}\"");
+            (labels, count)
+        })
+    });
+    let chosen = chosen.chain(elsewhere);
     samples(out, "scalellm_routed_total", "counter", help, chosen);
     let help = "Different blocks known to be in the replicas' prefix caches.";
     let blocks = fleet.models.iter().map(|model| {
