@@ -34,6 +34,7 @@ pub struct ConnectionState {
     /// The client is on this machine.
     local: bool,
     pub requests: AtomicU64,
+    ended: AtomicU64,
     /// Microseconds from `opened` to the first byte read since the last request ended, plus 1; 0 is none.
     first_byte_us: AtomicU64,
     /// Microseconds from `opened` to the last write that the socket took.
@@ -49,6 +50,7 @@ impl ConnectionState {
             opened: Instant::now(),
             local,
             requests: AtomicU64::new(0),
+            ended: AtomicU64::new(0),
             first_byte_us: AtomicU64::new(0),
             wrote_us: AtomicU64::new(0),
             answering: AtomicBool::new(false),
@@ -84,7 +86,14 @@ impl ConnectionState {
         self.opened + Duration::from_micros(self.wrote_us.load(Relaxed))
     }
 
+    /// How many requests there were, if none of them goes on.
+    pub fn idle_after(&self) -> Option<u64> {
+        let ended = self.ended.load(Relaxed);
+        (ended == self.requests.load(Relaxed)).then_some(ended)
+    }
+
     pub fn request_ended(&self) {
+        self.ended.fetch_add(1, Relaxed);
         self.first_byte_us.store(0, Relaxed);
         self.answering.store(false, Relaxed);
     }

@@ -262,12 +262,20 @@ async fn serve_connection(
         };
         // In a box, since every connection of HTTP/1 would have room for it otherwise.
         let mut connection = Box::pin(http2(streams).serve_connection(socket, service));
-        drive(connection.as_mut(), &state, first_request_by, closing).await;
+        let idle_limit = Some(header_timeout);
+        drive(
+            connection.as_mut(),
+            &state,
+            first_request_by,
+            idle_limit,
+            closing,
+        )
+        .await;
     } else {
         let mut builder = http1(header_timeout);
         let builder = builder.half_close(sees_end);
         let connection = pin!(builder.serve_connection(socket, service));
-        drive(connection, &state, first_request_by, closing).await;
+        drive(connection, &state, first_request_by, None, closing).await;
     }
 }
 
@@ -275,16 +283,19 @@ fn said_nothing() {
     tracing::debug!("connection closed: no request came within header_timeout_s");
 }
 
-/// Runs a connection to its end, which comes soon once `closing` says so.
+/// Runs a connection to its end, which comes soon once `closing` says so, or when it had no request for `idle_limit`
+/// (in HTTP/1 hyper looks for that itself).
 async fn drive<C>(
     mut connection: Pin<&mut C>,
     state: &ConnectionState,
     first_request_by: Instant,
+    idle_limit: Option<Duration>,
     mut closing: watch::Receiver<bool>,
 ) where
     C: GracefulConnection<Error = hyper::Error>,
 {
-    let mut waiting_for_first = true;
+    let mut look_at = Some(first_request_by);
+    let mut idle_after = None;
     let mut told_to_close = false;
     loop {
         tokio::select! {
@@ -294,10 +305,16 @@ async fn drive<C>(
                 }
                 return;
             }
-            () = tokio::time::sleep_until(first_request_by), if waiting_for_first => {
-                waiting_for_first = false;
+            () = tokio::time::sleep_until(look_at.unwrap_or(first_request_by)), if look_at.is_some() => {
                 if state.requests.load(Relaxed) == 0 {
                     return said_nothing();
+                }
+                let idle_before = std::mem::replace(&mut idle_after, state.idle_after());
+                if idle_after.is_some() && idle_after == idle_before {
+                    look_at = None;
+                    connection.as_mut().graceful_shutdown();
+                } else {
+                    look_at = idle_limit.map(|limit| Instant::now() + limit);
                 }
             }
             _ = closing.wait_for(|now| *now), if !told_to_close => {

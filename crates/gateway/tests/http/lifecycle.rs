@@ -217,6 +217,34 @@ async fn a_stream_of_http2_that_is_given_no_window_is_dropped_alone() {
 }
 
 #[tokio::test]
+async fn an_idle_connection_of_http2_is_closed_and_a_busy_one_is_not() {
+    let slow = Settings {
+        ttft_ms: 1500.0,
+        ..engine()
+    };
+    let stack = Stack::start(vec![slow], |config| config.header_timeout_s = 0.2).await;
+    let tcp = TcpStream::connect(stack.address()).await.unwrap();
+    let (mut sender, connection) = http2::handshake(TokioExecutor::new(), TokioIo::new(tcp))
+        .await
+        .unwrap();
+    let connection = tokio::spawn(connection);
+    let body = with_model(json!({"prompt": "x", "max_tokens": 5})).to_string();
+    let request = hyper::Request::post(format!("http://{}/v1/completions", stack.address()))
+        .body(Full::new(Bytes::from(body)))
+        .unwrap();
+    // It waits for longer than a connection may be idle.
+    let reply = Reply::read(sender.send_request(request).await.unwrap()).await;
+    assert_eq!(reply.ok()["choices"][0]["text"], "abcde");
+    // The sender, which would keep it open, is still there.
+    tokio::time::timeout(LONG, connection)
+        .await
+        .expect("the connection is closed")
+        .unwrap()
+        .unwrap();
+    drop(sender);
+}
+
+#[tokio::test]
 async fn a_full_gateway_sheds_with_503() {
     let stack = Stack::start(vec![endless()], |config| {
         config.max_in_flight = 1;
