@@ -21,7 +21,14 @@ from scalellm.controller.launchers.local import LocalLauncher
 from scalellm.controller.launchers.ray import RayLauncher, find_nodes
 from scalellm.controller.report import Report
 from scalellm.controller.runtime_folder import make_runtime_folder
-from scalellm.controller.shapes import WIDTHS, Place, auto_widths, fitting_widths
+from scalellm.controller.shapes import (
+    WIDTHS,
+    Place,
+    auto_widths,
+    fitting_widths,
+    served_name,
+    shapes_of,
+)
 from scalellm.controller.sharing import share
 from scalellm.controller.supervisor import Supervisor
 from scalellm.errors import ConfigError
@@ -49,7 +56,11 @@ def run(arguments: argparse.Namespace) -> int:
         gpus = launcher.gpus or 0
         configs = [settled(config, gpus) for config in found.models]
         shared_out = share(configs, launcher.cores, found.devices, gpus)
-        models = [_resolve(config, cores, gpus, report) for config, cores in shared_out]
+        # Small files and every model's shapes first: nothing large is fetched, and nothing is
+        # measured, for a deployment that cannot be.
+        several = len(shared_out) > 1
+        planned = [_planned(config, cores, gpus, several) for config, cores in shared_out]
+        models = [_resolve(config, place, report) for config, place in planned]
         plan = plan_deployment(models, port, folder, launcher)
         return Supervisor(plan, folder, report).run()
     finally:
@@ -63,18 +74,35 @@ def _launcher(models: Sequence[ServeConfig], folder: Path) -> Launcher:
     return LocalLauncher(folder, count_gpus(models))
 
 
-def _resolve(config: ServeConfig, cores: int, gpus: int, report: Report) -> Served:
-    """The model's files, downloaded where that is needed."""
+def _planned(
+    config: ServeConfig, cores: int, gpus: int, several: bool
+) -> tuple[ServeConfig, Place]:
+    """What the model may use. Raises ConfigError for what cannot be, naming it among several."""
+    path = resolve_model(config.engine.model, config.engine.revision, weights=False)
+    check_folder(path, needs_tokenizer=True, needs_weights=False)
+    try:
+        check_hosts(config.engine)
+        place = Place(_widths(config, path), cores, gpus=gpus)
+        if config.deployment.blueprint == "auto":
+            auto_widths(config, place)
+        else:
+            shapes_of(config, Path(), place)
+    except ConfigError as error:
+        named = f"model {served_name(config.engine)!r}: " if several else ""
+        raise ConfigError(f"{named}{error}") from None
+    return config, place
+
+
+def _resolve(config: ServeConfig, place: Place, report: Report) -> Served:
+    """The model's files, downloaded where that is needed, and what its steps cost."""
     before_s = report.elapsed_s()
     weights = config.engine.load_format != "dummy"
     path = resolve_model(config.engine.model, config.engine.revision, weights)
     check_folder(path, needs_tokenizer=True, needs_weights=weights)
     report.phase("resolve model", report.elapsed_s() - before_s, str(path))
-    check_hosts(config.engine)
-    widths = _widths(config, path)
     if config.deployment.blueprint == "auto":
-        config = _with_costs(config, path, Place(widths, cores, gpus=gpus), report)
-    return Served(config, path, cores, widths)
+        config = _with_costs(config, path, place, report)
+    return Served(config, path, place.cores, place.widths)
 
 
 def _with_costs(config: ServeConfig, path: Path, place: Place, report: Report) -> ServeConfig:

@@ -93,6 +93,8 @@ def blueprint_lines(answer: Answer) -> list[str]:
 def _shape_lines(state: dict[str, Any], model: str) -> list[str]:
     shape = Blueprint.of_json(state["blueprint"])
     lines = [f"{model}blueprint {shape} ({state['mode']}), {state['phase']}"]
+    given_up: dict[str, str] = state.get("given_up", {})
+    lines += [f"{model}{name} given up: {reason}" for name, reason in given_up.items()]
     if (decision := state.get("decision")) is not None:
         lines.append(f"{model}last decision: {decision['reason']}")
     return lines

@@ -96,7 +96,7 @@ class Controller:
             ready=found["ready"],
             age_s=found["age_s"] + elapsed_s,
             ever_ready=found["ever_ready"],
-            given_up=found["given_up"],
+            given_up=bool(found["given_up"]),
             unresponsive_s=now - self._missed_since_s.get(name, now),
             exits=tuple(
                 Exit(

@@ -66,7 +66,7 @@ class Replica:
             "ready": self.ready,
             "age_s": now - self.child.started_s if self.child else 0.0,
             "ever_ready": self.ever_ready,
-            "given_up": bool(self.given_up),
+            "given_up": self.given_up,
             "wanted": self.wanted,
             "target": self.target,
             "exits": [

@@ -90,24 +90,27 @@ class Steering:
         target = [name for name, found in facts.items() if found["target"]]
         wanted = [name for name, found in facts.items() if found["wanted"]]
         running = [name for name, found in facts.items() if found["running"]]
-        ready = all(facts[name]["ready"] and states.get(name) == "ready" for name in target)
-        lost = [name for name in target if facts[name]["given_up"]]
+        lost = {name: facts[name]["given_up"] for name in target if facts[name]["given_up"]}
+        # What is given up is not waited for: without it the rest goes on, and may change its shape.
+        kept = [name for name in target if name not in lost]
+        ready = all(facts[name]["ready"] and states.get(name) == "ready" for name in kept)
         phase = "steady"
         if set(wanted) != set(target):
             phase = "starting"
             if lost:
                 back = [name for name in wanted if name not in target]
-                self._want(back, back, f"{lost[0]} could not start: {self._name(back)} stays")
+                first = next(iter(lost))
+                self._want(back, back, f"{first} could not start: {self._name(back)} stays")
             elif ready:
                 self._want(target, target, f"{self._name(target)} is ready and takes over")
         ending = [name for name in running if name not in wanted]
         if ending:
             phase = "handing over"
         self._end(ending, now_s)
-        if phase == "steady" and ready and now_s - self._decided_s >= DECIDE_EVERY_S:
+        if phase == "steady" and kept and ready and now_s - self._decided_s >= DECIDE_EVERY_S:
             self._decided_s = now_s
             self._decide(now_s, samples, target, facts)
-        self._tell(phase, target, wanted)
+        self._tell(phase, target, wanted, lost)
 
     def _decide(
         self,
@@ -176,13 +179,20 @@ class Steering:
             found += fitting[: group.count]
         return found
 
-    def _tell(self, phase: str, target: Sequence[str], wanted: Sequence[str]) -> None:
+    def _tell(
+        self,
+        phase: str,
+        target: Sequence[str],
+        wanted: Sequence[str],
+        lost: Mapping[str, str],
+    ) -> None:
         """Write where it stands for `/admin/v1/blueprint` and `scalellm status`."""
         state = {
             "mode": "auto",
             "phase": phase,
             "blueprint": self._shape(target).to_json(),
             "replicas": sorted(wanted),
+            "given_up": dict(lost),
             "candidates": [found.to_json() for found in self._candidates],
             "policy": state_json(self._policy.state),
             **self._last,

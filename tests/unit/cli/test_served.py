@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+import scalellm.demo
 from scalellm.cli import serve
 from scalellm.cli.served import Asked, asked
 from scalellm.errors import ConfigError
@@ -88,3 +89,22 @@ def test_what_cannot_be_is_refused_by_name(
     with pytest.raises(ConfigError) as caught:
         ask(*arguments)
     assert said in str(caught.value)
+
+
+def test_nothing_large_is_fetched_for_a_deployment_that_cannot_be(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fetched = []
+
+    def resolve(model: str, revision: str | None = None, weights: bool = True) -> Path:
+        fetched.append((model, revision, weights))
+        return Path(scalellm.demo.__file__).parent / "model"
+
+    monkeypatch.setattr(serve, "resolve_model", resolve)
+    text = FILE.replace("tp=2", "tp=3").replace("devices = 3", "devices = 6")
+    (folder / "scalellm.toml").write_text(text.replace("devices = 2", "devices = 4"))
+    parser = argparse.ArgumentParser()
+    serve.add_arguments(parser)
+    with pytest.raises(ConfigError, match="model 'big': --replica: got tp=3"):
+        serve.run(parser.parse_args(["--port", "0"]))
+    assert fetched == [("demo", None, False)] * 2

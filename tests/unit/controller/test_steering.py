@@ -40,7 +40,7 @@ class Deployment:
         monkeypatch.setattr(steering.time, "monotonic", lambda: self.now_s)
         self.orders: list[dict[str, Any]] = []
         self.facts = {
-            name: {"running": False, "ready": False, "given_up": False}
+            name: {"running": False, "ready": False, "given_up": ""}
             | {"wanted": name in WIDE_NAMES, "target": name in WIDE_NAMES}
             for name in [*NARROW_NAMES, *WIDE_NAMES]
         }
@@ -138,15 +138,36 @@ def test_the_new_shape_starts_first_and_the_old_one_ends_when_it_is_ready(made: 
 def test_a_new_shape_that_cannot_start_is_left_alone(made: Deployment) -> None:
     made.load = (300, 100.0)
     assert len(made.look(30.0)) == 1
-    made.facts["engine-tp1-3"]["given_up"] = True
+    made.facts["engine-tp1-3"]["given_up"] = "it ended five times"
     (back,) = made.look(0.5)
     assert (back["wanted"], back["target"]) == (WIDE_NAMES, WIDE_NAMES)
     assert "engine-tp1-3 could not start" in back["why"]
     assert made.look(200.0) == []
 
 
+def test_a_replica_given_up_does_not_hold_the_others_to_their_shape(made: Deployment) -> None:
+    made.load = (300, 100.0)
+    assert len(made.look(30.0)) == 1
+    made.start()
+    made.look(1.0)
+    made.facts["engine-tp8-0"].update(running=False, ready=False)
+    made.look(1.0)
+    assert made.state()["given_up"] == {}
+    reason = "it ended five times"
+    made.facts["engine-tp1-3"].update(running=False, ready=False, given_up=reason)
+    assert made.look(5.0) == []
+    assert made.state()["given_up"] == {"engine-tp1-3": reason}
+    assert made.state()["phase"] == "steady"
+    made.load = (1, 0.5)
+    (order,) = made.look(300.0)
+    assert order["target"] == WIDE_NAMES
+    made.start()
+    made.look(1.0)
+    assert made.state()["given_up"] == {}
+
+
 def test_another_models_load_and_replicas_are_none_of_its_business(made: Deployment) -> None:
-    made.facts["other-0"] = {"running": True, "ready": True, "given_up": False}
+    made.facts["other-0"] = {"running": True, "ready": True, "given_up": ""}
     made.facts["other-0"] |= {"wanted": True, "target": True}
     made.load = (300, 100.0)
     made.model = "other"
