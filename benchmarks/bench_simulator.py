@@ -162,7 +162,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(given)
     folder = options.folder / options.shape
     folder.mkdir(parents=True, exist_ok=True)
-    files = {part: folder / f"part-{part}.json" for part in PARTS}
+    files = {part: folder / f"{ROUNDS}-rounds-{part}.json" for part in PARTS}
     costs = {part: folder / f"calibration-{part}.toml" for part in PARTS}
     for part, plan in PARTS.items():
         if part in (options.part or ()) or not (options.part or files[part].is_file()):

@@ -204,7 +204,10 @@ def _added(found: Figures, server: Running, behind: Backend, bench: Bench, rate:
         for url, key in ways if number % 2 else ways[::-1]:
             row = _open_loop(url, key, bench, rate)
             rows[url].append(row)
-            found = _plus(found, row)
+            if url == server.url:
+                found = _plus(found, row)
+    if not all(row["completed"] for of_way in rows.values() for row in of_way):
+        return found
     held = (statistics.median(row["request_s"] for row in of_way) for of_way in rows.values())
     if min(held) < _HELD_SHARE * rate:
         return found
@@ -247,7 +250,8 @@ def _beside_big_requests(found: Figures, server: Running, behind: Backend, bench
             time.sleep(_BIG_BEGIN_S)
             beside = [_open_loop(url, key, bench, _BESIDE_RATE) for url, key in ways]
             rows = [*alone, *beside, big.result()]
-        for row in rows:
+        through = number % 2
+        for row in (alone[through], beside[through], rows[-1]):
             found = _plus(found, row)
         if not all(row["completed"] for row in rows):
             return found

@@ -35,6 +35,8 @@ pub struct ConnectionState {
     local: bool,
     pub requests: AtomicU64,
     ended: AtomicU64,
+    /// Bytes that the socket took.
+    wrote_bytes: AtomicU64,
     /// Microseconds from `opened` to the first byte read since the last request ended, plus 1; 0 is none.
     first_byte_us: AtomicU64,
     /// Microseconds from `opened` to the last write that the socket took.
@@ -51,6 +53,7 @@ impl ConnectionState {
             local,
             requests: AtomicU64::new(0),
             ended: AtomicU64::new(0),
+            wrote_bytes: AtomicU64::new(0),
             first_byte_us: AtomicU64::new(0),
             wrote_us: AtomicU64::new(0),
             answering: AtomicBool::new(false),
@@ -84,6 +87,11 @@ impl ConnectionState {
     /// When the socket last took bytes.
     pub fn last_write(&self) -> Instant {
         self.opened + Duration::from_micros(self.wrote_us.load(Relaxed))
+    }
+
+    /// How many bytes the socket has taken.
+    pub fn wrote_bytes(&self) -> u64 {
+        self.wrote_bytes.load(Relaxed)
     }
 
     /// How many requests there were, if none of them goes on.
@@ -218,7 +226,9 @@ impl ClientSocket {
         cx: &mut Context<'_>,
         wrote: Poll<io::Result<usize>>,
     ) -> Poll<io::Result<usize>> {
-        if wrote.is_ready() {
+        if let Poll::Ready(taken) = &wrote {
+            let bytes = *taken.as_ref().unwrap_or(&0) as u64;
+            self.state.wrote_bytes.fetch_add(bytes, Relaxed);
             self.state.wrote();
             self.stalled = None;
             return wrote;

@@ -34,6 +34,8 @@ use crate::socket::Socket;
 
 const MAX_HEAD_BYTES: usize = 64 << 10;
 const MAX_STREAMS_PER_CONNECTION: u32 = 256;
+/// What pings write between two looks at an idle connection is less.
+const LITTLE_BYTES: u64 = 1024;
 const HTTP2_PING: Duration = Duration::from_secs(20);
 /// After the last request has ended, connections may take this long to close.
 const CLOSE_WITHIN: Duration = Duration::from_secs(1);
@@ -296,6 +298,8 @@ async fn drive<C>(
 {
     let mut look_at = Some(first_request_by);
     let mut idle_after = None;
+    let mut wrote_bytes = 0;
+    let mut told_as_idle = false;
     let mut told_to_close = false;
     loop {
         tokio::select! {
@@ -311,11 +315,15 @@ async fn drive<C>(
                 }
                 let idle_before = std::mem::replace(&mut idle_after, state.idle_after());
                 if idle_after.is_some() && idle_after == idle_before {
-                    look_at = None;
+                    // What is left of an answer may still be on its way, but pings alone are no way.
+                    if told_as_idle && state.wrote_bytes() < wrote_bytes + LITTLE_BYTES {
+                        return;
+                    }
+                    told_as_idle = true;
                     connection.as_mut().graceful_shutdown();
-                } else {
-                    look_at = idle_limit.map(|limit| Instant::now() + limit);
                 }
+                wrote_bytes = state.wrote_bytes();
+                look_at = idle_limit.map(|limit| Instant::now() + limit);
             }
             _ = closing.wait_for(|now| *now), if !told_to_close => {
                 told_to_close = true;

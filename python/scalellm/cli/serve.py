@@ -85,7 +85,7 @@ def _planned(
         place = Place(_widths(config, path), cores, gpus=gpus)
         if config.deployment.blueprint == "auto":
             auto_widths(config, place)
-        else:
+        if config.deployment.blueprint != "auto" or config.blueprint.calibration is not None:
             shapes_of(config, Path(), place)
     except ConfigError as error:
         named = f"model {served_name(config.engine)!r}: " if several else ""

@@ -90,16 +90,15 @@ class Steering:
         target = [name for name, found in facts.items() if found["target"]]
         wanted = [name for name, found in facts.items() if found["wanted"]]
         running = [name for name, found in facts.items() if found["running"]]
-        lost = {name: facts[name]["given_up"] for name in target if facts[name]["given_up"]}
+        lost = {name: found["given_up"] for name, found in facts.items() if found["given_up"]}
         # What is given up is not waited for: without it the rest goes on, and may change its shape.
         kept = [name for name in target if name not in lost]
         ready = all(facts[name]["ready"] and states.get(name) == "ready" for name in kept)
         phase = "steady"
         if set(wanted) != set(target):
             phase = "starting"
-            if lost:
+            if first := next((name for name in target if name in lost), None):
                 back = [name for name in wanted if name not in target]
-                first = next(iter(lost))
                 self._want(back, back, f"{first} could not start: {self._name(back)} stays")
             elif ready:
                 self._want(target, target, f"{self._name(target)} is ready and takes over")
@@ -133,7 +132,10 @@ class Steering:
             if wish != present:
                 self._policy.moved(now_s, present)
         new = self._replicas(best)
-        if best == present or any(facts[name]["given_up"] for name in new):
+        if best == present:
+            return
+        if lost := [name for name in new if facts[name]["given_up"]]:
+            self._last["blocked"] = f"{best} is left alone: {lost[0]} was given up"
             return
         self._want([*target, *new], new, f"{present} -> {best}: {reason}")
 

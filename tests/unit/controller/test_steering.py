@@ -163,7 +163,13 @@ def test_a_replica_given_up_does_not_hold_the_others_to_their_shape(made: Deploy
     assert order["target"] == WIDE_NAMES
     made.start()
     made.look(1.0)
-    assert made.state()["given_up"] == {}
+    for name in NARROW_NAMES:
+        made.facts[name].update(running=False, ready=False)
+    # The way back is closed, and that is told.
+    made.load = (300, 100.0)
+    assert made.look(300.0) == []
+    assert made.state()["given_up"] == {"engine-tp1-3": reason}
+    assert made.state()["blocked"] == "8 x TP 1 is left alone: engine-tp1-3 was given up"
 
 
 def test_another_models_load_and_replicas_are_none_of_its_business(made: Deployment) -> None:

@@ -24,6 +24,8 @@ const MAX_FIELD_BYTES: usize = 4096;
 /// Where the values of the fields that matter here stand in the body.
 #[derive(Default)]
 struct Top {
+    /// How many there are.
+    fields: usize,
     model: Option<Range<usize>>,
     stream: Option<Range<usize>>,
     stream_options: Option<Range<usize>>,
@@ -45,6 +47,7 @@ impl Top {
         let mut top = Top::default();
         let mut twice = None;
         let read = top_level::fields(text, |key, place| {
+            top.fields += 1;
             if let Some(field) = top.field(&key)
                 && field.replace(place).is_some()
             {
@@ -91,6 +94,8 @@ pub struct Asked {
     pub n: u32,
     pub deadline_ms: Option<u64>,
     model_at: Option<Range<usize>>,
+    /// It has fields besides those that are cut out.
+    has_more: bool,
     /// What is put in the place of a part of the body, in the body's order.
     edits: Vec<(Range<usize>, Bytes)>,
 }
@@ -123,6 +128,7 @@ impl Asked {
         let mut asked = Asked {
             model: string("model", value("model", &top.model)?)?,
             model_at: top.model,
+            has_more: top.fields > usize::from(top.deadline_ms.is_some()),
             stream: boolean("stream", value("stream", &top.stream)?)?,
             max_tokens: count(max_completion_tokens).or(max_tokens),
             n: count(value("n", &top.n)?).unwrap_or(1).max(1),
@@ -176,8 +182,7 @@ impl Asked {
             (Some(name), Some(range)) => edits.push((range.clone(), Bytes::from(name))),
             (Some(name), None) => {
                 let first = memchr::memchr(b'{', body).map_or(0, |brace| brace + 1);
-                let rest = body.get(first..).unwrap_or_default().trim_ascii_start();
-                let comma = if rest.starts_with(b"}") { "" } else { "," };
+                let comma = if self.has_more { "," } else { "" };
                 let field = format!(r#""model":{name}{comma}"#);
                 edits.push((first..first, Bytes::from(field)));
             }
@@ -283,6 +288,11 @@ mod tests {
             plain.replace(r#""model": "m""#, r#""model": "o/p""#)
         );
         assert_eq!(sent(" {}", "m"), r#" {"model":"m"}"#);
+        assert_eq!(sent(r#"{"deadline_ms":5}"#, "m"), r#"{"model":"m"}"#);
+        assert_eq!(
+            sent(r#"{"deadline_ms":5,"a":1}"#, "m"),
+            r#"{"model":"m","a":1}"#
+        );
         assert_eq!(sent(r#"{"a":1}"#, "m"), r#"{"model":"m","a":1}"#);
         assert_eq!(
             sent(r#"{"model":null,"a":1}"#, "m"),

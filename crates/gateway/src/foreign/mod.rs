@@ -54,7 +54,7 @@ pub struct ForeignModel {
     pub upstreams: Vec<Arc<Upstream>>,
     /// Of them, those that get no new requests.
     drained: Vec<bool>,
-    pub picker: Picker,
+    pub picker: Arc<Picker>,
     saved_retries: Mutex<f64>,
 }
 
@@ -84,7 +84,9 @@ impl ForeignModel {
             served,
             drained: config.upstreams.iter().map(is_drained).collect(),
             upstreams,
-            picker: Picker::default(),
+            picker: before
+                .map(|model| Arc::clone(&model.picker))
+                .unwrap_or_default(),
             saved_retries: Mutex::new(MAX_SAVED_RETRIES),
         })
     }
@@ -117,12 +119,15 @@ impl ForeignModel {
             })
     }
 
-    /// One of those that are well and not `tried`, fallbacks only if there is no other; and why it.
+    /// One of those that are well and not `tried`, and why it; those that have just refused a request come after the
+    /// others, fallbacks last.
     fn pick(&self, tried: &[usize], session: Option<u64>) -> Option<(usize, Reason)> {
-        let among = |fallback: bool| {
+        let among = |fallback: bool, refusing: bool| {
             self.usable()
                 .filter(|(index, upstream)| {
-                    upstream.config.fallback == fallback && !tried.contains(index)
+                    upstream.config.fallback == fallback
+                        && upstream.is_refusing() == refusing
+                        && !tried.contains(index)
                 })
                 .map(|(index, upstream)| Candidate {
                     index,
@@ -132,18 +137,14 @@ impl ForeignModel {
                 })
                 .collect::<Vec<_>>()
         };
-        let others = among(false);
-        let (index, mut reason) = match others.is_empty() {
-            true => {
-                let (index, _) = self.picker.pick(&among(true), session)?;
-                (index, Reason::Fallback)
-            }
-            false => self.picker.pick(&others, session)?,
-        };
+        let tiers = [(false, false), (false, true), (true, false), (true, true)];
+        let (index, mut reason) = tiers.into_iter().find_map(|(fallback, refusing)| {
+            let (index, reason) = self.picker.pick(&among(fallback, refusing), session)?;
+            Some((index, if fallback { Reason::Fallback } else { reason }))
+        })?;
         if !tried.is_empty() {
             reason = Reason::Retry;
         }
-        self.picker.chosen(reason);
         Some((index, reason))
     }
 

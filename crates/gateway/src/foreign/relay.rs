@@ -177,6 +177,7 @@ impl Relay<'_> {
                 }
                 app.metrics.faults.retried();
             }
+            self.model.picker.chosen(reason);
             tried.push(index);
             let upstream = Arc::clone(&self.model.upstreams[index]);
             record.update(|progress| {
@@ -414,10 +415,12 @@ impl Relay<'_> {
             upstream.failed(&told);
         }
         let may_do_better = [StatusCode::TOO_MANY_REQUESTS, StatusCode::NOT_FOUND];
-        Failed {
-            answer,
-            elsewhere: unwell || may_do_better.contains(&status),
+        let elsewhere = unwell || may_do_better.contains(&status);
+        if elsewhere {
+            let retry_after = retry_after_s.map(|s| Duration::from_secs(u64::from(s)));
+            upstream.refused(retry_after);
         }
+        Failed { answer, elsewhere }
     }
 
     /// What is sent to an upstream, in parts.

@@ -20,6 +20,10 @@ use crate::error::GatewayError;
 use crate::socket::Socket;
 use crate::tls::Tls;
 
+/// After a refusal that names no time; and the longest that is believed.
+const REFUSES_FOR: Duration = Duration::from_secs(1);
+const REFUSES_AT_MOST: Duration = Duration::from_secs(10);
+
 /// So many requests or questions must fail one after the other until an upstream counts as down.
 const DOWN_AFTER_FAILURES: u32 = 3;
 /// How often one that is down is asked.
@@ -59,6 +63,8 @@ struct Health {
     failures: AtomicU32,
     /// The last failure while down.
     since: Mutex<Option<Instant>>,
+    /// It has refused a request that another may take.
+    refuses_until: Mutex<Option<Instant>>,
 }
 
 #[derive(Debug, Default)]
@@ -133,6 +139,18 @@ impl Upstream {
                 .since
                 .lock()
                 .is_none_or(|since| since.elapsed() >= TRY_AGAIN)
+    }
+
+    /// Others are asked first for a while: who refuses at once has the fewest unanswered requests.
+    pub fn refused(&self, retry_after: Option<Duration>) {
+        let pause = retry_after.unwrap_or(REFUSES_FOR).min(REFUSES_AT_MOST);
+        *self.health.refuses_until.lock() = Some(Instant::now() + pause);
+    }
+
+    #[must_use]
+    pub fn is_refusing(&self) -> bool {
+        let until = *self.health.refuses_until.lock();
+        until.is_some_and(|until| Instant::now() < until)
     }
 
     #[must_use]

@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::Instant;
 
 use scalellm_gateway::UpstreamConfig;
 
@@ -123,6 +124,25 @@ async fn what_fails_before_the_first_byte_is_tried_elsewhere() {
         );
         assert_eq!(bad.seen().len(), 1, "{what}");
     }
+}
+
+#[tokio::test]
+async fn one_that_refuses_at_once_does_not_draw_all_requests() {
+    let refusing = Mock::start(|_| vec![answer("429 Too Many Requests", "", "{}")]).await;
+    let good = Mock::start(|_| vec![json(WHOLE)]).await;
+    let stack = gateway(vec![refusing.upstream(), good.upstream()]).await;
+    let start = Instant::now();
+    // More than retries are saved for.
+    for _ in 0..60 {
+        ask(&stack, "{}").await.ok();
+    }
+    // Once a second, to see whether it still refuses.
+    let tried = refusing.seen().len();
+    assert!(
+        tried >= 1 && tried <= 1 + start.elapsed().as_secs() as usize,
+        "{tried}"
+    );
+    assert_eq!(good.seen().len(), 60);
 }
 
 #[tokio::test]
