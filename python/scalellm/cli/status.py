@@ -95,8 +95,8 @@ def _shape_lines(state: dict[str, Any], model: str) -> list[str]:
     lines = [f"{model}blueprint {shape} ({state['mode']}), {state['phase']}"]
     given_up: dict[str, str] = state.get("given_up", {})
     lines += [f"{model}{name} given up: {reason}" for name, reason in given_up.items()]
-    if "blocked" in state:
-        lines.append(f"{model}{state['blocked']}")
+    barred: dict[str, str] = state.get("barred", {})
+    lines += [f"{model}{shape} cannot be had: {why}" for shape, why in barred.items()]
     if (decision := state.get("decision")) is not None:
         lines.append(f"{model}last decision: {decision['reason']}")
     return lines

@@ -122,8 +122,14 @@ class Steering:
         signals = self._measured.signals(now_s, samples, present)
         self._last = {"signals": signals.to_json()}
         wish = self._wish()
+        barred = {}
+        for found in self._candidates:
+            lost = [name for name in self._replicas(found) if facts[name]["given_up"]]
+            if lost:
+                barred[found] = f"{lost[0]} was given up"
+        self._last["barred"] = {str(found): why for found, why in barred.items()}
         if wish is None:
-            decision = self._policy.decide(signals)
+            decision = self._policy.decide(signals, barred)
             self._last["decision"] = decision.to_json()
             best, reason = decision.blueprint, decision.reason
         else:
@@ -131,12 +137,9 @@ class Steering:
             best, reason = wish, "an operator wants it"
             if wish != present:
                 self._policy.moved(now_s, present)
+        if best == present or best in barred:
+            return
         new = self._replicas(best)
-        if best == present:
-            return
-        if lost := [name for name in new if facts[name]["given_up"]]:
-            self._last["blocked"] = f"{best} is left alone: {lost[0]} was given up"
-            return
         self._want([*target, *new], new, f"{present} -> {best}: {reason}")
 
     def _end(self, ending: Sequence[str], now_s: float) -> None:

@@ -18,6 +18,7 @@ from scalellm.config import (
 )
 from scalellm.controller import steering
 from scalellm.controller.blueprint.cost import calibration_toml, read_calibration
+from scalellm.controller.blueprint.journal import replay
 from scalellm.controller.blueprint.measured import Measured
 from scalellm.controller.blueprint.policy import Settings
 from scalellm.controller.blueprint.shape import Blueprint, uniform
@@ -169,7 +170,9 @@ def test_a_replica_given_up_does_not_hold_the_others_to_their_shape(made: Deploy
     made.load = (300, 100.0)
     assert made.look(300.0) == []
     assert made.state()["given_up"] == {"engine-tp1-3": reason}
-    assert made.state()["blocked"] == "8 x TP 1 is left alone: engine-tp1-3 was given up"
+    assert made.state()["barred"] == {"8 x TP 1": "engine-tp1-3 was given up"}
+    journal = replay(made.folder / "journal.jsonl")
+    assert all(again.to_json() == then for _, then, again in journal)
 
 
 def test_another_models_load_and_replicas_are_none_of_its_business(made: Deployment) -> None:

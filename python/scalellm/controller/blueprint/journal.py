@@ -1,13 +1,13 @@
 """Every decision with its inputs, as JSON lines, so that it can be taken again.
 
 {"journal": 1, "calibration": TOML text, "settings": {...}, "candidates": [[{"tp","count"}], ...]}
-{"signals": {...}, "state": {...}, "decision": {...}}
+{"signals": {...}, "barred": [...] if there are any, "state": {...}, "decision": {...}}
 ...
 """
 
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -58,14 +58,18 @@ class Policy:
         """The deployment left a blueprint, as somebody else decided."""
         self._state = State(now_s, left=left, factors=self._state.factors)
 
-    def decide(self, signals: Signals) -> Decision:
+    def decide(self, signals: Signals, barred: Collection[Blueprint] = ()) -> Decision:
+        """`barred`: candidates that cannot be had now."""
         before = self._state
+        candidates = _allowed(self._candidates, barred, signals.blueprint)
         decision, self._state = decide(
-            signals, before, self._candidates, self._calibration, self._settings
+            signals, before, candidates, self._calibration, self._settings
         )
+        told = {"barred": [found.to_json() for found in barred]} if barred else {}
         self._write(
             {
                 "signals": signals.to_json(),
+                **told,
                 "state": state_json(before),
                 "decision": decision.to_json(),
             }
@@ -84,6 +88,13 @@ class Policy:
             self._journal = None
 
 
+def _allowed(
+    candidates: Sequence[Blueprint], barred: Collection[Blueprint], present: Blueprint
+) -> Sequence[Blueprint]:
+    """What is there may stay, whatever else is barred."""
+    return [found for found in candidates if found not in barred] or [present]
+
+
 def replay(path: Path) -> Iterator[tuple[Signals, dict[str, Any], Decision]]:
     """Take every decision of a journal again: its inputs, what was decided, what is decided now.
 
@@ -99,10 +110,12 @@ def replay(path: Path) -> Iterator[tuple[Signals, dict[str, Any], Decision]]:
                 raise ValueError("a decision before the journal's head")
             calibration, settings, candidates = head
             signals, state = Signals.of_json(record["signals"]), state_of_json(record["state"])
+            barred = [Blueprint.of_json(found) for found in record.get("barred", ())]
             told = dict(record["decision"])
         except (ValueError, KeyError, TypeError) as error:
             raise ConfigError(f"{path}, line {number}: not of a journal: {error}") from None
-        yield signals, told, decide(signals, state, candidates, calibration, settings)[0]
+        allowed = _allowed(candidates, barred, signals.blueprint)
+        yield signals, told, decide(signals, state, allowed, calibration, settings)[0]
 
 
 def _lines(path: Path) -> Iterator[tuple[int, str]]:
