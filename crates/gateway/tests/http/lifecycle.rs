@@ -245,6 +245,35 @@ async fn an_idle_connection_of_http2_is_closed_and_a_busy_one_is_not() {
 }
 
 #[tokio::test]
+async fn an_idle_connection_of_http2_does_not_wait_for_an_answer_to_be_read() {
+    let fast = Settings {
+        tokens_per_step: 64,
+        tbt_ms: 0.2,
+        ..endless()
+    };
+    let stack = Stack::start(vec![fast], |config| config.header_timeout_s = 0.2).await;
+    let tcp = TcpStream::connect(stack.address()).await.unwrap();
+    let (mut sender, connection) = http2::Builder::new(TokioExecutor::new())
+        .initial_stream_window_size(65_535)
+        .handshake(TokioIo::new(tcp))
+        .await
+        .unwrap();
+    let connection = tokio::spawn(connection);
+    // Far more than the window, in one piece.
+    let fields = json!({"prompt": "x", "max_tokens": 2000, "logprobs": 20});
+    let body = Full::new(Bytes::from(with_model(fields).to_string()));
+    let request = hyper::Request::post(format!("http://{}/v1/completions", stack.address()))
+        .body(body)
+        .unwrap();
+    let unread = sender.send_request(request).await.unwrap();
+    assert_eq!(unread.status(), 200);
+    // However it ends: it is the gateway that ends it.
+    let ended = tokio::time::timeout(LONG, connection).await;
+    ended.expect("the connection is closed").unwrap().ok();
+    drop((unread, sender));
+}
+
+#[tokio::test]
 async fn a_full_gateway_sheds_with_503() {
     let stack = Stack::start(vec![endless()], |config| {
         config.max_in_flight = 1;
