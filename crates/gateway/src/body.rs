@@ -24,11 +24,24 @@ pub struct BodyMemory {
 /// Memory is handed out in blocks of this, so that an ordinary body takes one.
 const BLOCK_BYTES: usize = 64 << 10;
 
-/// A larger body is parsed on the threads for text: its milliseconds would hold up the requests that share its thread.
-const PARSED_IN_PLACE_BYTES: usize = 64 << 10;
+/// How much of a body is read. A large one is read on the threads for text: its milliseconds would hold up the requests
+/// that share its thread.
+#[derive(Debug, Clone, Copy)]
+pub enum Reading {
+    /// Every value is made.
+    Whole,
+    /// Values are passed over, but for a few: tens of microseconds for 220 KB.
+    Scan,
+}
 
-/// The same for one of which a few fields are looked for, which is mostly strings: tens of microseconds.
-const SCANNED_IN_PLACE_BYTES: usize = 256 << 10;
+impl Reading {
+    fn in_place_bytes(self) -> usize {
+        match self {
+            Reading::Whole => 64 << 10,
+            Reading::Scan => 256 << 10,
+        }
+    }
+}
 
 /// A declared length is believed up to so many times what has come.
 const AHEAD: usize = 4;
@@ -91,7 +104,7 @@ where
 {
     let (parts, payload) = request.into_parts();
     let body = whole(app, record, &parts.headers, payload).await?;
-    parse(app, record, &body.bytes, take).await
+    parse(app, record, &body.bytes, Reading::Whole, take).await
 }
 
 /// Reads a request's body.
@@ -127,41 +140,13 @@ pub async fn parse<T>(
     app: &App,
     record: &RequestRecord,
     bytes: &Bytes,
+    reading: Reading,
     take: impl FnOnce(&[u8]) -> ApiResult<T> + Send + 'static,
 ) -> ApiResult<T>
 where
     T: Send + 'static,
 {
-    made(app, record, bytes, PARSED_IN_PLACE_BYTES, take).await
-}
-
-/// As [`parse`], for a `take` that looks for a few fields only.
-///
-/// # Errors
-/// As [`parse`].
-pub async fn scan<T>(
-    app: &App,
-    record: &RequestRecord,
-    bytes: &Bytes,
-    take: impl FnOnce(&[u8]) -> ApiResult<T> + Send + 'static,
-) -> ApiResult<T>
-where
-    T: Send + 'static,
-{
-    made(app, record, bytes, SCANNED_IN_PLACE_BYTES, take).await
-}
-
-async fn made<T>(
-    app: &App,
-    record: &RequestRecord,
-    bytes: &Bytes,
-    in_place_bytes: usize,
-    take: impl FnOnce(&[u8]) -> ApiResult<T> + Send + 'static,
-) -> ApiResult<T>
-where
-    T: Send + 'static,
-{
-    if bytes.len() <= in_place_bytes {
+    if bytes.len() <= reading.in_place_bytes() {
         return record.timed(Stage::Parse, || take(bytes));
     }
     let bytes = bytes.clone();

@@ -1,4 +1,5 @@
-//! Between a request's text and its prompt's token ids: template, tokenising and back, where it is quick or on the threads for text.
+//! Between a request's text and its prompt's token ids: template, tokenising and back, where it is quick or on the
+//! threads for text.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};

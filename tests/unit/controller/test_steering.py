@@ -80,6 +80,14 @@ class Deployment:
             if found["wanted"]:
                 found["running"] = found["ready"] = True
 
+    def become_narrow(self) -> None:
+        """As many come as eight narrow replicas are better for."""
+        self.load = (300, 100.0)
+        assert len(self.look(10.0)) == 1
+        self.start()
+        self.look(1.0)
+        self.facts["engine-tp8-0"].update(running=False, ready=False)
+
     def look(self, seconds: float) -> list[dict[str, Any]]:
         """The orders of so much time."""
         before = len(self.orders)
@@ -147,11 +155,7 @@ def test_a_new_shape_that_cannot_start_is_left_alone(made: Deployment) -> None:
 
 
 def test_a_replica_given_up_does_not_hold_the_others_to_their_shape(made: Deployment) -> None:
-    made.load = (300, 100.0)
-    assert len(made.look(30.0)) == 1
-    made.start()
-    made.look(1.0)
-    made.facts["engine-tp8-0"].update(running=False, ready=False)
+    made.become_narrow()
     made.look(1.0)
     assert made.state()["given_up"] == {}
     reason = "it ended five times"
@@ -198,11 +202,7 @@ def test_a_restarted_controller_goes_on_where_the_last_one_was(made: Deployment)
 
 
 def test_a_restarted_controller_knows_how_long_the_shape_has_stood(made: Deployment) -> None:
-    made.load = (300, 100.0)
-    assert len(made.look(10.0)) == 1
-    made.start()
-    made.look(1.0)
-    made.facts["engine-tp8-0"].update(running=False, ready=False)
+    made.become_narrow()
     assert made.state()["phase"] == "handing over"
     made.look(1.0)
     made.restart_controller()

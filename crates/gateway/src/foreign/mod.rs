@@ -16,7 +16,6 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
 
 use parking_lot::Mutex;
-use scalellm_routing::stable_hash;
 use serde_json::{Value, json};
 
 use crate::config::{ModelConfig, UpstreamConfig};
@@ -131,7 +130,7 @@ impl ForeignModel {
                 })
                 .map(|(index, upstream)| Candidate {
                     index,
-                    id: stable_hash(upstream.name.as_bytes()),
+                    id: upstream.id,
                     weight: upstream.config.weight,
                     in_flight: upstream.counts.in_flight.load(Relaxed),
                 })

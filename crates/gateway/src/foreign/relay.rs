@@ -18,7 +18,7 @@ use super::stream::{Counting, Deadline, Stream, error, late};
 use super::upstream::Upstream;
 use crate::admission::{self, Demand};
 use crate::app::{App, Phase};
-use crate::body::{self, ReadBody};
+use crate::body::{self, ReadBody, Reading};
 use crate::error::{ApiError, ApiResult, ErrorNote};
 use crate::quota;
 use crate::record::{REQUEST_ID_HEADER, RequestRecord};
@@ -81,7 +81,7 @@ pub async fn relayed(
         return Ok(None);
     }
     let bytes = body.bytes.clone();
-    let asked = body::scan(app, record, &body.bytes, Asked::read).await?;
+    let asked = body::parse(app, record, &body.bytes, Reading::Scan, Asked::read).await?;
     let Some(model) = live.fleet.foreign(asked.model.as_deref())?.cloned() else {
         return Ok(None);
     };

@@ -9,6 +9,7 @@ use hyper::header::{
     ACCEPT_ENCODING, AUTHORIZATION, CONTENT_LENGTH, CONTENT_TYPE, HOST, HeaderName, HeaderValue,
 };
 use parking_lot::Mutex;
+use scalellm_routing::stable_hash;
 use tokio::task::AbortHandle;
 
 use super::exchange::{Exchange, Failure};
@@ -42,6 +43,8 @@ pub struct Upstream {
     pub told_as: String,
     /// The model's name there.
     pub model: String,
+    /// The same in every gateway, for sessions.
+    pub id: u64,
     pub config: UpstreamConfig,
     pub timeouts: Timeouts,
     base: Base,
@@ -111,6 +114,7 @@ impl Upstream {
             name: config.url.as_str().into(),
             told_as: engine_name("upstream", &config.url),
             model: model.to_owned(),
+            id: stable_hash(config.url.as_bytes()),
             timeouts: config.timeouts(),
             own_headers: own_headers(&base.authority, authorization.as_ref()),
             authorization,

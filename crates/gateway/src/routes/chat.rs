@@ -38,7 +38,14 @@ async fn answer(
     if let Some(response) = relayed(app, record, endpoint, &parts.headers, &body).await? {
         return Ok(response);
     }
-    let mut chat = body::parse(app, record, &body.bytes, ChatRequest::parse).await?;
+    let mut chat = body::parse(
+        app,
+        record,
+        &body.bytes,
+        body::Reading::Whole,
+        ChatRequest::parse,
+    )
+    .await?;
     drop(body);
     let Admitted {
         model,

@@ -46,7 +46,14 @@ async fn answer(
         echo,
         mut params,
         mut warning,
-    } = body::parse(app, record, &body.bytes, CompletionRequest::parse).await?;
+    } = body::parse(
+        app,
+        record,
+        &body.bytes,
+        body::Reading::Whole,
+        CompletionRequest::parse,
+    )
+    .await?;
     drop(body);
     let Admitted {
         model,

@@ -87,7 +87,7 @@ pub async fn relayed(
         serde_json::from_slice::<Value>(bytes)
             .map_err(|error| ApiError::body(format!("the request body is not valid JSON: {error}")))
     };
-    let mut request = body::parse(app, record, bytes, parse).await?;
+    let mut request = body::parse(app, record, bytes, body::Reading::Whole, parse).await?;
     let mut places = Vec::new();
     if let Some(fields) = request.as_object_mut() {
         for (name, value) in fields.iter_mut() {

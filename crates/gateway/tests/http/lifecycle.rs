@@ -4,8 +4,6 @@ use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use http_body_util::{BodyExt, Full};
-use hyper::client::conn::http2;
-use hyper_util::rt::{TokioExecutor, TokioIo};
 use scalellm_fake_engine::Settings;
 use serde_json::{Value, json};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -20,6 +18,15 @@ fn endless() -> Settings {
         tbt_ms: 5.0,
         max_model_len: 1 << 20,
         ..engine()
+    }
+}
+
+/// Fills a client's buffers soon.
+pub fn fast() -> Settings {
+    Settings {
+        tokens_per_step: 64,
+        tbt_ms: 0.2,
+        ..endless()
     }
 }
 
@@ -150,12 +157,7 @@ async fn a_client_of_a_unix_socket_that_leaves_frees_the_engine() {
 
 #[tokio::test]
 async fn a_client_that_stops_reading_is_dropped() {
-    let fast = Settings {
-        tokens_per_step: 64,
-        tbt_ms: 0.2,
-        ..endless()
-    };
-    let stack = Stack::start(vec![fast], |config| config.write_timeout_s = 0.3).await;
+    let stack = Stack::start(vec![fast()], |config| config.write_timeout_s = 0.3).await;
     let mut socket = TcpStream::connect(stack.address()).await.unwrap();
     // Every token with its logprobs, so that the socket's buffers fill soon.
     let fields = json!({"prompt": "x", "max_tokens": 900_000, "logprobs": 20, "stream": true});
@@ -170,107 +172,6 @@ async fn a_client_that_stops_reading_is_dropped() {
         .wait_metric("scalellm_requests_in_flight ", "", 1.0)
         .await;
     drop(socket);
-}
-
-#[tokio::test]
-async fn a_stream_of_http2_that_is_given_no_window_is_dropped_alone() {
-    let fast = Settings {
-        tokens_per_step: 64,
-        tbt_ms: 0.2,
-        ..endless()
-    };
-    let stack = Stack::start(vec![fast], |config| config.write_timeout_s = 0.3).await;
-    let tcp = TcpStream::connect(stack.address()).await.unwrap();
-    let (mut sender, connection) = http2::Builder::new(TokioExecutor::new())
-        .initial_stream_window_size(65_535)
-        .handshake(TokioIo::new(tcp))
-        .await
-        .unwrap();
-    let connection = tokio::spawn(connection);
-    let url = format!("http://{}/v1/completions", stack.address());
-    let mut ask = async |fields: Value| {
-        let body = Full::new(Bytes::from(with_model(fields).to_string()));
-        let request = hyper::Request::post(&url).body(body).unwrap();
-        sender.send_request(request).await.unwrap()
-    };
-    let fields = json!({"prompt": "x", "max_tokens": 900_000, "logprobs": 20, "stream": true});
-    let unread = ask(fields).await;
-    stack
-        .wait_metric("scalellm_clients_stalled_total ", "", 1.0)
-        .await;
-    stack
-        .wait_metric("scalellm_replica_running_requests{", "", 0.0)
-        .await;
-    // The socket is read, and its other streams go on.
-    let read = Reply::read(ask(json!({"prompt": "x", "max_tokens": 5})).await).await;
-    assert_eq!(read.ok()["choices"][0]["text"], "abcde");
-    let mut body = unread.into_body();
-    let ended = loop {
-        match body.frame().await {
-            Some(Ok(_)) => {}
-            other => break other,
-        }
-    };
-    assert!(ended.is_some_and(|frame| frame.is_err()), "it was cut off");
-    drop(sender);
-    connection.await.unwrap().unwrap();
-}
-
-#[tokio::test]
-async fn an_idle_connection_of_http2_is_closed_and_a_busy_one_is_not() {
-    let slow = Settings {
-        ttft_ms: 1500.0,
-        ..engine()
-    };
-    let stack = Stack::start(vec![slow], |config| config.header_timeout_s = 0.2).await;
-    let tcp = TcpStream::connect(stack.address()).await.unwrap();
-    let (mut sender, connection) = http2::handshake(TokioExecutor::new(), TokioIo::new(tcp))
-        .await
-        .unwrap();
-    let connection = tokio::spawn(connection);
-    let body = with_model(json!({"prompt": "x", "max_tokens": 5})).to_string();
-    let request = hyper::Request::post(format!("http://{}/v1/completions", stack.address()))
-        .body(Full::new(Bytes::from(body)))
-        .unwrap();
-    // It waits for longer than a connection may be idle.
-    let reply = Reply::read(sender.send_request(request).await.unwrap()).await;
-    assert_eq!(reply.ok()["choices"][0]["text"], "abcde");
-    // The sender, which would keep it open, is still there.
-    tokio::time::timeout(LONG, connection)
-        .await
-        .expect("the connection is closed")
-        .unwrap()
-        .unwrap();
-    drop(sender);
-}
-
-#[tokio::test]
-async fn an_idle_connection_of_http2_does_not_wait_for_an_answer_to_be_read() {
-    let fast = Settings {
-        tokens_per_step: 64,
-        tbt_ms: 0.2,
-        ..endless()
-    };
-    let stack = Stack::start(vec![fast], |config| config.header_timeout_s = 0.2).await;
-    let tcp = TcpStream::connect(stack.address()).await.unwrap();
-    let (mut sender, connection) = http2::Builder::new(TokioExecutor::new())
-        .initial_stream_window_size(65_535)
-        .handshake(TokioIo::new(tcp))
-        .await
-        .unwrap();
-    let connection = tokio::spawn(connection);
-    // Far more than the window, in one piece.
-    let fields = json!({"prompt": "x", "max_tokens": 2000, "logprobs": 20});
-    let body = Full::new(Bytes::from(with_model(fields).to_string()));
-    let request = hyper::Request::post(format!("http://{}/v1/completions", stack.address()))
-        .body(body)
-        .unwrap();
-    let unread = sender.send_request(request).await.unwrap();
-    assert_eq!(unread.status(), 200);
-    // However it ends: it is the gateway that ends it.
-    let ended = tokio::time::timeout(LONG, connection).await;
-    ended.expect("the connection is closed").unwrap().ok();
-    drop((unread, sender));
 }
 
 #[tokio::test]

@@ -1,14 +1,14 @@
-//! Keys, limits of bodies and heads, connections that live on, HTTP/2.
+//! Keys, limits of bodies and heads, connections that live on.
 
 use bytes::Bytes;
-use http_body_util::{BodyExt, Full};
-use hyper::client::conn::{http1, http2};
-use hyper_util::rt::{TokioExecutor, TokioIo};
+use http_body_util::BodyExt;
+use hyper::client::conn::http1;
+use hyper_util::rt::TokioIo;
 use serde_json::json;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 
-use crate::support::{LONG, Reply, Stack, engine, request, send, streamed_text, with_model};
+use crate::support::{LONG, Stack, engine, request, send, with_model};
 
 #[tokio::test]
 async fn keys_guard_all_but_the_open_routes() {
@@ -226,36 +226,4 @@ async fn headers_of_any_case_and_ids_are_honoured() {
         .await;
         assert_eq!(reply.header("x-request-id").len(), 32);
     }
-}
-
-#[tokio::test]
-async fn many_requests_share_one_http2_connection() {
-    let stack = Stack::one(engine()).await;
-    let tcp = TcpStream::connect(stack.address()).await.unwrap();
-    let (sender, connection) =
-        http2::handshake::<_, _, Full<Bytes>>(TokioExecutor::new(), TokioIo::new(tcp))
-            .await
-            .unwrap();
-    let connection = tokio::spawn(connection);
-    let url = format!("http://{}/v1/completions", stack.address());
-    let one = |stream: bool| {
-        let mut sender = sender.clone();
-        let body =
-            with_model(json!({"prompt": "x", "max_tokens": 5, "stream": stream})).to_string();
-        let request = hyper::Request::post(&url)
-            .body(Full::new(Bytes::from(body)))
-            .unwrap();
-        async move { Reply::read(sender.send_request(request).await.unwrap()).await }
-    };
-    let replies = futures_util::future::join_all((0..16).map(|index| one(index % 2 == 0))).await;
-    for (index, reply) in replies.iter().enumerate() {
-        if index % 2 == 0 {
-            assert_eq!(streamed_text(&reply.events(), 0), "abcde");
-        } else {
-            assert_eq!(reply.ok()["choices"][0]["text"], "abcde");
-        }
-        assert!(reply.header("server-timing").contains("route;dur="));
-    }
-    drop(sender);
-    connection.await.unwrap().unwrap();
 }
