@@ -4,6 +4,7 @@
 //! asked      what of a request the gateway reads, and the bytes that it changes
 //! pick       which upstream
 //! relay      retries before the first byte, the answer's head
+//! failed     what the client is told when there is none
 //! stream     the events on their way to the client
 //! events     whole events in the bytes as they come; usage taken out, the model's name put back
 //! exchange   one request and its answer
@@ -25,6 +26,7 @@ use crate::served::Served;
 mod asked;
 mod events;
 mod exchange;
+mod failed;
 mod framing;
 mod head;
 mod link;

@@ -5,7 +5,7 @@ use std::sync::atomic::Ordering::Relaxed;
 use std::time::{Duration, Instant};
 
 use axum::body::Body;
-use axum::http::{HeaderMap, HeaderName, HeaderValue, StatusCode, header};
+use axum::http::{HeaderMap, HeaderName, HeaderValue, header};
 use axum::response::{IntoResponse, Response};
 use bytes::Bytes;
 
@@ -13,13 +13,14 @@ use super::ForeignModel;
 use super::asked::Asked;
 use super::events::{Answers, Events};
 use super::exchange::{Exchange, Failure};
+use super::failed::Failed;
 use super::head::Head;
-use super::stream::{Counting, Deadline, Stream, error, late};
+use super::stream::{Counting, Deadline, Stream};
 use super::upstream::Upstream;
 use crate::admission::{self, Demand};
 use crate::app::{App, Phase};
 use crate::body::{self, ReadBody, Reading};
-use crate::error::{ApiError, ApiResult, ErrorNote};
+use crate::error::{ApiError, ApiResult};
 use crate::quota;
 use crate::record::{REQUEST_ID_HEADER, RequestRecord};
 use crate::routing::RouteNote;
@@ -109,19 +110,6 @@ struct Relay<'a> {
     deadline: Option<Deadline>,
 }
 
-/// Why an attempt gave no answer.
-struct Failed {
-    answer: Box<Refusal>,
-    /// Another upstream may do better.
-    elsewhere: bool,
-}
-
-enum Refusal {
-    Ours(ApiError),
-    /// The upstream's own, as it came.
-    Passed(Response),
-}
-
 impl Relay<'_> {
     async fn run(mut self) -> ApiResult<Response> {
         let (app, record) = (self.app, self.record);
@@ -202,11 +190,7 @@ impl Relay<'_> {
                 break;
             }
         }
-        match refusal.map(|refusal| *refusal) {
-            Some(Refusal::Ours(error)) => Err(Box::new(error)),
-            Some(Refusal::Passed(response)) => Ok(response),
-            None => Err(self.model.no_upstream()),
-        }
+        refusal.map_or_else(|| Err(self.model.no_upstream()), |refusal| *refusal)
     }
 
     fn deadline(&self) -> Option<Deadline> {
@@ -248,13 +232,13 @@ impl Relay<'_> {
         let (head, mut exchange) = self
             .within(first_byte, "first_byte_timeout_s", exchange)
             .await
-            .map_err(|failure| self.failed(upstream, &failure))?;
+            .map_err(|failure| Failed::lost(self.record, upstream, &failure))?;
         if !head.status.is_success() {
             return Err(self.refused(upstream, &head, &mut exchange).await);
         }
         if is_encoded(&head.headers) {
             let failure = Failure::Lost("it is compressed, which was not asked for".to_owned());
-            return Err(self.failed(upstream, &failure));
+            return Err(Failed::lost(self.record, upstream, &failure));
         }
         let name = self
             .asked
@@ -280,7 +264,7 @@ impl Relay<'_> {
                 .await;
             if let Err(failure) = waited {
                 *counting = Some(stream.into_counting());
-                return Err(self.failed(upstream, &failure));
+                return Err(Failed::lost(self.record, upstream, &failure));
             }
             let body = Body::new(stream);
             return Ok(respond(
@@ -296,10 +280,10 @@ impl Relay<'_> {
         let json = self
             .within(idle, "first_byte_timeout_s", whole)
             .await
-            .map_err(|failure| self.failed(upstream, &failure))?;
+            .map_err(|failure| Failed::lost(self.record, upstream, &failure))?;
         if !json.trim_ascii_start().starts_with(b"{") {
             let failure = Failure::Lost("it is no JSON object".to_owned());
-            return Err(self.failed(upstream, &failure));
+            return Err(Failed::lost(self.record, upstream, &failure));
         }
         upstream.succeeded();
         self.record.update(|progress| {
@@ -316,10 +300,7 @@ impl Relay<'_> {
         if let Some(checked) = self.checked() {
             json = Box::pin(checked.whole(&json))
                 .await
-                .map_err(|error| Failed {
-                    answer: Box::new(Refusal::Ours(*error)),
-                    elsewhere: false,
-                })?;
+                .map_err(Failed::for_good)?;
         }
         Ok(respond(&head, Body::from(json)))
     }
@@ -349,78 +330,14 @@ impl Relay<'_> {
             .unwrap_or(Err(Failure::Late(setting)))
     }
 
-    fn failed(&self, upstream: &Upstream, failure: &Failure) -> Failed {
-        if let Failure::Late(setting @ ("deadline_ms" | "request_timeout_s")) = failure {
-            return Failed {
-                answer: Box::new(Refusal::Ours(*late(setting))),
-                elsewhere: false,
-            };
-        }
-        let reason = failure.to_string();
-        tracing::warn!(
-            request_id = &*self.record.id,
-            upstream = &*upstream.name,
-            reason,
-            "no answer"
-        );
-        upstream.counts.failures.fetch_add(1, Relaxed);
-        upstream.failed(&reason);
-        Failed {
-            answer: Box::new(Refusal::Ours(*error(upstream, failure))),
-            // Whoever has computed for that long already is not asked to begin anew.
-            elsewhere: !matches!(
-                failure,
-                Failure::Late("first_byte_timeout_s") | Failure::TooLong(_)
-            ),
-        }
-    }
-
-    /// An answer that is not a success: what is the client's doing goes back as it is, what is not becomes ours.
+    /// An answer that is not a success.
     async fn refused(&self, upstream: &Upstream, head: &Head, exchange: &mut Exchange) -> Failed {
         let body = exchange.collect(MAX_ERROR_BYTES);
         let body = self
             .within(upstream.timeouts.idle, "idle_timeout_s", body)
             .await
             .unwrap_or_default();
-        let status = head.status;
-        let ours = |error: Box<ApiError>| Box::new(Refusal::Ours(*error));
-        let told = format!("the upstream {} answered {status}", upstream.told_as);
-        let retry_after_s = head
-            .headers
-            .get(header::RETRY_AFTER)
-            .and_then(|value| value.to_str().ok()?.parse().ok());
-        let answer = match status {
-            StatusCode::UNAUTHORIZED => ours(ApiError::upstream_failed(format!(
-                "{told}: it does not take the gateway's key"
-            ))),
-            StatusCode::SERVICE_UNAVAILABLE => ours(ApiError::busy(
-                "upstream_busy",
-                told.clone(),
-                retry_after_s.unwrap_or(1),
-            )),
-            StatusCode::GATEWAY_TIMEOUT => ours(ApiError::upstream_late(told.clone())),
-            _ if status.is_client_error() => {
-                let mut response = respond(head, Body::from(body));
-                response.extensions_mut().insert(ErrorNote {
-                    code: None,
-                    message: told.clone(),
-                });
-                Box::new(Refusal::Passed(response))
-            }
-            _ => ours(ApiError::upstream_failed(told.clone())),
-        };
-        let unwell = !status.is_client_error() || status == StatusCode::UNAUTHORIZED;
-        if unwell {
-            upstream.counts.failures.fetch_add(1, Relaxed);
-            upstream.failed(&told);
-        }
-        let may_do_better = [StatusCode::TOO_MANY_REQUESTS, StatusCode::NOT_FOUND];
-        let elsewhere = unwell || may_do_better.contains(&status);
-        if elsewhere {
-            let retry_after = retry_after_s.map(|s| Duration::from_secs(u64::from(s)));
-            upstream.refused(retry_after);
-        }
-        Failed { answer, elsewhere }
+        Failed::refused(upstream, head, respond(head, Body::from(body)))
     }
 
     /// What is sent to an upstream, in parts.
