@@ -93,8 +93,9 @@ impl Fleet {
                 let elsewhere = before
                     .as_ref()
                     .and_then(|before| before.live.fleet.elsewhere(before.served));
-                let foreign =
-                    ForeignModel::start(served, model, index, elsewhere.map(|old| &**old))?;
+                let breaker = config.faults.breaker();
+                let before = elsewhere.map(|old| &**old);
+                let foreign = ForeignModel::start(served, model, index, breaker, before)?;
                 fleet.foreign.push(Arc::new(foreign));
             }
         }

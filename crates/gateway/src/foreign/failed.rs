@@ -44,7 +44,7 @@ impl Failed {
             "no answer"
         );
         upstream.counts.failures.fetch_add(1, Relaxed);
-        upstream.failed(&reason);
+        upstream.lost(failure);
         Failed {
             answer: Box::new(Err(error(upstream, failure))),
             // Whoever has computed for that long already is not asked to begin anew.
@@ -92,7 +92,7 @@ impl Failed {
         let elsewhere = unwell || may_do_better.contains(&status);
         if elsewhere {
             let retry_after = retry_after_s.map(|s| Duration::from_secs(u64::from(s)));
-            upstream.refused(retry_after);
+            upstream.health.refused(retry_after);
         }
         Failed {
             answer: Box::new(answer),

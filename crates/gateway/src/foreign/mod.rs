@@ -8,7 +8,8 @@
 //! stream     the events on their way to the client
 //! events     whole events in the bytes as they come; usage taken out, the model's name put back
 //! exchange   one request and its answer
-//! upstream   one server: health, idle connections, counts
+//! upstream   one server: idle connections, counts
+//! health     whether it can be reached, and does what it is asked
 //! link       one connection
 //! top_level  the fields of a JSON object, without what is within them
 //! ```
@@ -17,6 +18,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
 
 use parking_lot::Mutex;
+use scalellm_routing::BreakerSettings;
 use serde_json::{Value, json};
 
 use crate::config::{ModelConfig, UpstreamConfig};
@@ -29,6 +31,7 @@ mod exchange;
 mod failed;
 mod framing;
 mod head;
+mod health;
 mod link;
 mod pick;
 mod relay;
@@ -66,6 +69,7 @@ impl ForeignModel {
         served: Arc<Served>,
         config: &ModelConfig,
         index: usize,
+        breaker: BreakerSettings,
         before: Option<&ForeignModel>,
     ) -> Result<ForeignModel, GatewayError> {
         let upstreams: Vec<_> = config
@@ -77,7 +81,7 @@ impl ForeignModel {
                 let running = before
                     .map(|model| model.upstreams.as_slice())
                     .unwrap_or_default();
-                Upstream::start(upstream, &config.name, &path, running)
+                Upstream::start(upstream, &config.name, &path, breaker, running)
             })
             .collect::<Result<_, _>>()?;
         let is_drained = |upstream: &UpstreamConfig| config.drained.contains(&upstream.url);
@@ -112,6 +116,7 @@ impl ForeignModel {
                     "name": upstream.told_as,
                     "url": &*upstream.name,
                     "state": upstream.state(),
+                    "breaker_open": !upstream.health.is_closed(),
                     "drained": drained,
                     "in_flight_requests": upstream.counts.in_flight.load(Relaxed),
                     "weight": upstream.config.weight,
@@ -121,31 +126,39 @@ impl ForeignModel {
     }
 
     /// One of those that are well and not `tried`, and why it; those that have just refused a request come after the
-    /// others, fallbacks last.
+    /// others, fallbacks after both, and last those that fail their requests: a breaker chooses between upstreams and
+    /// does not close the shop.
     fn pick(&self, tried: &[usize], session: Option<u64>) -> Option<(usize, Reason)> {
-        let among = |fallback: bool, refusing: bool| {
-            self.usable()
-                .filter(|(index, upstream)| {
-                    upstream.config.fallback == fallback
-                        && upstream.is_refusing() == refusing
-                        && !tried.contains(index)
-                })
-                .map(|(index, upstream)| Candidate {
-                    index,
-                    id: upstream.id,
-                    weight: upstream.config.weight,
-                    in_flight: upstream.counts.in_flight.load(Relaxed),
-                })
-                .collect::<Vec<_>>()
+        let tier = |upstream: &Upstream| {
+            let health = &upstream.health;
+            (
+                !health.allows(),
+                upstream.config.fallback,
+                health.is_refusing(),
+            )
         };
-        let tiers = [(false, false), (false, true), (true, false), (true, true)];
-        let (index, mut reason) = tiers.into_iter().find_map(|(fallback, refusing)| {
-            let (index, reason) = self.picker.pick(&among(fallback, refusing), session)?;
-            Some((index, if fallback { Reason::Fallback } else { reason }))
-        })?;
-        if !tried.is_empty() {
-            reason = Reason::Retry;
-        }
+        let untried = self.usable().filter(|(index, _)| !tried.contains(index));
+        let tiers: Vec<_> = untried
+            .map(|(index, upstream)| (tier(upstream), index, upstream))
+            .collect();
+        let first = tiers.iter().map(|(tier, ..)| *tier).min()?;
+        let among: Vec<_> = tiers
+            .into_iter()
+            .filter(|(tier, ..)| *tier == first)
+            .map(|(_, index, upstream)| Candidate {
+                index,
+                id: upstream.id,
+                weight: upstream.config.weight,
+                in_flight: upstream.counts.in_flight.load(Relaxed),
+            })
+            .collect();
+        let (index, reason) = self.picker.pick(&among, session)?;
+        let (_, fallback, _) = first;
+        let reason = match (tried.is_empty(), fallback) {
+            (false, _) => Reason::Retry,
+            (true, true) => Reason::Fallback,
+            (true, false) => reason,
+        };
         Some((index, reason))
     }
 

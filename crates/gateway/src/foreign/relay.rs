@@ -175,6 +175,7 @@ impl Relay<'_> {
                     .then(|| RouteNote::upstream(&upstream.told_as, reason.name()));
             });
             upstream.counts.requests.fetch_add(1, Relaxed);
+            upstream.health.sent();
             let failed = tokio::select! {
                 biased;
                 attempt = self.attempt(&upstream, &mut counting) => match attempt {

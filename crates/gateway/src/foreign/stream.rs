@@ -210,7 +210,7 @@ impl Stream {
             }
             _ => {
                 let failure = Failure::Late("idle_timeout_s");
-                self.upstream.failed(&failure.to_string());
+                self.upstream.lost(&failure);
                 Poll::Ready(Some(error(&self.upstream, &failure)))
             }
         }
@@ -278,7 +278,7 @@ impl Body for Stream {
                 return Poll::Ready(None);
             }
             Poll::Ready(Err(failure)) => {
-                this.upstream.failed(&failure.to_string());
+                this.upstream.lost(&failure);
                 this.upstream.counts.failures.fetch_add(1, Relaxed);
                 error(&this.upstream, &failure)
             }

@@ -1,6 +1,6 @@
 //! One server elsewhere: its connections, its health, its counts.
 
-use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, AtomicUsize, Ordering::Relaxed};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering::Relaxed};
 use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant};
 
@@ -9,28 +9,22 @@ use hyper::header::{
     ACCEPT_ENCODING, AUTHORIZATION, CONTENT_LENGTH, CONTENT_TYPE, HOST, HeaderName, HeaderValue,
 };
 use parking_lot::Mutex;
-use scalellm_routing::stable_hash;
+use scalellm_routing::{BreakerSettings, stable_hash};
 use tokio::task::AbortHandle;
 
 use super::exchange::{Exchange, Failure};
+use super::health::Health;
 use super::link::Link;
-use crate::config::UpstreamConfig;
 use crate::config::upstream::{Base, Timeouts};
+use crate::config::{FaultConfig, UpstreamConfig};
 use crate::engine_name::engine_name;
 use crate::error::GatewayError;
 use crate::socket::Socket;
 use crate::tls::Tls;
 
-/// After a refusal that names no time; and the longest that is believed.
-const REFUSES_FOR: Duration = Duration::from_secs(1);
-const REFUSES_AT_MOST: Duration = Duration::from_secs(10);
-
-/// So many requests or questions must fail one after the other until an upstream counts as down.
-const DOWN_AFTER_FAILURES: u32 = 3;
+const CONNECT_TIMEOUT: &str = "connect_timeout_s";
 /// How often one that is down is asked.
 const ASK_AGAIN: Duration = Duration::from_secs(1);
-/// One that is never asked is tried again after this time.
-const TRY_AGAIN: Duration = Duration::from_secs(5);
 const HEALTH_TIMEOUT: Duration = Duration::from_secs(5);
 const IDLE_FOR: Duration = Duration::from_secs(60);
 /// Of an answer about health, what is read so that the connection can be used again.
@@ -53,21 +47,10 @@ pub struct Upstream {
     own_headers: Vec<u8>,
     tls: Option<Tls>,
     idle: Mutex<Vec<(Link, Instant)>>,
-    health: Health,
+    pub health: Health,
+    breaker: BreakerSettings,
     pub counts: Counts,
     prober: Mutex<Option<AbortHandle>>,
-}
-
-#[derive(Default)]
-struct Health {
-    down: AtomicBool,
-    was_well: AtomicBool,
-    /// One after the other.
-    failures: AtomicU32,
-    /// The last failure while down.
-    since: Mutex<Option<Instant>>,
-    /// It has refused a request that another may take.
-    refuses_until: Mutex<Option<Instant>>,
 }
 
 #[derive(Debug, Default)]
@@ -91,12 +74,14 @@ impl Upstream {
         config: &UpstreamConfig,
         model: &str,
         path: &str,
+        breaker: BreakerSettings,
         running: &[Arc<Upstream>],
     ) -> Result<Arc<Upstream>, GatewayError> {
         let model = config.model.as_deref().unwrap_or(model);
         let authorization = config.authorization(path)?;
         let same = running.iter().find(|upstream| {
             upstream.config == *config
+                && upstream.breaker == breaker
                 && upstream.model == model
                 && upstream.authorization == authorization
         });
@@ -121,7 +106,8 @@ impl Upstream {
             tls,
             base,
             idle: Mutex::default(),
-            health: Health::default(),
+            health: Health::new(breaker),
+            breaker,
             counts: Counts::default(),
             prober: Mutex::default(),
             config: config.clone(),
@@ -131,30 +117,17 @@ impl Upstream {
         Ok(upstream)
     }
 
+    /// One that is no choice among several: nothing asks whether it is well.
+    ///
+    /// # Errors
+    /// As [`Upstream::start`].
+    pub fn start_alone(config: &UpstreamConfig, path: &str) -> Result<Arc<Upstream>, GatewayError> {
+        Upstream::start(config, "", path, FaultConfig::default().breaker(), &[])
+    }
+
     #[must_use]
     pub fn is_usable(&self) -> bool {
-        if !self.health.down.load(Relaxed) {
-            return true;
-        }
-        // Nobody asks this one: a request has to find out.
-        self.config.health_path.is_empty()
-            && self
-                .health
-                .since
-                .lock()
-                .is_none_or(|since| since.elapsed() >= TRY_AGAIN)
-    }
-
-    /// Others are asked first for a while: who refuses at once has the fewest unanswered requests.
-    pub fn refused(&self, retry_after: Option<Duration>) {
-        let pause = retry_after.unwrap_or(REFUSES_FOR).min(REFUSES_AT_MOST);
-        *self.health.refuses_until.lock() = Some(Instant::now() + pause);
-    }
-
-    #[must_use]
-    pub fn is_refusing(&self) -> bool {
-        let until = *self.health.refuses_until.lock();
-        until.is_some_and(|until| Instant::now() < until)
+        self.health.is_reached(!self.config.health_path.is_empty())
     }
 
     #[must_use]
@@ -162,25 +135,43 @@ impl Upstream {
         if self.is_usable() { "up" } else { "down" }
     }
 
-    pub fn succeeded(&self) {
-        self.health.failures.store(0, Relaxed);
-        self.health.was_well.store(true, Relaxed);
-        if self.health.down.swap(false, Relaxed) {
+    /// It answered a question or a request.
+    fn reached(&self) {
+        if self.health.reached() {
             tracing::info!(upstream = &*self.name, "the upstream is back");
         }
     }
 
-    /// A request failed that another server might have answered.
-    pub fn failed(&self, reason: &str) {
-        let failures = self.health.failures.fetch_add(1, Relaxed) + 1;
-        // One that has never been well need not show it often.
-        if failures < DOWN_AFTER_FAILURES && self.health.was_well.load(Relaxed) {
-            return;
-        }
-        *self.health.since.lock() = Some(Instant::now());
-        if !self.health.down.swap(true, Relaxed) {
+    fn not_reached(&self, reason: &str) {
+        if self.health.not_reached() {
             tracing::warn!(upstream = &*self.name, reason, "the upstream is down");
         }
+    }
+
+    /// It answered a request.
+    pub fn succeeded(&self) {
+        self.reached();
+        self.health.succeeded();
+    }
+
+    /// A request failed that another server might have answered.
+    pub fn failed(&self, reason: &str) {
+        if self.health.failed() {
+            tracing::warn!(
+                upstream = &*self.name,
+                reason,
+                "the upstream fails its requests: it gets none for a while"
+            );
+        }
+    }
+
+    /// A request failed so.
+    pub fn lost(&self, failure: &Failure) {
+        let reason = failure.to_string();
+        if let Failure::Connect(_) | Failure::Late(CONNECT_TIMEOUT) = failure {
+            self.not_reached(&reason);
+        }
+        self.failed(&reason);
     }
 
     /// The head of a request for `path` below its URL, with its key.
@@ -240,7 +231,7 @@ impl Upstream {
         };
         tokio::time::timeout(self.timeouts.connect, connecting)
             .await
-            .unwrap_or(Err(Failure::Late("connect_timeout_s")))
+            .unwrap_or(Err(Failure::Late(CONNECT_TIMEOUT)))
     }
 
     /// Keeps a connection for the next request, if there is room.
@@ -322,11 +313,11 @@ async fn keep_watch(upstream: Weak<Upstream>) {
             } else {
                 match upstream.probe().await {
                     Ok(()) => {
-                        upstream.succeeded();
+                        upstream.reached();
                         interval
                     }
                     Err(reason) => {
-                        upstream.failed(&reason);
+                        upstream.not_reached(&reason);
                         interval.min(ASK_AGAIN)
                     }
                 }

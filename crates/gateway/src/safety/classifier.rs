@@ -59,7 +59,7 @@ impl Classifier {
         let upstream = config.upstream();
         upstream.validate(path)?;
         Ok(Classifier {
-            upstream: Upstream::start(&upstream, "", path, &[])?,
+            upstream: Upstream::start_alone(&upstream, path)?,
             model: config.model.clone(),
             timeout: Duration::from_secs_f64(config.timeout_s),
             on_failure: config.on_failure,

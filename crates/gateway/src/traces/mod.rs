@@ -63,7 +63,7 @@ impl Traces {
     /// # Errors
     /// `GatewayError::Config` for an endpoint that is no URL.
     pub fn start(endpoint: &str, ratio: f64) -> Result<Traces, GatewayError> {
-        let collector = Upstream::start(&collector(endpoint), "", "otlp_endpoint", &[])?;
+        let collector = Upstream::start_alone(&collector(endpoint), "otlp_endpoint")?;
         let (queue, ended) = mpsc::channel(QUEUE);
         let counts = Arc::new(Counts::default());
         let stop = watch::Sender::new(false);

@@ -2,18 +2,12 @@
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::time::Instant;
 
 use scalellm_gateway::UpstreamConfig;
 
 use super::foreign::{DONE, HI, WHOLE, ask, gateway};
-use super::upstream::{Act, Mock, answer, chunk, json, last_chunk, stream, stream_head, upstream};
-
-/// An address where nobody listens.
-async fn nobody() -> UpstreamConfig {
-    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
-    upstream(&format!("http://{}/v1", listener.local_addr().unwrap()))
-}
+use super::foreign_health::nobody;
+use super::upstream::{Act, Mock, answer, chunk, json, last_chunk, stream, stream_head};
 
 #[tokio::test]
 async fn a_connection_that_the_upstream_has_closed_costs_no_request() {
@@ -124,65 +118,6 @@ async fn what_fails_before_the_first_byte_is_tried_elsewhere() {
         );
         assert_eq!(bad.seen().len(), 1, "{what}");
     }
-}
-
-#[tokio::test]
-async fn one_that_refuses_at_once_does_not_draw_all_requests() {
-    let refusing = Mock::start(|_| vec![answer("429 Too Many Requests", "", "{}")]).await;
-    let good = Mock::start(|_| vec![json(WHOLE)]).await;
-    let stack = gateway(vec![refusing.upstream(), good.upstream()]).await;
-    let start = Instant::now();
-    // More than retries are saved for.
-    for _ in 0..60 {
-        ask(&stack, "{}").await.ok();
-    }
-    // Once a second, to see whether it still refuses.
-    let tried = refusing.seen().len();
-    assert!(
-        tried >= 1 && tried <= 1 + start.elapsed().as_secs() as usize,
-        "{tried}"
-    );
-    assert_eq!(good.seen().len(), 60);
-}
-
-#[tokio::test]
-async fn one_that_is_down_gets_no_requests() {
-    let good = Mock::start(|_| vec![json(WHOLE)]).await;
-    let stack = gateway(vec![nobody().await, good.upstream()]).await;
-    for _ in 0..6 {
-        assert_eq!(ask(&stack, "{}").await.text(), WHOLE);
-    }
-    assert_eq!(stack.metric("scalellm_upstream_up", "").await, 1.0);
-    assert_eq!(stack.metric("scalellm_retries_total", "").await, 1.0);
-    assert_eq!(stack.get("/ready").await.status, 200);
-    let stack = gateway(vec![nobody().await]).await;
-    ask(&stack, "{}").await.error(502);
-    let error = ask(&stack, "{}").await.error(503);
-    assert_eq!(error["code"], "no_replica");
-    assert!(!error.to_string().contains("127.0.0.1"), "{error}");
-    assert_eq!(stack.get("/ready").await.status, 503);
-}
-
-#[tokio::test]
-async fn health_is_asked_for_and_found_again() {
-    let sick = Arc::new(AtomicUsize::new(1));
-    let for_mock = Arc::clone(&sick);
-    let mock = Mock::start(move |seen| match seen.head.starts_with("GET /v1/models ") {
-        true if for_mock.load(Ordering::SeqCst) == 1 => vec![answer("500 Oh", "", "")],
-        _ => vec![json(WHOLE)],
-    })
-    .await;
-    let config = UpstreamConfig {
-        health_path: "/models".to_owned(),
-        health_interval_s: 0.02,
-        ..mock.upstream()
-    };
-    let stack = gateway(vec![config]).await;
-    stack.wait_metric("scalellm_upstream_up", "", 0.0).await;
-    ask(&stack, "{}").await.error(503);
-    sick.store(0, Ordering::SeqCst);
-    stack.wait_metric("scalellm_upstream_up", "", 1.0).await;
-    assert_eq!(ask(&stack, "{}").await.text(), WHOLE);
 }
 
 #[tokio::test]

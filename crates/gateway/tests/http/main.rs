@@ -10,6 +10,7 @@ mod errors;
 mod faults;
 mod foreign;
 mod foreign_faults;
+mod foreign_health;
 mod http2;
 mod lifecycle;
 mod operations;

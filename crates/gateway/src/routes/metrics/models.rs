@@ -89,12 +89,24 @@ pub fn write_routing(out: &mut String, fleet: &Fleet) {
 
 pub fn write_upstreams(out: &mut String, fleet: &Fleet) {
     type Value = fn(&Upstream) -> u64;
-    let families: [(&str, &str, &str, Value); 6] = [
+    let families: [(&str, &str, &str, Value); 8] = [
         (
             "up",
             "gauge",
             "1 while the upstream can take requests.",
             |u| u.is_usable().into(),
+        ),
+        (
+            "breaker_open",
+            "gauge",
+            "1 while the upstream gets no requests, or a few to try it, because it failed others.",
+            |u| (!u.health.is_closed()).into(),
+        ),
+        (
+            "breakers_opened_total",
+            "counter",
+            "How often that began.",
+            |u| u.health.opened.load(Relaxed),
         ),
         (
             "in_flight_requests",
