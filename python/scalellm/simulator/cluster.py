@@ -204,7 +204,9 @@ class Cluster:
                     uncached = request.num_prompt_tokens - request.cached_tokens
                     self._window.started(now_ms / 1e3, served.ttft_ms, uncached)
                 if not math.isnan(served.stopped_ms):
-                    self._run.gaps_ms.append(now_ms - served.stopped_ms)
+                    gap_ms = now_ms - served.stopped_ms
+                    self._run.gaps_ms.append(gap_ms)
+                    self._window.went_on(now_ms / 1e3, gap_ms)
                     served.stopped_ms = math.nan
             if output.finish_reason is not None:
                 self._finish(request, served, output.error or "", now_ms)

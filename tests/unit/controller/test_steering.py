@@ -250,6 +250,9 @@ gen_ai_server_time_to_first_token_seconds_count{model="demo"} {ended}
 gen_ai_server_time_per_output_token_seconds_bucket{model="demo",le="0.01"} 7
 gen_ai_server_time_per_output_token_seconds_bucket{model="demo",le="0.03"} {ended}
 gen_ai_server_time_per_output_token_seconds_bucket{model="demo",le="+Inf"} {ended}
+scalellm_replay_pause_seconds_bucket{le="0.3"} 0
+scalellm_replay_pause_seconds_bucket{le="0.4"} {ended}
+scalellm_replay_pause_seconds_bucket{le="+Inf"} {ended}
 scalellm_replica_state{replica="a",state="ready"} 1
 scalellm_replica_state{replica="gone",state="lost"} 1
 scalellm_replica_step_cost_ms{replica="a",of="step"} 4
@@ -278,6 +281,7 @@ def test_signals_are_differences_of_counters() -> None:
     assert found.prompt_tokens == (150.0,) * 5
     assert found.output_tokens == 40.0
     assert found.tbt_ms == pytest.approx((10 * 30) ** 0.5)
+    assert found.pause_ms == pytest.approx((300 * 400) ** 0.5)
     assert found.step_cost == (4.0, 0.5, 0.001, 0.0)
     assert Signals.of_json(json.loads(json.dumps(found.to_json()))) == found
     idle = measured.signals(60.0, later, WIDE)

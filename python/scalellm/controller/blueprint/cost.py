@@ -97,9 +97,9 @@ class ShapeCost:
         those."""
         return 1.0 + (self.beside - 1.0) * min(1.0, busy / max(1, self.others))
 
-    def streams(self, context_tokens: float) -> float:
-        """Most that run at once with so much context each."""
-        return max(1.0, min(float(self.max_num_seqs), self.kv_tokens / max(1.0, context_tokens)))
+    def streams(self, held_tokens: float) -> float:
+        """Most that run at once if each holds so many positions of the KV cache."""
+        return max(1.0, min(float(self.max_num_seqs), self.kv_tokens / max(1.0, held_tokens)))
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,7 +8,7 @@
 import json
 import sys
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +56,7 @@ class Policy:
 
     def moved(self, now_s: float, left: Blueprint) -> None:
         """The deployment left a blueprint, as somebody else decided."""
-        self._state = State(now_s, left=left, factors=self._state.factors)
+        self._state = replace(self._state, since_s=now_s, left=left, candidate=None)
 
     def decide(self, signals: Signals, barred: Collection[Blueprint] = ()) -> Decision:
         """`barred`: candidates that cannot be had now."""
@@ -144,6 +144,8 @@ def state_json(state: State) -> dict[str, Any]:
         "candidate": shape(state.candidate),
         "candidate_since_s": state.candidate_since_s,
         "factors": {str(tp): value for tp, value in state.factors.items()},
+        "ttft_factor": state.ttft_factor,
+        "pause_ms": state.pause_ms,
     }
 
 
@@ -159,4 +161,6 @@ def state_of_json(found: dict[str, Any]) -> State:
         shape(found["candidate"]),
         found["candidate_since_s"],
         {int(tp): value for tp, value in found["factors"].items()},
+        found.get("ttft_factor", 1.0),
+        found.get("pause_ms"),
     )

@@ -10,6 +10,8 @@ from scalellm.controller.gateway_view import Sample, replica_states
 
 _TTFT = "gen_ai_server_time_to_first_token_seconds"
 _TBT = "gen_ai_server_time_per_output_token_seconds"
+_PAUSE = "scalellm_replay_pause_seconds"
+_HISTOGRAMS = (_TTFT, _TBT, _PAUSE)
 _COUNTERS = (
     "scalellm_prompt_tokens_total",
     "scalellm_cached_tokens_total",
@@ -29,6 +31,7 @@ class _Reading:
     counters: Mapping[str, float]
     buckets: Mapping[tuple[str, float], float]  # (histogram, upper bound in s) -> requests
     running: float
+    kv_use: float
     present: float  # requests that are there, those that wait included
 
 
@@ -46,7 +49,8 @@ class Measured:
         blocks = _sum(samples, "scalellm_replica_kv_blocks_total")
         queued = _sum(samples, "scalellm_queued_requests")
         running, waiting = gauges["running_requests"], gauges["waiting_requests"] + queued
-        reading = _read(now_s, samples, running, running + waiting)
+        kv_use = gauges["kv_blocks_used"] / blocks if blocks else 0.0
+        reading = _read(now_s, samples, running, kv_use, running + waiting)
         if self._readings and reading.counters[_ENDED] < self._readings[-1].counters[_ENDED]:
             self._readings.clear()  # another gateway: it counts from zero
         self._readings.append(reading)
@@ -60,25 +64,29 @@ class Measured:
         span_s = max(1.0, now_s - first.at_s)
         arrived = max(0.0, grown[_ENDED] + reading.present - first.present)
         known = self._prompt_tokens > 0
+        lately_running, lately_used = self._lately(now_s)
         return Signals(
             now_s,
             blueprint,
-            self._lately_running(now_s),
+            lately_running,
             round(waiting),
             round(gauges["backlog_tokens"]),
-            gauges["kv_blocks_used"] / blocks if blocks else 0.0,
+            lately_used,
             arrived / span_s,
             (self._prompt_tokens,) * len(QUANTILES) if known else (),
             self._output_tokens,
             _median_ms(_TTFT, first, reading),
             _median_ms(_TBT, first, reading),
             _step_cost(samples),
+            _median_ms(_PAUSE, first, reading),
         )
 
-    def _lately_running(self, now_s: float) -> int:
-        """The mean of some seconds: short requests come and go between two readings."""
-        found = [one.running for one in self._readings if one.at_s > now_s - _LATELY_S]
-        return round(sum(found) / len(found))
+    def _lately(self, now_s: float) -> tuple[int, float]:
+        """Running requests and KV use, the means of some seconds: short requests come and go
+        between two readings."""
+        lately = [one for one in self._readings if one.at_s > now_s - _LATELY_S]
+        running = sum(one.running for one in lately) / len(lately)
+        return round(running), sum(one.kv_use for one in lately) / len(lately)
 
 
 def _sum(samples: Sequence[Sample], name: str) -> float:
@@ -99,15 +107,17 @@ def _step_cost(samples: Sequence[Sample]) -> tuple[float, ...] | None:
     return tuple(sum(terms) / len(costs) for terms in zip(*costs, strict=True))
 
 
-def _read(now_s: float, samples: Sequence[Sample], running: float, present: float) -> _Reading:
+def _read(
+    now_s: float, samples: Sequence[Sample], running: float, kv_use: float, present: float
+) -> _Reading:
     buckets: dict[tuple[str, float], float] = {}
     for sample in samples:
         name = sample.name.removesuffix("_bucket")
-        if name in (_TTFT, _TBT) and name != sample.name:
+        if name in _HISTOGRAMS and name != sample.name:
             place = (name, float(sample.labels.get("le", "inf").replace("+Inf", "inf")))
             buckets[place] = buckets.get(place, 0.0) + sample.value
     counters = {name: _sum(samples, name) for name in _COUNTERS}
-    return _Reading(now_s, counters, buckets, running, present)
+    return _Reading(now_s, counters, buckets, running, kv_use, present)
 
 
 def _median_ms(name: str, first: _Reading, last: _Reading) -> float | None:

@@ -18,7 +18,9 @@ Scores, of which a gain is the relative improvement:
                  but where hardly any would meet them, how much nearer they come
 What is measured corrects the prediction: each shape has a factor that follows, slowly, what its
 engines' own steps cost against the calibration at the present load (without that, the measured
-TBT); a shape that never ran is taken to be as far off as the others.
+TBT); a shape that never ran is taken to be as far off as the others. What the measured TTFT is by
+the predicted one holds for all shapes: it comes from how requests arrive. What streams paused that
+a switch moved takes the place of the calibrated pause.
 """
 
 import math
@@ -37,6 +39,8 @@ _SHARPNESS = 8.0  # how fast the share that meets an objective falls around it
 _FEW = 0.5  # share of requests that meet the objectives, below which distance counts
 _FOLLOW = 0.1  # weight of a measurement against those before
 _FACTORS = (0.25, 4.0)  # beyond, a measurement is not believed
+_PAUSE_MS = 60_000.0  # likewise
+_AFTER_S = 60.0  # a decision, in which streams that pause do so for it
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +66,8 @@ class State:
     candidate: Blueprint | None = None
     candidate_since_s: float = 0.0
     factors: Mapping[int, float] = field(default_factory=dict)  # by tp: measured / predicted
+    ttft_factor: float = 1.0  # the same, of the TTFT that is left once steps are corrected
+    pause_ms: float | None = None  # measured of switches
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,15 +101,20 @@ def decide(
     present = signals.blueprint
     if not signals.prompt_tokens or signals.output_tokens <= 0:
         return _stay(present, "nothing was measured yet"), replace(state, candidate=None)
-    demand = demand_of(signals, settings)
+    demand = demand_of(signals, calibration, settings)
     outlooks = {
         blueprint: predict(blueprint, demand, calibration, settings.horizon_s)
         for blueprint in dict.fromkeys((*candidates, present))
     }
     measured = _measured(signals, demand, calibration, outlooks[present])
-    state = replace(state, factors=_follow(state.factors, present, measured))
+    state = replace(state, factors=_follow_shape(state.factors, present, measured))
+    outlooks = {
+        blueprint: _corrected(outlook, blueprint, state.factors)
+        for blueprint, outlook in outlooks.items()
+    }
+    state = _follow_rest(state, signals, outlooks[present], calibration.switch_ms)
     scores = {
-        blueprint: _score(_corrected(outlook, blueprint, state.factors), demand, settings)
+        blueprint: _score(_later(outlook, state.ttft_factor), demand, settings)
         for blueprint, outlook in outlooks.items()
     }
     best = max(candidates, key=lambda blueprint: scores[blueprint])
@@ -111,7 +122,8 @@ def decide(
     decision = Decision(present, False, "", gain, tuple(scores.items()))
     if best == present:
         return replace(decision, reason="it is the best"), replace(state, candidate=None)
-    needed = max(settings.hysteresis, _switch_s(best, signals, calibration) / settings.horizon_s)
+    switch_s = _switch_s(best, signals, state, calibration)
+    needed = max(settings.hysteresis, switch_s / settings.horizon_s)
     if best == state.left:
         needed *= 2
     if gain <= needed:
@@ -129,11 +141,11 @@ def decide(
             reason = f"{name} for {signals.now_s - since_s:.1f} s of {least_s:.1f}"
             return replace(decision, reason=reason), state
     reason = f"gains {gain:.1%}, needed {needed:.1%}"
-    after = State(signals.now_s, left=present, factors=state.factors)
+    after = replace(state, since_s=signals.now_s, left=present, candidate=None)
     return replace(decision, blueprint=best, switch=True, reason=reason), after
 
 
-def demand_of(signals: Signals, settings: Settings) -> Demand:
+def demand_of(signals: Signals, calibration: Calibration, settings: Settings) -> Demand:
     """The load to be carried: what arrives, and what waits to be gone within `drain_s`."""
     return Demand(
         signals.arrivals_s + signals.waiting / settings.drain_s,
@@ -141,21 +153,31 @@ def demand_of(signals: Signals, settings: Settings) -> Demand:
         signals.waiting,
         signals.prompt_tokens,
         max(1.0, signals.output_tokens),
+        signals.backlog_tokens,
+        _held_tokens(signals, calibration),
     )
+
+
+def _held_tokens(signals: Signals, calibration: Calibration) -> float:
+    """Of the KV cache, by a stream: what is used, by those that run."""
+    shapes = [(group.count, calibration.shapes[group.tp]) for group in signals.blueprint.groups]
+    there = sum(count * shape.kv_tokens for count, shape in shapes)
+    return signals.kv_use * there / signals.running if signals.running > 0 else 0.0
 
 
 def _stay(present: Blueprint, reason: str) -> Decision:
     return Decision(present, False, reason, 0.0, ())
 
 
-def _switch_s(target: Blueprint, signals: Signals, calibration: Calibration) -> float:
+def _switch_s(target: Blueprint, signals: Signals, state: State, calibration: Calibration) -> float:
     """The pause, and computing the running requests' context again on the new shape."""
     context = signals.prompt_tokens[len(signals.prompt_tokens) // 2] + signals.output_tokens / 2
     again_ms = [
         calibration.shapes[group.tp].cost.prompt_ms(context) / group.count
         for group in target.groups
     ]
-    return (calibration.switch_ms + signals.running * min(again_ms)) / 1e3
+    pause_ms = calibration.switch_ms if state.pause_ms is None else state.pause_ms
+    return (pause_ms + signals.running * min(again_ms)) / 1e3
 
 
 def _score(outlook: Outlook, demand: Demand, settings: Settings) -> float:
@@ -199,16 +221,37 @@ def _measured(
     return None if signals.tbt_ms is None else signals.tbt_ms / outlook.tbt_ms
 
 
-def _follow(
+def _followed(before: float, measured: float) -> float:
+    return before + _FOLLOW * (measured - before)
+
+
+def _believed(factor: float | None) -> bool:
+    low, high = _FACTORS
+    return factor is not None and math.isfinite(factor) and low <= factor <= high
+
+
+def _follow_shape(
     factors: Mapping[int, float], present: Blueprint, measured: float | None
 ) -> dict[int, float]:
-    """Factors with what was measured of the present shape, if that can be believed."""
-    low, high = _FACTORS
-    if measured is None or not (math.isfinite(measured) and low <= measured <= high):
+    """The factors of the shapes; `measured` is of the present one."""
+    if measured is None or not _believed(measured):
         return dict(factors)
     tp = present.groups[0].tp
-    before = factors.get(tp, 1.0)
-    return {**factors, tp: before + _FOLLOW * (measured - before)}
+    return {**factors, tp: _followed(factors.get(tp, 1.0), measured)}
+
+
+def _follow_rest(state: State, signals: Signals, present: Outlook, switch_ms: float) -> State:
+    """What is no shape's; `present` is the present one's corrected outlook."""
+    if signals.ttft_ms is not None:
+        ttft = signals.ttft_ms / sorted(present.ttft_ms)[len(present.ttft_ms) // 2]
+        if _believed(ttft):
+            state = replace(state, ttft_factor=_followed(state.ttft_factor, ttft))
+    # Streams pause for deaths too, which is no switch's cost.
+    is_of_switch = state.left is not None and signals.now_s - state.since_s <= _AFTER_S
+    if is_of_switch and signals.pause_ms is not None and signals.pause_ms <= _PAUSE_MS:
+        before = switch_ms if state.pause_ms is None else state.pause_ms
+        state = replace(state, pause_ms=_followed(before, signals.pause_ms))
+    return state
 
 
 def _corrected(outlook: Outlook, blueprint: Blueprint, factors: Mapping[int, float]) -> Outlook:
@@ -222,3 +265,7 @@ def _corrected(outlook: Outlook, blueprint: Blueprint, factors: Mapping[int, flo
         tbt_ms=outlook.tbt_ms * factor,
         requests_s=outlook.requests_s / factor,
     )
+
+
+def _later(outlook: Outlook, factor: float) -> Outlook:
+    return replace(outlook, ttft_ms=tuple(value * factor for value in outlook.ttft_ms))

@@ -14,7 +14,7 @@ the rate at which all the replica's places are taken:
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from scalellm.controller.blueprint.cost import Calibration, ShapeCost
 from scalellm.controller.blueprint.shape import Blueprint
@@ -29,6 +29,8 @@ class Demand:
     waiting: float
     prompt_tokens: tuple[float, ...]  # of equally likely requests
     output_tokens: float
+    backlog_tokens: float = 0.0  # of prompts that wait to be computed
+    seen_held_tokens: float = 0.0  # of the KV cache, by a stream, as measured; 0: not known
 
     @property
     def mean_prompt(self) -> float:
@@ -38,6 +40,11 @@ class Demand:
     def context_tokens(self) -> float:
         """Of the mean stream, halfway through its answer."""
         return self.mean_prompt + self.output_tokens / 2
+
+    @property
+    def held_tokens(self) -> float:
+        """What a stream takes of the KV cache: no less than it is seen to take now."""
+        return max(self.context_tokens, self.seen_held_tokens)
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,12 +81,12 @@ def predict(
 
 
 def _share(demand: Demand, share: float) -> Demand:
-    return Demand(
-        demand.requests_s * share,
-        demand.concurrency * share,
-        demand.waiting * share,
-        demand.prompt_tokens,
-        demand.output_tokens,
+    return replace(
+        demand,
+        requests_s=demand.requests_s * share,
+        concurrency=demand.concurrency * share,
+        waiting=demand.waiting * share,
+        backlog_tokens=demand.backlog_tokens * share,
     )
 
 
@@ -110,14 +117,14 @@ def _prompt_ms(shape: ShapeCost, demand: Demand) -> float:
 
 def _capacity(shape: ShapeCost, demand: Demand) -> float:
     """Requests a second of one replica whose places are all taken."""
-    streams = shape.streams(demand.context_tokens)
+    streams = shape.streams(demand.held_tokens)
     decode_ms = demand.output_tokens * shape.cost.decode_ms(streams, demand.context_tokens)
     return 1e3 * streams / (decode_ms + streams * _prompt_ms(shape, demand))
 
 
 def _replica(shape: ShapeCost, demand: Demand, capacity: float, horizon_s: float) -> Outlook:
     context, prompt_ms = demand.context_tokens, _prompt_ms(shape, demand)
-    most = shape.streams(context)
+    most = shape.streams(demand.held_tokens)
     load = demand.requests_s / capacity
     steady = steady_streams(shape, demand) if load < 1 else most
     streams = min(most, max(1.0, steady, demand.concurrency))
@@ -125,7 +132,9 @@ def _replica(shape: ShapeCost, demand: Demand, capacity: float, horizon_s: float
     step_ms = shape.cost.decode_ms(streams, context)
     tbt_ms = step_ms / (1.0 - prompt_share)
     beside = 2.0 if streams > 1.5 else 1.0  # a prompt gets as much time as the streams beside it
+    # Prompts in the steady state, or those that are there, if they are more.
     queue_ms = prompt_share / (1.0 - prompt_share) * prompt_ms / 2
+    queue_ms = max(queue_ms, prompt_ms * demand.backlog_tokens / max(1.0, demand.mean_prompt))
     if streams > 1.5:
         queue_ms += step_ms / 2
     excess = max(0.0, demand.concurrency - most)

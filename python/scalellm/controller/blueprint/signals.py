@@ -27,6 +27,7 @@ class Signals:
     ttft_ms: float | None = None  # p50; None where nothing was measured
     tbt_ms: float | None = None  # p50
     step_cost: tuple[float, ...] | None = None  # StepCost's first four, fitted to real steps
+    pause_ms: float | None = None  # p50 of streams that went on at another replica
 
     def to_json(self) -> dict[str, Any]:
         return {**asdict(self), "blueprint": self.blueprint.to_json()}
@@ -58,6 +59,7 @@ class Window:
         self._outputs: deque[int] = deque(maxlen=_RECENT)
         self._ttft: deque[tuple[float, float]] = deque()
         self._tbt: deque[tuple[float, float]] = deque()
+        self._pauses: deque[tuple[float, float]] = deque()
 
     def arrived(self, now_s: float) -> None:
         self._began_s = now_s if self._began_s is None else self._began_s
@@ -73,6 +75,10 @@ class Window:
         if tbt_ms is not None:
             self._tbt.append((now_s, tbt_ms))
 
+    def went_on(self, now_s: float, pause_ms: float) -> None:
+        """A stream that was moved got its next token."""
+        self._pauses.append((now_s, pause_ms))
+
     def signals(
         self,
         now_s: float,
@@ -82,7 +88,7 @@ class Window:
         backlog_tokens: int,
         kv_use: float,
     ) -> Signals:
-        for timed in (self._ttft, self._tbt):
+        for timed in (self._ttft, self._tbt, self._pauses):
             while timed and timed[0][0] < now_s - self.span_s:
                 timed.popleft()
         while self._arrived and self._arrived[0] < now_s - self.span_s:
@@ -101,6 +107,7 @@ class Window:
             output_tokens=sum(self._outputs) / len(self._outputs) if self._outputs else 0.0,
             ttft_ms=_median([value for _, value in self._ttft]),
             tbt_ms=_median([value for _, value in self._tbt]),
+            pause_ms=_median([value for _, value in self._pauses]),
         )
 
 
