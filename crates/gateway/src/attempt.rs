@@ -8,7 +8,8 @@
 //!             Paused --no such replica in time, or too many deaths--> error
 //! ```
 //!
-//! What a replica refuses goes to one other at once: nothing has begun.
+//! What a replica refuses goes to one other at once: nothing has begun. While the first replica says nothing, a second
+//! may be asked beside it (`hedge`).
 
 use std::pin::Pin;
 use std::sync::Arc;
@@ -16,7 +17,6 @@ use std::task::{Context, Poll, ready};
 use std::time::{Duration, Instant};
 
 use futures_util::StreamExt;
-use scalellm_engine_link::listener::MAX_DEADLINE_MS;
 use scalellm_engine_link::proto::{self, FinishReason, RefusalCode};
 use scalellm_engine_link::{LostCause, RequestStream, StreamError};
 use scalellm_routing::Choice;
@@ -25,11 +25,14 @@ use tokio::time::{Sleep, sleep};
 use crate::app::App;
 use crate::error::{ApiError, ApiResult};
 use crate::fleet::Model;
-use crate::replay::{
-    Cause, Failures, Loss, MAX_DEATHS, Pause, Place, continues_exactly, is_hopeless,
-};
+use crate::replay::{Cause, Failures, Loss, MAX_DEATHS, Pause, Place, is_hopeless};
 use crate::routing::{Placement, RouteWish};
 use crate::stages::micros;
+
+mod hedge;
+mod sending;
+
+use hedge::Hedge;
 
 /// Replicas that a choice is offered to before one has taken it.
 const MAX_OFFERS: u32 = 2;
@@ -59,6 +62,8 @@ pub struct Attempt {
     refusals: u32,
     failures: Failures,
     pause: Option<Box<Pause>>,
+    /// Until the first output, or failure.
+    hedge: Option<Box<Hedge>>,
 }
 
 enum Run {
@@ -98,6 +103,7 @@ impl Attempt {
             refusals: 0,
             failures: Failures::default(),
             pause: None,
+            hedge: model.faults.config.hedge_after().map(Hedge::after),
         };
         if attempt.submit_to_any(app, model, preferred) {
             Ok(attempt)
@@ -139,7 +145,13 @@ impl Attempt {
                     self.go_on(app, model)?;
                     continue;
                 }
-                Run::Running(stream) => match ready!(stream.poll_next_unpin(cx)) {
+                Run::Running(stream) => match ready!(match stream.poll_next_unpin(cx) {
+                    Poll::Pending => self.poll_hedge(app, model, cx).map(|o| Some(Ok(o))),
+                    said @ Poll::Ready(_) => {
+                        self.hedge = None;
+                        said
+                    }
+                }) {
                     Some(Ok(output)) if output.finish_reason() != FinishReason::Cancelled => {
                         self.received(app, model, &output);
                         return Poll::Ready(Ok(self.first_told(output)));
@@ -170,6 +182,19 @@ impl Attempt {
                 },
             };
             self.lose(app, model, loss)?;
+        }
+    }
+
+    /// The replica there has lost the choice. Returns how many deaths in a row that makes.
+    fn blame(&mut self, app: &App, model: &Model, place: Place, cause: Cause) -> u32 {
+        if !matches!(cause, Cause::Drained | Cause::Lost(LostCause::Closed)) {
+            let now_ms = app.clock.now_ms();
+            model.faults.failed(place.replica, place.epoch, now_ms);
+        }
+        if cause.is_death() {
+            self.failures.died(place, self.submit.resume_ids.len())
+        } else {
+            0
         }
     }
 
@@ -213,18 +238,11 @@ impl Attempt {
         let handed_on = loss.cause == Cause::Drained && ids > self.ids_at_loss;
         self.ids_at_loss = ids;
         self.losses += u32::from(!handed_on);
-        if !matches!(loss.cause, Cause::Drained | Cause::Lost(LostCause::Closed)) {
-            model
-                .faults
-                .failed(self.place.replica, self.place.epoch, now_ms);
-        }
-        if loss.cause.is_death() {
-            let deaths = self.failures.died(self.place, ids);
-            if deaths >= MAX_DEATHS {
-                model.faults.refused_prompts.refuse(&self.prompt, now);
-                app.metrics.faults.not_replayed("deaths");
-                return Err(ApiError::replica_deaths(deaths, faults.poison_refused_s));
-            }
+        let deaths = self.blame(app, model, self.place, loss.cause);
+        if deaths >= MAX_DEATHS {
+            model.faults.refused_prompts.refuse(&self.prompt, now);
+            app.metrics.faults.not_replayed("deaths");
+            return Err(ApiError::replica_deaths(deaths, faults.poison_refused_s));
         }
         let in_the_way = if loss.cause == Cause::Lost(LostCause::Nonsense) {
             Some(("nonsense", "what it said is of no use".to_owned()))
@@ -316,82 +334,6 @@ impl Attempt {
         }
         app.metrics.faults.retried();
         Ok(())
-    }
-
-    /// Submits to a replica that takes it, and continues what was received; false if there is none.
-    fn submit_to_any(&mut self, app: &App, model: &Model, mut preferred: Option<usize>) -> bool {
-        let begun = !self.submit.resume_ids.is_empty();
-        let first = self.engine.clone().filter(|_| begun);
-        let differs = |info: Option<&Arc<proto::DescribeResponse>>| {
-            first
-                .as_ref()
-                .is_some_and(|first| !info.is_some_and(|info| continues_exactly(first, info)))
-        };
-        let mut avoid = self.failures.avoid(model, Instant::now());
-        for (index, replica) in model.replicas.iter().enumerate() {
-            if differs(replica.info().as_ref()) {
-                avoid.push(index);
-            }
-        }
-        loop {
-            // Asked first: while many wait for a replica, each copy of a prompt would be for nothing.
-            if preferred.is_none() && !model.has_usable(&avoid) {
-                return false;
-            }
-            let message = self.message();
-            let (index, placement) = match preferred.take() {
-                Some(index) => (index, None),
-                None => match model.place(&message, self.wish, &avoid, app.clock.now_ms()) {
-                    Some(placement) => (placement.choice.index, Some(placement)),
-                    None => return false,
-                },
-            };
-            avoid.push(index);
-            let Some(replica) = model.replicas.get(index) else {
-                continue;
-            };
-            let Ok(stream) = replica.submit(message) else {
-                continue;
-            };
-            // Asked after the submission: had another engine come in between, it would be told here.
-            let info = replica.info();
-            if differs(info.as_ref()) {
-                continue;
-            }
-            model.faults.sent(index);
-            self.place = Place {
-                replica: index,
-                epoch: info.as_ref().map_or(0, |info| info.epoch),
-            };
-            self.engine = info;
-            self.answered = false;
-            self.tries += 1;
-            if let Some(pause) = &self.pause {
-                self.replays += 1;
-                app.metrics.faults.replayed(pause.loss.cause.name());
-            }
-            self.placement = placement;
-            self.run = Run::Running(stream);
-            return true;
-        }
-    }
-
-    /// What the next replica is sent.
-    fn message(&self) -> proto::Submit {
-        let left = |at: Instant| {
-            // The gateway keeps the exact deadline; what the protocol cannot say, the engine need not know.
-            u32::try_from(at.saturating_duration_since(Instant::now()).as_millis())
-                .unwrap_or(u32::MAX)
-                .clamp(1, MAX_DEADLINE_MS)
-        };
-        let mut message = self.submit.clone();
-        message.request = Some(proto::RequestRef {
-            id: 0,
-            attempt: self.tries,
-        });
-        message.prompt_ids = self.prompt.to_vec();
-        message.deadline_ms = self.deadline.map(left);
-        message
     }
 }
 

@@ -29,6 +29,8 @@ impl ByReason {
 #[derive(Debug, Default)]
 pub struct FaultMetrics {
     retries: AtomicU64,
+    hedges: AtomicU64,
+    hedges_won: AtomicU64,
     replays: ByReason,
     not_replayed: ByReason,
     waiting: Arc<AtomicU64>,
@@ -49,6 +51,16 @@ impl Drop for Waiting {
 impl FaultMetrics {
     pub fn retried(&self) {
         self.retries.fetch_add(1, Relaxed);
+    }
+
+    /// A choice, or a request to an upstream, was asked for at a second one beside the first.
+    pub fn hedged(&self) {
+        self.hedges.fetch_add(1, Relaxed);
+    }
+
+    /// The second one was the first to answer.
+    pub fn hedge_won(&self) {
+        self.hedges_won.fetch_add(1, Relaxed);
     }
 
     /// A choice goes on at a replica; `reason` is why it had to.
@@ -83,6 +95,18 @@ impl FaultMetrics {
                 "counter",
                 "Requests sent to a second replica, because the first refused them, or to a second upstream.",
                 self.retries.load(Relaxed),
+            ),
+            (
+                "scalellm_hedges_total",
+                "counter",
+                "Requests sent to a second replica or upstream beside the first, because that had said nothing for long.",
+                self.hedges.load(Relaxed),
+            ),
+            (
+                "scalellm_hedges_won_total",
+                "counter",
+                "Of them, those that the second one answered first.",
+                self.hedges_won.load(Relaxed),
             ),
             (
                 "scalellm_breakers_opened_total",

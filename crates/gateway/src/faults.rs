@@ -14,6 +14,8 @@ use crate::refused_prompts::RefusedPrompts;
 
 /// Refused requests that may go to a second replica at once; in the long run it is `retry_share` of all.
 const RETRY_BURST: usize = 64;
+/// Requests that may be asked for at a second replica at once, where that is on.
+pub const HEDGE_BURST: usize = 8;
 
 pub struct Faults {
     pub config: FaultConfig,
@@ -24,6 +26,8 @@ pub struct Faults {
     retries: Mutex<RetryBudget>,
     /// For what a dead replica left: as many at once as run, so that one death loses nothing.
     replays: Mutex<RetryBudget>,
+    /// For what is only late.
+    hedges: Mutex<RetryBudget>,
     pub refused_prompts: RefusedPrompts,
     metrics: Arc<Metrics>,
 }
@@ -44,6 +48,7 @@ impl Faults {
             any_opened: AtomicBool::new(false),
             retries: Mutex::new(RetryBudget::new(RETRY_BURST, share)),
             replays: Mutex::new(RetryBudget::new(max_in_flight.max(RETRY_BURST), share)),
+            hedges: Mutex::new(RetryBudget::new(HEDGE_BURST, config.hedge_share)),
             refused_prompts: RefusedPrompts::new(Duration::from_secs_f64(config.poison_refused_s)),
             metrics: Arc::clone(metrics),
         }
@@ -118,6 +123,9 @@ impl Faults {
     pub fn request(&self) {
         self.retries.lock().request();
         self.replays.lock().request();
+        if self.config.hedge_after().is_some() {
+            self.hedges.lock().request();
+        }
     }
 
     #[must_use]
@@ -128,5 +136,10 @@ impl Faults {
     #[must_use]
     pub fn may_replay(&self, now_ms: f64) -> bool {
         self.replays.lock().take(now_ms)
+    }
+
+    #[must_use]
+    pub fn may_hedge(&self, now_ms: f64) -> bool {
+        self.hedges.lock().take(now_ms)
     }
 }

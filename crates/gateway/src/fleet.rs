@@ -93,9 +93,8 @@ impl Fleet {
                 let elsewhere = before
                     .as_ref()
                     .and_then(|before| before.live.fleet.elsewhere(before.served));
-                let breaker = config.faults.breaker();
                 let before = elsewhere.map(|old| &**old);
-                let foreign = ForeignModel::start(served, model, index, breaker, before)?;
+                let foreign = ForeignModel::start(served, model, index, &config.faults, before)?;
                 fleet.foreign.push(Arc::new(foreign));
             }
         }

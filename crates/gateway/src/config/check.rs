@@ -199,6 +199,10 @@ mod tests {
                 "faults.retry_share",
             ),
             (
+                format!("{MODEL}[faults]\nhedge_share = 2"),
+                "faults.hedge_share",
+            ),
+            (
                 format!("{MODEL}[faults]\nbreaker_probes = 0"),
                 "faults.breaker_probes",
             ),

@@ -27,6 +27,10 @@ pub struct FaultConfig {
     pub breaker_open_s: f64,
     /// Requests that try it, each `breaker_open_s`, until one succeeds.
     pub breaker_probes: u32,
+    /// What has said nothing for this long is asked for at a second replica or upstream too; 0: never.
+    pub hedge_after_s: f64,
+    /// At most of this share of the requests.
+    pub hedge_share: f64,
 }
 
 impl Default for FaultConfig {
@@ -41,6 +45,8 @@ impl Default for FaultConfig {
             breaker_failures: 5,
             breaker_open_s: 5.0,
             breaker_probes: 2,
+            hedge_after_s: 0.0,
+            hedge_share: 0.05,
         }
     }
 }
@@ -56,6 +62,7 @@ impl FaultConfig {
             ("poison_refused_s", self.poison_refused_s, 0.0),
             ("breaker_window_s", self.breaker_window_s, 0.001),
             ("breaker_open_s", self.breaker_open_s, 0.001),
+            ("hedge_after_s", self.hedge_after_s, 0.0),
         ] {
             if !(least..=1e7).contains(&value) {
                 return Err(format!(
@@ -63,11 +70,13 @@ impl FaultConfig {
                 ));
             }
         }
-        if !(0.0..=1.0).contains(&self.retry_share) {
-            return Err(format!(
-                "faults.retry_share: got {}, allowed is 0 to 1",
-                self.retry_share
-            ));
+        for (name, share) in [
+            ("retry_share", self.retry_share),
+            ("hedge_share", self.hedge_share),
+        ] {
+            if !(0.0..=1.0).contains(&share) {
+                return Err(format!("faults.{name}: got {share}, allowed is 0 to 1"));
+            }
         }
         for (name, value) in [
             ("breaker_failures", self.breaker_failures),
@@ -78,6 +87,11 @@ impl FaultConfig {
             }
         }
         Ok(())
+    }
+
+    #[must_use]
+    pub fn hedge_after(&self) -> Option<Duration> {
+        (self.hedge_after_s > 0.0).then(|| Duration::from_secs_f64(self.hedge_after_s))
     }
 
     #[must_use]

@@ -16,13 +16,15 @@
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
+use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
-use scalellm_routing::BreakerSettings;
+use scalellm_routing::RetryBudget;
 use serde_json::{Value, json};
 
-use crate::config::{ModelConfig, UpstreamConfig};
+use crate::config::{FaultConfig, ModelConfig, UpstreamConfig};
 use crate::error::{ApiError, GatewayError};
+use crate::faults::HEDGE_BURST;
 use crate::served::Served;
 
 mod asked;
@@ -60,6 +62,9 @@ pub struct ForeignModel {
     drained: Vec<bool>,
     pub picker: Arc<Picker>,
     saved_retries: Mutex<f64>,
+    hedge_after: Option<Duration>,
+    hedges: Mutex<RetryBudget>,
+    began: Instant,
 }
 
 impl ForeignModel {
@@ -69,7 +74,7 @@ impl ForeignModel {
         served: Arc<Served>,
         config: &ModelConfig,
         index: usize,
-        breaker: BreakerSettings,
+        faults: &FaultConfig,
         before: Option<&ForeignModel>,
     ) -> Result<ForeignModel, GatewayError> {
         let upstreams: Vec<_> = config
@@ -81,7 +86,7 @@ impl ForeignModel {
                 let running = before
                     .map(|model| model.upstreams.as_slice())
                     .unwrap_or_default();
-                Upstream::start(upstream, &config.name, &path, breaker, running)
+                Upstream::start(upstream, &config.name, &path, faults.breaker(), running)
             })
             .collect::<Result<_, _>>()?;
         let is_drained = |upstream: &UpstreamConfig| config.drained.contains(&upstream.url);
@@ -93,6 +98,9 @@ impl ForeignModel {
                 .map(|model| Arc::clone(&model.picker))
                 .unwrap_or_default(),
             saved_retries: Mutex::new(MAX_SAVED_RETRIES),
+            hedge_after: faults.hedge_after(),
+            hedges: Mutex::new(RetryBudget::new(HEDGE_BURST, faults.hedge_share)),
+            began: Instant::now(),
         })
     }
 
@@ -165,6 +173,14 @@ impl ForeignModel {
     fn request_came(&self) {
         let mut saved = self.saved_retries.lock();
         *saved = (*saved + RETRIES_PER_REQUEST).min(MAX_SAVED_RETRIES);
+        if self.hedge_after.is_some() {
+            self.hedges.lock().request();
+        }
+    }
+
+    fn may_hedge(&self) -> bool {
+        let now_ms = self.began.elapsed().as_secs_f64() * 1e3;
+        self.hedges.lock().take(now_ms)
     }
 
     fn may_retry(&self) -> bool {

@@ -28,16 +28,19 @@ pub enum Reason {
     Fallback,
     /// Another has failed this request.
     Retry,
+    /// Another has it too, and is late.
+    Hedge,
 }
 
 impl Reason {
-    pub const ALL: [Reason; 6] = [
+    pub const ALL: [Reason; 7] = [
         Reason::Only,
         Reason::Load,
         Reason::Session,
         Reason::Moved,
         Reason::Fallback,
         Reason::Retry,
+        Reason::Hedge,
     ];
 
     #[must_use]
@@ -49,6 +52,7 @@ impl Reason {
             Reason::Moved => "moved",
             Reason::Fallback => "fallback",
             Reason::Retry => "retry",
+            Reason::Hedge => "hedge",
         }
     }
 }

@@ -75,78 +75,35 @@ impl Counting {
     }
 }
 
-/// The body of a streamed answer.
-pub struct Stream {
-    app: Arc<App>,
-    upstream: Arc<Upstream>,
+/// Events as an upstream sends them.
+pub struct Source {
     exchange: Exchange,
     events: Events,
-    counting: Counting,
-    sent: Instant,
-    /// Events that came before the head was answered.
-    first: Option<Bytes>,
-    ended: bool,
-    deadline: Option<Deadline>,
     /// When something came last.
     came: Instant,
-    /// Fires now and then, and looks whether it is too late.
-    timer: Pin<Box<Sleep>>,
-    stopping: Pin<Box<dyn Future<Output = ()> + Send>>,
 }
 
-impl Stream {
+impl Source {
     #[must_use]
-    pub fn new(
-        app: &Arc<App>,
-        upstream: &Arc<Upstream>,
-        exchange: Exchange,
-        events: Events,
-        counting: Counting,
-        sent: Instant,
-        deadline: Option<Deadline>,
-    ) -> Stream {
-        let stopping = {
-            let app = Arc::clone(app);
-            async move { app.wait_for(Phase::Stopping).await }
-        };
-        let mut stream = Stream {
-            app: Arc::clone(app),
-            upstream: Arc::clone(upstream),
+    pub fn new(exchange: Exchange, events: Events) -> Source {
+        Source {
             exchange,
             events,
-            counting,
-            sent,
-            first: None,
-            ended: false,
-            deadline,
             came: Instant::now(),
-            timer: Box::pin(tokio::time::sleep(Duration::ZERO)),
-            stopping: Box::pin(stopping),
-        };
-        let limit = stream.next_limit();
-        stream.timer.as_mut().reset(limit.into());
-        stream
+        }
     }
 
-    /// What counts the request, for another attempt.
-    #[must_use]
-    pub fn into_counting(self) -> Counting {
-        self.counting
-    }
-
-    /// Waits for the first event, so that what fails before it can be tried elsewhere.
+    /// Waits for the first events.
     ///
     /// # Errors
-    /// There is none.
-    pub async fn wait_for_first(&mut self) -> Result<(), Failure> {
-        let first = std::future::poll_fn(|cx| self.poll_events(cx)).await;
-        self.first =
-            Some(first?.ok_or_else(|| Failure::Lost("there was nothing in it".to_owned()))?);
-        Ok(())
+    /// There are none.
+    pub async fn first(&mut self) -> Result<Bytes, Failure> {
+        let first = std::future::poll_fn(|cx| self.poll(cx)).await?;
+        first.ok_or_else(|| Failure::Lost("there was nothing in it".to_owned()))
     }
 
     /// The next whole events; `None` at the end.
-    fn poll_events(&mut self, cx: &mut Context<'_>) -> Poll<Result<Option<Bytes>, Failure>> {
+    fn poll(&mut self, cx: &mut Context<'_>) -> Poll<Result<Option<Bytes>, Failure>> {
         loop {
             let Some(data) = ready!(self.exchange.poll_data(cx)) else {
                 let whole = self.events.done || self.events.failed;
@@ -158,23 +115,88 @@ impl Stream {
                 .events
                 .push(data?)
                 .map_err(|_| Failure::Lost("an event does not end".to_owned()))?;
-            if self.events.count > 0 {
-                self.counting.came(self.sent);
-                self.counting.note(self.events.count, self.events.usage);
-            }
             if !events.is_empty() {
                 return Poll::Ready(Ok(Some(events)));
             }
         }
     }
+}
+
+/// The body of a streamed answer.
+pub struct Stream {
+    app: Arc<App>,
+    upstream: Arc<Upstream>,
+    source: Source,
+    counting: Counting,
+    /// What came until then is counted.
+    counted: Option<Instant>,
+    sent: Instant,
+    /// Events that came before the head was answered.
+    first: Option<Bytes>,
+    ended: bool,
+    deadline: Option<Deadline>,
+    /// Fires now and then, and looks whether it is too late.
+    timer: Pin<Box<Sleep>>,
+    stopping: Pin<Box<dyn Future<Output = ()> + Send>>,
+}
+
+impl Stream {
+    #[must_use]
+    pub fn new(
+        app: &Arc<App>,
+        upstream: &Arc<Upstream>,
+        source: Source,
+        first: Bytes,
+        counting: Counting,
+        sent: Instant,
+        deadline: Option<Deadline>,
+    ) -> Stream {
+        let stopping = {
+            let app = Arc::clone(app);
+            async move { app.wait_for(Phase::Stopping).await }
+        };
+        let mut stream = Stream {
+            app: Arc::clone(app),
+            upstream: Arc::clone(upstream),
+            source,
+            counting,
+            counted: None,
+            sent,
+            first: Some(first),
+            ended: false,
+            deadline,
+            timer: Box::pin(tokio::time::sleep(Duration::ZERO)),
+            stopping: Box::pin(stopping),
+        };
+        let limit = stream.next_limit();
+        stream.timer.as_mut().reset(limit.into());
+        stream.count();
+        stream
+    }
+
+    /// The next whole events; `None` at the end.
+    fn poll_events(&mut self, cx: &mut Context<'_>) -> Poll<Result<Option<Bytes>, Failure>> {
+        let events = self.source.poll(cx);
+        self.count();
+        events
+    }
+
+    /// Counts what has come since it was last called.
+    fn count(&mut self) {
+        let Source { events, came, .. } = &self.source;
+        if events.count > 0 && self.counted.replace(*came) != Some(*came) {
+            self.counting.came(self.sent);
+            self.counting.note(events.count, events.usage);
+        }
+    }
 
     fn next_limit(&self) -> Instant {
-        let idle = if self.events.done {
+        let idle = if self.source.events.done {
             END_WITHIN
         } else {
             self.upstream.timeouts.idle
         };
-        let next = self.came + idle;
+        let next = self.source.came + idle;
         self.deadline.map_or(next, |deadline| next.min(deadline.at))
     }
 
@@ -183,7 +205,9 @@ impl Stream {
         if self.app.phase() >= Phase::Stopping {
             return Some(ApiError::draining(self.app.drain_retry_after_s()));
         }
-        let passed = self.deadline.filter(|deadline| deadline.at <= self.came);
+        let passed = self
+            .deadline
+            .filter(|deadline| deadline.at <= self.source.came);
         passed.map(|deadline| late(deadline.setting))
     }
 
@@ -201,7 +225,7 @@ impl Stream {
             }
             self.timer.as_mut().reset(limit.into());
         }
-        if self.events.done {
+        if self.source.events.done {
             return Poll::Ready(None);
         }
         match self.deadline {
@@ -234,7 +258,7 @@ impl Stream {
 
     fn end(&mut self) {
         self.ended = true;
-        if self.events.failed {
+        if self.source.events.failed {
             let note = ErrorNote {
                 code: Some("upstream_failed"),
                 message: "the upstream told of an error in its stream".to_owned(),
@@ -246,7 +270,7 @@ impl Stream {
             return;
         }
         self.upstream.succeeded();
-        if self.events.usage.is_none() {
+        if self.source.events.usage.is_none() {
             self.upstream.counts.estimated.fetch_add(1, Relaxed);
         }
     }
@@ -270,7 +294,7 @@ impl Body for Stream {
         let error = match this.poll_events(cx) {
             // An upstream that always has more would never come to the timers.
             Poll::Ready(Ok(Some(events))) => match this.overdue() {
-                Some(error) if !this.events.done => error,
+                Some(error) if !this.source.events.done => error,
                 _ => return Poll::Ready(Some(Ok(Frame::data(events)))),
             },
             Poll::Ready(Ok(None)) => {

@@ -11,6 +11,7 @@ mod faults;
 mod foreign;
 mod foreign_faults;
 mod foreign_health;
+mod hedges;
 mod http2;
 mod lifecycle;
 mod operations;
