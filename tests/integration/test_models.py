@@ -12,8 +12,8 @@ import pytest
 
 from scalellm.cli.status import blueprint_lines
 from scalellm.controller.gateway_view import get
-from scalellm.demo import model_folder
 
+from .made_models import made_model
 from .served import START_S, Serve, own_environment
 from .supervised import children, command_line, kill, until
 
@@ -38,19 +38,6 @@ max_model_len = 64
 """
 
 
-def tiny_model(folder: Path) -> Path:
-    """The demo's tokenizer with a model of half its layers."""
-    folder.mkdir()
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        (folder / name).write_bytes((model_folder() / name).read_bytes())
-    config = json.loads((model_folder() / "config.json").read_text())
-    config["num_hidden_layers"] = max(1, config["num_hidden_layers"] // 2)
-    for key in ("layer_types", "max_window_layers"):
-        config.pop(key, None)
-    (folder / "config.json").write_text(json.dumps(config))
-    return folder
-
-
 def text_of(served: Serve, model: str) -> str:
     fields = {"model": model, "prompt": "What is 12 + 30?", "temperature": 0, "max_tokens": 8}
     with served.post(fields) as response:
@@ -73,7 +60,9 @@ def blueprints(served: Serve) -> list[dict[str, Any]]:
 @pytest.mark.slow
 def test_models_share_the_machine_and_do_not_disturb_each_other(tmp_path: Path) -> None:
     file = tmp_path / "models.toml"
-    file.write_text(FILE.replace("{tiny}", json.dumps(str(tiny_model(tmp_path / "tiny")))))
+    file.write_text(
+        FILE.replace("{tiny}", json.dumps(str(made_model(tmp_path / "tiny", num_hidden_layers=2))))
+    )
     served = Serve(tmp_path, "--config", str(file), model=None)
     try:
         assert " model=first,second,tiny replicas=3 " in served.line
