@@ -1,9 +1,12 @@
 """A deployment that changes its shape under streams, and what its clients notice: nothing."""
 
 import json
+import subprocess
+import sys
 import threading
 import urllib.request
 from collections.abc import Iterator
+from http import HTTPStatus
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +16,9 @@ from scalellm.cli.status import blueprint_lines
 from scalellm.controller.blueprint.journal import replay
 from scalellm.controller.gateway_view import get
 
-from .served import Serve
-from .supervised import until
+from ..e2e.wire import call
+from .served import START_S, Serve
+from .supervised import children, command_line, kill, until
 
 # One wide replica is the faster one up to six streams.
 CALIBRATION = """
@@ -158,3 +162,33 @@ def test_static_shapes_serve_side_by_side(tmp_path: Path) -> None:
         assert len(answers) == 1
     finally:
         found.close()
+
+
+@pytest.mark.slow
+def test_a_static_shape_tells_whom_it_has_given_up(tmp_path: Path) -> None:
+    served = Serve(tmp_path, "--replicas", "2", "--cpu-threads", "1", "--kv-cache-memory", "16MiB")
+    try:
+        before = state(served)
+        assert "given_up" not in before
+
+        def is_given_up() -> bool:
+            for pid in children(served.process.pid):
+                if b"/engine-1.sock\0" in command_line(pid):
+                    kill(pid)
+            return "given_up" in state(served)
+
+        until(is_given_up, START_S)
+        reason = "ended 5 times in 120 s, the last time killed by SIGKILL"
+        assert state(served) == before | {"given_up": {"engine-1": reason}}
+        command = [sys.executable, "-m", "scalellm", "status", "--url", served.url]
+        told = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+        assert f"engine-1 given up: {reason}" in told.stdout.splitlines()
+        assert f"scalellm: engine-1 given up: {reason}" in served.errors()
+        assert served.works()
+        wish = {"blueprint": [{"tp": 2, "count": 1}]}
+        refused = call(served.url, "/admin/v1/blueprint", wish, method="PUT")
+        assert refused.status == HTTPStatus.BAD_REQUEST
+        assert "this deployment's is static" in refused.error["message"]
+        assert state(served) == before | {"given_up": {"engine-1": reason}}
+    finally:
+        served.close()

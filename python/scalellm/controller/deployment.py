@@ -23,6 +23,7 @@ from scalellm.controller.shapes import (
     served_name,
     shapes_of,
 )
+from scalellm.controller.state_file import write_state
 from scalellm.controller.supervisor import Plan
 from scalellm.errors import AddressInUseError, ConfigError, ServeError
 
@@ -50,10 +51,13 @@ def plan_deployment(models: Sequence[Served], port: int, folder: Path, launcher:
     launcher.check(engines)
     addresses = {engine.name: launcher.address(engine) for engine in engines}
     sections = []
+    state_files: dict[str, Path] = {}
     for at, (model, found) in enumerate(zip(models, shapes, strict=True)):
         state_file = _state_file(folder, at)
         state = initial_state(found, model.config.deployment.blueprint)
-        state_file.write_text(json.dumps(state), encoding="utf-8")
+        write_state(state_file, state)
+        if found.steering is None:
+            state_files |= dict.fromkeys(found.widths, state_file)
         sections.append(_model_section(model, [addresses[n] for n in found.widths], state_file))
     file = folder / "gateway.toml"
     file.touch(mode=0o600)
@@ -76,6 +80,7 @@ def plan_deployment(models: Sequence[Served], port: int, folder: Path, launcher:
         ),
         wanted=frozenset().union(*(found.wanted for found in shapes)),
         steering=tuple(found.steering for found in shapes if found.steering is not None),
+        state_files=state_files,
         drain_timeout_s=deployment.drain_timeout_s,
     )
 

@@ -17,7 +17,7 @@ import signal
 import socket
 import time
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -28,6 +28,7 @@ from scalellm.controller.policy import Limits
 from scalellm.controller.replica import Replica
 from scalellm.controller.report import Report
 from scalellm.controller.restarted import Restarted
+from scalellm.controller.state_file import note_given_up
 from scalellm.controller.watchdog import MARK_VARIABLE, Watchdog, kill_marked
 from scalellm.errors import ServeError
 
@@ -49,6 +50,8 @@ class Plan:
     limits: Limits
     wanted: frozenset[str] | None = None  # the engines to begin with; None: all
     steering: Sequence[Mapping[str, Any]] = ()  # of each model whose engines may change: how
+    # Of each engine of the other models: what `/admin/v1/blueprint` shows of its model.
+    state_files: Mapping[str, Path] = field(default_factory=dict)
     inner_url: str | None = None  # where the controller asks the gateway; None: at `url`
     drain_timeout_s: float = 30.0
     stop_timeout_s: float = 20.0  # for engines after SIGTERM; unloading a large model takes seconds
@@ -316,6 +319,8 @@ class Supervisor:
         elif kind == "give_up":
             replica.given_up = reason
             self._report.event(f"{replica.name} given up: {reason}")
+            if (state_file := self._plan.state_files.get(replica.name)) is not None:
+                note_given_up(state_file, replica.name, reason)
             wanted = [found for found in self._replicas.values() if found.wanted]
             left = [found for found in wanted if not found.given_up]
             if self._phase is Phase.STARTING or not left:

@@ -113,6 +113,19 @@ def test_several_models_have_replicas_and_sections_of_their_own(tmp_path: Path) 
     assert threads == "2"
 
 
+def test_the_root_tells_of_static_models_alone(tmp_path: Path) -> None:
+    static, auto = (serve_config(model="demo", served_model_name=name) for name in ("a", "b"))
+    auto = replace(
+        auto,
+        deployment=replace(auto.deployment, replicas=1, blueprint="auto"),
+        blueprint=BlueprintConfig(devices=2, calibration="cpu-qwen3-0.6b-int8"),
+    )
+    models = [Served(config, tmp_path, cores=2, widths=(1, 2)) for config in (auto, static)]
+    plan = plan_deployment(models, 8123, tmp_path, LocalLauncher(tmp_path))
+    assert [steering["model"] for steering in plan.steering] == ["b"]
+    assert plan.state_files == dict.fromkeys(("a-0", "a-1"), tmp_path / "blueprint-1.json")
+
+
 def test_a_refused_plan_names_its_model(tmp_path: Path) -> None:
     good, bad = (serve_config(model="demo", served_model_name=name) for name in ("good", "bad"))
     bad = replace(bad, blueprint=BlueprintConfig(replica=("tp=1",)))
