@@ -18,6 +18,7 @@ class Crowd:
     expected: list[Answer]
     streams: int = 64
     forgives: Callable[[Exception], bool] = lambda _: False  # what a fault may do to a client
+    model: str = "demo"
     leave: threading.Event = field(default_factory=threading.Event)
     finished: int = 0
     replays: int = 0
@@ -40,7 +41,7 @@ class Crowd:
             assert not thread.is_alive(), "a client still waits for its answer"
 
     def _client(self, number: int) -> None:
-        workload = requests()
+        workload = requests(self.model)
         while not self.leave.is_set():
             which = number % len(workload)
             number += 1

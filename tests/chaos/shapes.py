@@ -5,13 +5,12 @@ from http import HTTPStatus
 from pathlib import Path
 from typing import Any
 
-from ..e2e.wire import call
+from ..e2e.wire import Reply, call
 from ..integration.served import Serve
 from ..integration.supervised import until
 
 WIDE, NARROW = [{"tp": 2, "count": 1}], [{"tp": 1, "count": 2}]
 SWITCH_S = 90.0
-# Both shapes cost the same: the policy has no reason to move.
 _SHAPE = """
 [[shapes]]
 tp = {tp}
@@ -24,36 +23,53 @@ kv_tokens = 65536
 """
 
 
-def serve_two_shapes(folder: Path, *more: str) -> Serve:
-    calibration = folder / "equal.toml"
-    shapes = "".join(_SHAPE.format(tp=tp) for tp in (1, 2))
-    calibration.write_text(f'name = "equal"\nsource = "derived"\nnote = "for tests"\n{shapes}')
+def serve_two_shapes(folder: Path, *more: str, model: str = "demo") -> Serve:
     return Serve(
         folder,
         *("--blueprint", "auto", "--devices", "2", "--cpu-threads", "2"),
-        *("--calibration", str(calibration), "--kv-cache-memory", "128MiB"),
+        *("--calibration", str(equal_costs(folder)), "--kv-cache-memory", "128MiB"),
         *("--hand-over-s", "3", *more),
+        model=model,
     )
 
 
-def state(serve: Serve) -> dict[str, Any]:
+def equal_costs(folder: Path) -> Path:
+    """A calibration by which a step of either width costs the same."""
+    calibration = folder / "equal.toml"
+    shapes = "".join(_SHAPE.format(tp=tp) for tp in (1, 2))
+    calibration.write_text(f'name = "equal"\nsource = "derived"\nnote = "for tests"\n{shapes}')
+    return calibration
+
+
+def state(serve: Serve, model: str | None = None) -> dict[str, Any]:
+    """Of the only model, or of one of several."""
     reply = call(serve.url, "/admin/v1/blueprint")
     assert reply.status == HTTPStatus.OK, reply.body
     found: dict[str, Any] = json.loads(reply.body)
-    return found
+    if model is None:
+        return found
+    (own,) = (one for one in found["models"] if one["model"] == model)
+    return dict(own)
 
 
-def wish(serve: Serve, blueprint: list[dict[str, int]] | None) -> None:
-    reply = call(serve.url, "/admin/v1/blueprint", {"blueprint": blueprint}, method="PUT")
+def ask_for(
+    serve: Serve, blueprint: list[dict[str, int]] | None, model: str | None = None
+) -> Reply:
+    of = {} if model is None else {"model": model}
+    return call(serve.url, "/admin/v1/blueprint", of | {"blueprint": blueprint}, method="PUT")
+
+
+def wish(serve: Serve, blueprint: list[dict[str, int]] | None, model: str | None = None) -> None:
+    reply = ask_for(serve, blueprint, model)
     assert reply.status == HTTPStatus.OK, reply.body
 
 
-def switch(serve: Serve, blueprint: list[dict[str, int]]) -> None:
+def switch(serve: Serve, blueprint: list[dict[str, int]], model: str | None = None) -> None:
     """Wish for a shape, and wait until the deployment has it and nothing else."""
-    wish(serve, blueprint)
+    wish(serve, blueprint, model)
 
     def has_it() -> bool:
-        found = state(serve)
+        found = state(serve, model)
         return bool(found["phase"] == "steady" and found["blueprint"] == blueprint)
 
     until(has_it, SWITCH_S)

@@ -10,7 +10,7 @@ TIMEOUT_S = 120.0
 _PROMPTS = ("Once upon a time", "There was a little dog", "The", "One day Tom", "Anna went to")
 
 
-def requests() -> list[dict[str, Any]]:
+def requests(model: str = "demo") -> list[dict[str, Any]]:
     """Bodies for /v1/completions: greedy and sampled, streamed and not."""
     kinds: list[dict[str, Any]] = [
         {"temperature": 0.0},
@@ -27,7 +27,7 @@ def requests() -> list[dict[str, Any]]:
     for number, kind in enumerate(kinds):
         for streamed in (True, False):
             body = {
-                "model": "demo",
+                "model": model,
                 "prompt": _PROMPTS[(number + streamed) % len(_PROMPTS)],
                 "max_tokens": 250,
                 "ignore_eos": True,
@@ -99,10 +99,10 @@ def ask(url: str, body: dict[str, Any]) -> tuple[Answer, int]:
     return _put_together(events, usage), usage.get("replays", 0)
 
 
-def undisturbed_answers(url: str) -> list[Answer]:
+def undisturbed_answers(url: str, model: str = "demo") -> list[Answer]:
     """The answer of every request of the workload, while nothing happens."""
     answers = []
-    for body in requests():
+    for body in requests(model):
         answer, replays = ask(url, body)
         assert replays == 0
         answers.append(answer)
