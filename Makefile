@@ -3,6 +3,7 @@
 #   make serve                          the demo model on 127.0.0.1:8000
 #   make serve MODEL=Qwen/Qwen3-0.6B ARGS="--port 9000"
 #   make test ARGS="-k scheduler"       ARGS go to pytest
+#   make bench-blueprint ARGS="--docs none"   ARGS go to each of its scripts
 
 SHELL := /bin/bash
 MODEL ?= demo
@@ -43,9 +44,8 @@ bench-gateway: setup
 	@$(BIN)/python benchmarks/bench_gateway.py $(ARGS)
 
 bench-blueprint: setup
-	@missed=0; $(BIN)/python benchmarks/bench_switching.py $(ARGS) || missed=1; \
-	    $(BIN)/python benchmarks/bench_simulator.py || missed=1; \
-	    $(BIN)/python benchmarks/bench_blueprint.py || missed=1; exit $$missed
+	@missed=0; for script in switching simulator blueprint endurance; do \
+	    $(BIN)/python benchmarks/bench_$$script.py $(ARGS) || missed=1; done; exit $$missed
 
 bench-cpu: setup
 	@$(BIN)/python benchmarks/bench_cpu.py $(ARGS)

@@ -1,10 +1,11 @@
 """Many switches and many faults under streams: the chaos tests at length, and what came of them.
 
-    python benchmarks/bench_endurance.py                            both, then docs/performance.md
+    python benchmarks/bench_endurance.py                            all, then docs/performance.md
     python benchmarks/bench_endurance.py --part switches --switches 50 --docs none
+    SCALELLM_SWITCHES=2 SCALELLM_CHAOS_S=10 make bench-blueprint    little of it
 
-Each part is one test of tests/chaos that is given more to do; it fails as the test fails. Nothing
-here is a time, so other work on the machine does no harm.
+Each part is a test that is given more to do, or a few that are not run everywhere; it fails as they
+fail, or are left out. Nothing here is a time, so other work on the machine does no harm.
 """
 
 import argparse
@@ -14,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping
+from importlib.util import find_spec
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -25,8 +27,10 @@ ROOT = Path(__file__).resolve().parent.parent
 TESTS = {
     "switches": "tests/chaos/test_switches.py::test_streams_outlive_forced_switches",
     "faults": "tests/chaos/test_any_process.py",
+    "ray": "tests/integration/test_ray.py",
 }
-VARIABLES = {"switches": "SCALELLM_SWITCHES", "faults": "SCALELLM_CHAOS_S"}
+# What says how much there is to do, here as in the tests, and how much a thorough run has.
+AMOUNTS = {"SCALELLM_SWITCHES": 200, "SCALELLM_CHAOS_S": 300}
 SENTENCES = {
     "switches": (
         "{switches} forced switches between 1 x TP 2 and 2 x TP 1 under {streams} streams in "
@@ -39,21 +43,29 @@ SENTENCES = {
         "undisturbed answers, {told} that ended with one clear error or with the gateway's "
         "connection, {wrong} otherwise; requests moved {moves} times."
     ),
+    "ray": (
+        "Engines in a Ray cluster of two nodes on one machine: {tests} tests of what is placed "
+        "where, a node that is lost under a stream, and a drain."
+    ),
 }
 
 
-def run(part: str, amount: int) -> tuple[bool, Mapping[str, str]]:
-    """Whether the test passed, and what it recorded."""
+def run(part: str, amounts: Mapping[str, int]) -> tuple[bool, Mapping[str, str]]:
+    """Whether the part's tests passed, all of them, and what they recorded."""
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
         command = [sys.executable, "-m", "pytest", "-q", "--log-cli-level=info"]
         command += [f"--junitxml={report}", "-o", "junit_family=xunit1", TESTS[part]]
-        environment = {**os.environ, VARIABLES[part]: str(amount)}
+        environment = {**os.environ, "SCALELLM_REQUIRE": "all"}
+        environment |= {name: str(amount) for name, amount in amounts.items()}
         done = subprocess.run(command, cwd=ROOT, env=environment, check=False)
         if not report.is_file():
             return False, {}
-        found = ElementTree.parse(report).iter("property")
-        recorded = {one.attrib["name"]: _rounded(one.attrib["value"]) for one in found}
+        found = ElementTree.parse(report)
+        recorded = {
+            one.attrib["name"]: _rounded(one.attrib["value"]) for one in found.iter("property")
+        }
+        recorded["tests"] = str(sum(1 for _ in found.iter("testcase")))
     return done.returncode == 0, recorded
 
 
@@ -72,13 +84,18 @@ def section(recorded: Mapping[str, Mapping[str, str]], command: str) -> str:
 def main(arguments: list[str] | None = None) -> int:
     given = sys.argv[1:] if arguments is None else arguments
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--switches", type=int, default=200)
-    parser.add_argument("--chaos-s", type=int, default=300)
-    parser.add_argument("--part", choices=TESTS, action="append")
+    usual = {name: int(os.environ.get(name, amount)) for name, amount in AMOUNTS.items()}
+    parser.add_argument("--switches", type=int, default=usual["SCALELLM_SWITCHES"])
+    parser.add_argument("--chaos-s", type=int, default=usual["SCALELLM_CHAOS_S"])
+    parser.add_argument("--part", choices=TESTS, action="append", help="default: what can be run")
     parser.add_argument("--docs", default=str(ROOT / "docs" / "performance.md"), help="or none")
     options = parser.parse_args(given)
-    amounts = {"switches": options.switches, "faults": options.chaos_s}
-    outcomes = {part: run(part, amounts[part]) for part in options.part or TESTS}
+    amounts = {"SCALELLM_SWITCHES": options.switches, "SCALELLM_CHAOS_S": options.chaos_s}
+    parts = options.part or list(TESTS)
+    if not options.part and find_spec("ray") is None:
+        parts.remove("ray")
+        print("ray is left out: it is not installed")
+    outcomes = {part: run(part, amounts) for part in parts}
     passed = {part: found for part, (is_good, found) in outcomes.items() if is_good}
     text = section(passed, shlex.join(["python", "benchmarks/bench_endurance.py", *given]))
     print(text)
