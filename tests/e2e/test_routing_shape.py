@@ -65,7 +65,7 @@ def replicas(served: Serve) -> list[dict[str, Any]]:
 def learn(served: Serve) -> list[list[list[int]]]:
     """Each replica alone, so that it measures its steps; its answers.
 
-    Beside a narrow one that was measured, a wide one that never ran is taken for no better."""
+    Until both have, a lonely request goes to the wide one whatever it costs."""
     answers = []
     for alone in replicas(served):
         for other in replicas(served):

@@ -63,6 +63,8 @@ struct Measured {
 #[derive(Debug)]
 pub(crate) struct Costs {
     costs: Vec<StepCost>,
+    /// How much each one's own measurement says of it, from 0 to 1.
+    trusted: Vec<f64>,
     /// Whether engines have told what a step costs: without it, what an output costs is unknown.
     told: bool,
     pub(crate) output_tokens: f64,
@@ -137,28 +139,31 @@ impl Predictor {
                 .collect();
             return Costs {
                 costs,
+                trusted: vec![0.0; candidates.len()],
                 told: false,
                 output_tokens,
             };
         };
         let middles = middles(candidates);
-        let costs = candidates
+        let (costs, trusted) = candidates
             .iter()
             .map(|candidate| {
                 let middle = middles.get(&candidate.tensor_parallel_size);
                 let (true, Some(middle)) = (candidate.cost.is_measured(), middle) else {
-                    return typical;
+                    return (typical, 0.0);
                 };
                 let age_ms = self
                     .replicas
                     .get(candidate.index)
                     .map_or(0.0, |measured| now_ms - measured.steps_at_ms);
                 let own = middle.between(&candidate.cost, unlike(candidate, middle));
-                typical.between(&own, trust(age_ms))
+                let trusted = trust(age_ms);
+                (typical.between(&own, trusted), trusted)
             })
-            .collect();
+            .unzip();
         Costs {
             costs,
+            trusted,
             told: true,
             output_tokens,
         }
@@ -246,6 +251,11 @@ impl Costs {
 
     pub(crate) fn of(&self, at: usize) -> &StepCost {
         &self.costs[at]
+    }
+
+    /// Whether its cost is more its own than the fleet's.
+    pub(crate) fn is_known(&self, at: usize) -> bool {
+        self.trusted[at] > 0.5
     }
 }
 

@@ -2,13 +2,16 @@
 //!
 //! A step of a wide replica is short, but its devices, as narrow replicas, would each carry only a part of its
 //! requests. With `w` and `n` for the step's cost on wide and narrow ones and `k` for how many narrow replicas
-//! have as many devices, wide wins below the number of requests at which both steps take the same time:
+//! have as many devices, wide wins while its step is the shorter one:
 //!
 //! ```text
-//!   w.fixed + w.each * requests = n.fixed + n.each * requests / k
+//!   w.fixed + w.each * requests <= n.fixed + n.each * max(1, requests / k)
 //! ```
+//!
+//! Where either was not measured, or long ago, nothing can be compared: a lonely request tries the wide replica, and
+//! those that come beside it the narrow ones, so that both are measured.
 
-use crate::candidate::{Candidate, StepCost};
+use crate::candidate::Candidate;
 use crate::policy::Reason;
 use crate::router::View;
 
@@ -24,9 +27,12 @@ pub(crate) fn choose(view: &View<'_>) -> Option<(usize, Reason)> {
     let is_wide = |at: usize| width(&view.candidates[at]) == widest;
     let wide = view.soonest_done(is_wide)?;
     let narrow = view.soonest_done(|at| !is_wide(at))?;
-    let candidate = &view.candidates[wide];
-    let requests = candidate.requests() + 1.0;
-    let few = requests <= crossover(view, wide, narrow);
+    let requests = view.candidates[wide].requests() + 1.0;
+    let few = if view.costs.is_known(wide) && view.costs.is_known(narrow) {
+        is_wide_quicker(view, wide, narrow, requests)
+    } else {
+        requests <= 1.0
+    };
     if few && !view.request.batch && is_short(view, wide) {
         Some((wide, Reason::Wide))
     } else {
@@ -34,19 +40,12 @@ pub(crate) fn choose(view: &View<'_>) -> Option<(usize, Reason)> {
     }
 }
 
-/// Requests on the wide replica from which its devices do better as narrow ones; infinite if they never do.
-fn crossover(view: &View<'_>, wide: usize, narrow: usize) -> f64 {
+/// Whether a wide replica's step of so many requests is shorter than that of its devices as narrow ones.
+fn is_wide_quicker(view: &View<'_>, wide: usize, narrow: usize, requests: f64) -> bool {
     let ratio =
         f64::from(width(&view.candidates[wide])) / f64::from(width(&view.candidates[narrow]));
-    let each = |cost: &StepCost| cost.token_ms + cost.request_ms;
-    let (w, n) = (view.costs.of(wide), view.costs.of(narrow));
-    let gained = n.fixed_ms - w.fixed_ms;
-    let lost = each(w) - each(n) / ratio;
-    if lost > 0.0 {
-        (gained / lost).max(0.0)
-    } else {
-        f64::INFINITY
-    }
+    let step_ms = |at: usize, requests: f64| view.costs.of(at).decode_ms(requests, 0.0);
+    step_ms(wide, requests) <= step_ms(narrow, (requests / ratio).max(1.0))
 }
 
 fn is_short(view: &View<'_>, at: usize) -> bool {

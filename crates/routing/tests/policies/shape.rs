@@ -74,3 +74,53 @@ fn a_wide_replica_that_is_better_at_any_load_keeps_short_work() {
     fleet[0].cost.request_ms = 0.0;
     assert_eq!(reason(&fleet, &prompt_of(100)), Reason::Wide);
 }
+
+#[test]
+fn a_lonely_request_is_at_one_narrow_replica_and_not_at_a_part_of_each() {
+    let mut fleet = fleet(0, 0);
+    // 9.95 + 0.32 against 10 + 0.4, though 10 + 0.4 / 4 is less.
+    fleet[0].cost.fixed_ms = 9.95;
+    assert_eq!(reason(&fleet, &prompt_of(1)), Reason::Wide);
+    fleet[0].running = 4;
+    assert_eq!(reason(&fleet, &prompt_of(1)), Reason::Narrow);
+}
+
+#[test]
+fn what_was_never_measured_is_tried() {
+    let mut wide_unknown = fleet(0, 0);
+    wide_unknown[0].cost = StepCost::default();
+    assert_eq!(reason(&wide_unknown, &prompt_of(100)), Reason::Wide);
+    wide_unknown[0].running = 1;
+    assert_eq!(reason(&wide_unknown, &prompt_of(100)), Reason::Narrow);
+    let mut narrow_unknown = fleet(0, 0);
+    for narrow in &mut narrow_unknown[1..] {
+        narrow.cost = StepCost::default();
+    }
+    assert_eq!(reason(&narrow_unknown, &prompt_of(100)), Reason::Wide);
+    narrow_unknown[0].running = 1;
+    assert_eq!(reason(&narrow_unknown, &prompt_of(100)), Reason::Narrow);
+}
+
+#[test]
+fn what_has_run_nothing_for_minutes_is_tried_again() {
+    let mut router = Router::new(Policy::Shape);
+    let mut fleet = fleet(0, 0);
+    for replica in &mut fleet {
+        replica.steps = 100;
+    }
+    let mut reason = |fleet: &[Candidate], at_ms: f64| {
+        let choice = router.pick(fleet, &prompt_of(100), at_ms);
+        choice.expect("there are replicas").reason
+    };
+    let mut slow_wide = fleet.clone();
+    slow_wide[0].cost.fixed_ms = 40.0;
+    assert_eq!(reason(&slow_wide, 0.0), Reason::Narrow);
+    assert_eq!(reason(&slow_wide, 30_000.0), Reason::Narrow);
+    // Only narrow ones ran meanwhile.
+    for replica in &mut slow_wide[1..] {
+        replica.steps += 1;
+    }
+    assert_eq!(reason(&slow_wide, 240_000.0), Reason::Wide);
+    slow_wide[0].steps += 1;
+    assert_eq!(reason(&slow_wide, 240_001.0), Reason::Narrow);
+}
