@@ -48,6 +48,10 @@ def _helm() -> str | None:
     return None if find_spec("kubernetes_validate") else "no kubernetes-validate"
 
 
+def _go() -> str | None:
+    return None if shutil.which("go") else "no go"
+
+
 def _ray() -> str | None:
     return None if find_spec("ray") else "it is not installed"
 
@@ -64,6 +68,7 @@ def _cc() -> str | None:
 PROBES: dict[str, Callable[[], str | None]] = {
     "cc": _cc,
     "flashinfer": _flashinfer,
+    "go": _go,
     "gpu": _gpu,
     "helm": _helm,
     "postgres": _postgres,

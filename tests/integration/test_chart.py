@@ -66,7 +66,21 @@ EVERYTHING = {
     "metrics": {"podMonitor": {"enabled": True, "labels": {"release": "prometheus"}}},
 }
 WIDE, FEW = {"tensorParallelSize": 2}, {"cpuThreads": 2}
-CUSTOM = ("ScaledObject", "PodMonitor", "LeaderWorkerSet")  # kinds that others define
+# Kinds that others define: the Go module that has the definition, and its file there.
+CUSTOM = {
+    "LeaderWorkerSet": (
+        "sigs.k8s.io/lws@v0.7.0",
+        "config/crd/bases/leaderworkerset.x-k8s.io_leaderworkersets.yaml",
+    ),
+    "ScaledObject": (
+        "github.com/kedacore/keda/v2@v2.17.2",
+        "config/crd/bases/keda.sh_scaledobjects.yaml",
+    ),
+    "PodMonitor": (
+        "github.com/prometheus-operator/prometheus-operator@v0.85.0",
+        "example/prometheus-operator-crd/monitoring.coreos.com_podmonitors.yaml",
+    ),
+}
 
 
 def helm(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -113,6 +127,49 @@ def test_kubernetes_takes_every_object(tmp_path: Path, values: dict[str, Any]) -
     names = [(found["kind"], found["metadata"]["name"]) for found in objects]
     assert len(set(names)) == len(names)
     assert all(len(name) <= 52 for _, name in names)  # a pod's name and its revision have 63
+
+
+def definition(kind: str) -> dict[str, Any]:
+    """What its authors define of a kind that is not Kubernetes' own."""
+    module, file = CUSTOM[kind]
+    done = subprocess.run(
+        ["go", "mod", "download", "-json", module], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    folder = Path(json.loads(done.stdout)["Dir"])
+    found: dict[str, Any] = yaml.safe_load((folder / file).read_text(encoding="utf-8"))
+    return found
+
+
+def strict(schema: Any) -> Any:
+    """The schema, in which a field that is not named is an error: Kubernetes would drop it."""
+    if isinstance(schema, list):
+        return [strict(one) for one in schema]
+    if not isinstance(schema, dict):
+        return schema
+    made = {key: strict(value) for key, value in schema.items()}
+    is_open = "x-kubernetes-preserve-unknown-fields" in schema or "additionalProperties" in schema
+    if isinstance(schema.get("properties"), dict) and not is_open:
+        made["additionalProperties"] = False
+    return made
+
+
+@pytest.mark.needs("go")
+@pytest.mark.parametrize("kind", CUSTOM)
+def test_those_who_define_the_other_kinds_take_them(tmp_path: Path, kind: str) -> None:
+    import jsonschema
+
+    defined = definition(kind)["spec"]
+    objects = of_kind(render(tmp_path, EVERYTHING), kind).values()
+    assert objects
+    for found in objects:
+        group, version = found["apiVersion"].split("/")
+        assert (group, found["kind"]) == (defined["group"], defined["names"]["kind"])
+        (schema,) = (one["schema"] for one in defined["versions"] if one["name"] == version)
+        checked = strict(schema["openAPIV3Schema"]["properties"]["spec"])
+        jsonschema.validate(found["spec"], checked)
+        with pytest.raises(jsonschema.ValidationError):
+            jsonschema.validate({**found["spec"], "replica": 1}, checked)
 
 
 def test_helm_has_nothing_to_complain_of(tmp_path: Path) -> None:
