@@ -375,6 +375,18 @@ impl ApiError {
         ))
     }
 
+    /// What the log tells of it.
+    #[must_use]
+    pub fn note(&self) -> ErrorNote {
+        // What is wrong with a request is told by repeating it, and the log has nothing of what is asked.
+        let repeats = self.status == StatusCode::BAD_REQUEST;
+        ErrorNote {
+            code: self.code,
+            param: self.param.clone(),
+            message: (!repeats).then(|| self.message.clone()),
+        }
+    }
+
     /// The envelope as JSON, for a body or for an event of a stream that has begun.
     #[must_use]
     pub fn to_json(&self) -> Vec<u8> {
@@ -390,6 +402,7 @@ impl ApiError {
 
 impl IntoResponse for ApiError {
     fn into_response(self) -> Response {
+        let note = self.note();
         let mut response = (
             self.status,
             [(
@@ -409,10 +422,7 @@ impl IntoResponse for ApiError {
         if self.close {
             headers.insert(header::CONNECTION, HeaderValue::from_static("close"));
         }
-        response.extensions_mut().insert(ErrorNote {
-            code: self.code,
-            message: self.message,
-        });
+        response.extensions_mut().insert(note);
         response
     }
 }
@@ -434,11 +444,13 @@ impl From<GatewayError> for Box<ApiError> {
     }
 }
 
-/// Carries an error's text from its response to the access log.
+/// Carries what the access log tells of an error there.
 #[derive(Debug, Clone)]
 pub struct ErrorNote {
     pub code: Option<&'static str>,
-    pub message: String,
+    pub param: Option<String>,
+    /// Without a word of what is asked or answered.
+    pub message: Option<String>,
 }
 
 /// A client's string as an error message may repeat it: quoted, at most 64 characters.

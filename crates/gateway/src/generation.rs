@@ -15,7 +15,7 @@ use crate::admission::{self, Permit};
 use crate::app::{App, Phase};
 use crate::attempt::Attempt;
 use crate::choice::{Choice, ChoiceEvent};
-use crate::error::{ApiError, ApiResult, ErrorNote};
+use crate::error::{ApiError, ApiResult};
 use crate::fleet::Model;
 use crate::record::RequestRecord;
 use crate::request::Params;
@@ -263,10 +263,7 @@ impl Generation {
         let replays = self.usage().replays;
         self.choices.clear();
         self.error = None;
-        let note = ErrorNote {
-            code: error.code,
-            message: error.message.clone(),
-        };
+        let note = error.note();
         self.record.update(|progress| {
             progress.failed = Some((error.status.as_u16(), note));
             progress.replays = replays;

@@ -266,7 +266,8 @@ impl Drop for RequestEnd {
                         replays = progress.replays,
                         safety = Some(progress.safety.text()).filter(|text| !text.is_empty()),
                         code = note.as_ref().and_then(|note| note.code),
-                        error = note.as_ref().map(|note| note.message.as_str()),
+                        param = note.as_ref().and_then(|note| note.param.as_deref()),
+                        error = note.as_ref().and_then(|note| note.message.as_deref()),
                         stages = progress.times.server_timing(),
                     )
                 };

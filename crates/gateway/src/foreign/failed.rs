@@ -77,7 +77,8 @@ impl Failed {
             _ if status.is_client_error() => {
                 came.extensions_mut().insert(ErrorNote {
                     code: None,
-                    message: told.clone(),
+                    param: None,
+                    message: Some(told.clone()),
                 });
                 Ok(came)
             }

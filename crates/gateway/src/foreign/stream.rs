@@ -242,10 +242,7 @@ impl Stream {
 
     /// The last event of a stream that an error ends.
     fn fail(&mut self, error: &ApiError) -> Bytes {
-        let note = ErrorNote {
-            code: error.code,
-            message: error.message.clone(),
-        };
+        let note = error.note();
         self.ended = true;
         let status = error.status.as_u16();
         self.counting
@@ -261,7 +258,8 @@ impl Stream {
         if self.source.events.failed {
             let note = ErrorNote {
                 code: Some("upstream_failed"),
-                message: "the upstream told of an error in its stream".to_owned(),
+                param: None,
+                message: Some("the upstream told of an error in its stream".to_owned()),
             };
             let status = StatusCode::BAD_GATEWAY.as_u16();
             self.counting

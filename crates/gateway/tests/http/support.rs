@@ -60,7 +60,7 @@ fn byte_names() -> Vec<char> {
 }
 
 /// Byte-level BPE without merges: one token a byte.
-fn write_model(folder: &Path) {
+pub fn write_model(folder: &Path) {
     let vocab: serde_json::Map<String, Value> = byte_names()
         .into_iter()
         .enumerate()
@@ -228,26 +228,37 @@ impl Stack {
 
     /// Sum of the metric's lines that hold both texts.
     pub async fn metric(&self, name: &str, labels: &str) -> f64 {
-        let text = self.get("/metrics").await.text();
-        text.lines()
-            .filter(|line| line.starts_with(name) && line.contains(labels))
-            .map(|line| line.rsplit(' ').next().unwrap().parse::<f64>().unwrap())
-            .sum()
+        metric(self.address(), name, labels).await
     }
 
     pub async fn wait_metric(&self, name: &str, labels: &str, value: f64) {
-        let start = Instant::now();
-        loop {
-            let now = self.metric(name, labels).await;
-            if now == value {
-                return;
-            }
-            assert!(
-                start.elapsed() < LONG,
-                "{name} {labels} is {now}, not {value}"
-            );
-            tokio::time::sleep(Duration::from_millis(5)).await;
+        wait_metric(self.address(), name, labels, value).await;
+    }
+}
+
+/// As [`Stack::metric`].
+pub async fn metric(address: SocketAddr, name: &str, labels: &str) -> f64 {
+    let asked = request("GET", "/metrics", &[], Bytes::new());
+    let text = send(address, asked).await.text();
+    text.lines()
+        .filter(|line| line.starts_with(name) && line.contains(labels))
+        .map(|line| line.rsplit(' ').next().unwrap().parse::<f64>().unwrap())
+        .sum()
+}
+
+/// Until the metric, as [`Stack::metric`] sums it up, has this value.
+pub async fn wait_metric(address: SocketAddr, name: &str, labels: &str, value: f64) {
+    let start = Instant::now();
+    loop {
+        let now = metric(address, name, labels).await;
+        if now == value {
+            return;
         }
+        assert!(
+            start.elapsed() < LONG,
+            "{name} {labels} is {now}, not {value}"
+        );
+        tokio::time::sleep(Duration::from_millis(5)).await;
     }
 }
 

@@ -9,7 +9,7 @@ use http_body_util::BodyExt;
 use serde_json::{Value, json};
 
 use super::{Relayed, choices_of, object};
-use crate::error::{ApiError, ApiResult, ErrorNote};
+use crate::error::{ApiError, ApiResult};
 
 /// A stream whose parts are whole events, as it may be let out.
 pub fn checked(relayed: Relayed, body: Body) -> Body {
@@ -121,10 +121,7 @@ impl Events {
     /// Ends the stream.
     fn fail(&mut self, error: &ApiError, out: &mut Vec<u8>) {
         self.body = None;
-        let note = ErrorNote {
-            code: error.code,
-            message: error.message.clone(),
-        };
+        let note = error.note();
         let status = error.status.as_u16();
         self.relayed
             .record
