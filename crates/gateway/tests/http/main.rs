@@ -18,6 +18,7 @@ mod logs;
 mod operations;
 mod process;
 mod profile;
+mod reload;
 mod replays;
 mod routing;
 mod safety;
