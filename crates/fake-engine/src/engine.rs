@@ -150,6 +150,8 @@ struct Loop {
     prompts_until: Instant,
     steps: u64,
     outputs: u64,
+    /// Requests that ended with an error.
+    errors: u64,
     /// When the last step ended, or when it first had something to do after that.
     step_began_us: u64,
 }
@@ -167,6 +169,7 @@ impl Loop {
             prompts_until: Instant::now(),
             steps: 0,
             outputs: 0,
+            errors: 0,
             step_began_us: 0,
         }
     }
@@ -320,6 +323,9 @@ impl Loop {
                 self.prefixes.store(&sequence.hashes);
             }
             let output = sequence.step(&self.settings, now_us);
+            if output.finish_reason == proto::FinishReason::Error as i32 {
+                self.note_error();
+            }
             if output.finish_reason == proto::FinishReason::Unspecified as i32 {
                 // From the time it was due, so that lateness does not add up.
                 sequence.due += self.settings.tbt(self.running.len());
@@ -342,6 +348,15 @@ impl Loop {
         self.handle.emit(outputs, load);
         self.tell_changes();
         any
+    }
+
+    /// The faults' errors end with the last of so many requests.
+    fn note_error(&mut self) {
+        self.errors += 1;
+        let faults = &mut self.settings.faults;
+        if faults.error_requests == Some(self.errors) {
+            faults.error_after = None;
+        }
     }
 
     fn note_step(&mut self, requests: usize, now_us: u64) {

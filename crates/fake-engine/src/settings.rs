@@ -86,6 +86,8 @@ pub struct Faults {
     pub die_after_outputs: Option<u64>,
     /// Ends every request with ERROR after this many ids.
     pub error_after: Option<u32>,
+    /// So many requests end like that, and then all is well; without it all do.
+    pub error_requests: Option<u64>,
     /// Ends every request with CANCELLED after this many ids, as an engine does that must stop now.
     pub cancel_after: Option<u32>,
     /// Dies, as by `die_after_outputs`, of the first output of a prompt with this id.

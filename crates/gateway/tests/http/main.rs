@@ -5,6 +5,7 @@
 
 mod accounts;
 mod answers;
+mod breaker;
 mod endpoints;
 mod errors;
 mod faults;
