@@ -1,4 +1,4 @@
-//! Keys, quotas, usage and turns, over real sockets.
+//! Keys, quotas and usage, over real sockets.
 
 use std::time::{Duration, Instant};
 
@@ -11,7 +11,7 @@ use crate::foreign::WHOLE;
 use crate::support::{Folder, LONG, Reply, Stack, engine, open, request, says, send, with_model};
 use crate::upstream::{Mock, before, json as upstream_json};
 
-fn with_database(config: &mut Config) {
+pub fn with_database(config: &mut Config) {
     let file = config.models[0].path.join("accounts.db");
     config.database_url = Some(format!("sqlite:{}", file.display()));
     config.usage_interval_s = 0.02;
@@ -23,19 +23,19 @@ async fn stack(settings: Settings) -> Stack {
     Stack::start(vec![settings], with_database).await
 }
 
-async fn send_as(stack: &Stack, method: &str, path: &str, key: &str, body: &Value) -> Reply {
+pub async fn send_as(stack: &Stack, method: &str, path: &str, key: &str, body: &Value) -> Reply {
     let authorization = format!("Bearer {key}");
     let headers = [("authorization", authorization.as_str())];
     let body = Bytes::from(body.to_string());
     send(stack.address(), request(method, path, &headers, body)).await
 }
 
-async fn complete_as(stack: &Stack, key: &str, fields: Value) -> Reply {
+pub async fn complete_as(stack: &Stack, key: &str, fields: Value) -> Reply {
     send_as(stack, "POST", "/v1/completions", key, &with_model(fields)).await
 }
 
 /// A new key: its id and its secret.
-async fn new_key(stack: &Stack, fields: Value) -> (String, String) {
+pub async fn new_key(stack: &Stack, fields: Value) -> (String, String) {
     let made = stack.post("/admin/v1/keys", &fields).await.ok();
     let text = |name: &str| made[name].as_str().unwrap().to_owned();
     (text("id"), text("secret"))
@@ -264,117 +264,4 @@ async fn usage_is_written_while_a_request_runs_and_when_it_ended() {
     complete_as(&stack, &secret, ask).await.ok();
     let row = wait_usage(&stack, &format!("key={id}"), |row| row["requests"] == 2).await;
     assert!(row["output_tokens"].as_i64() > Some(7), "{row}");
-}
-
-#[tokio::test]
-async fn a_batch_flood_leaves_room_for_who_waits_for_an_answer() {
-    let slow = Settings {
-        ttft_ms: 20.0,
-        tbt_ms: 20.0,
-        ..engine()
-    };
-    let stack = Stack::start(vec![slow], |config| {
-        with_database(config);
-        config.max_in_flight = 4;
-        config.max_queued = 8;
-    })
-    .await;
-    let (_, batch) = new_key(&stack, json!({"class": "batch", "tenant": "crawler"})).await;
-    let (_, person) = new_key(&stack, json!({"class": "interactive"})).await;
-    let flood =
-        (0..32).map(|_| complete_as(&stack, &batch, json!({"prompt": "x", "max_tokens": 20})));
-    let people = async {
-        stack
-            .wait_metric("scalellm_queued_requests{", "batch", 8.0)
-            .await;
-        // Batch has three of the four places; the fourth was kept.
-        assert_eq!(
-            stack.metric("scalellm_generations_in_flight", "").await,
-            3.0
-        );
-        for _ in 0..3 {
-            let ask = json!({"prompt": "x", "max_tokens": 1});
-            complete_as(&stack, &person, ask).await.ok();
-        }
-    };
-    let (flooded, ()) = tokio::join!(futures_util::future::join_all(flood), people);
-    let served = flooded.iter().filter(|reply| reply.status == 200).count();
-    let refused = flooded.iter().filter(|reply| reply.status == 503);
-    assert_eq!(served, 11);
-    assert!(
-        refused
-            .clone()
-            .all(|reply| !reply.header("retry-after").is_empty())
-    );
-    assert_eq!(refused.count(), 21);
-}
-
-#[tokio::test]
-async fn a_deadline_that_cannot_be_met_is_refused_at_once() {
-    let slow = Settings {
-        tbt_ms: 20.0,
-        ..engine()
-    };
-    let stack = Stack::start(vec![slow], |config| config.max_in_flight = 1).await;
-    // Two turns tell how long one takes.
-    let ask = || stack.complete(json!({"prompt": "x", "max_tokens": 20}));
-    let replies = tokio::join!(ask(), ask(), ask(), ask());
-    for reply in [replies.0, replies.1, replies.2, replies.3] {
-        reply.ok();
-    }
-    let last = async {
-        stack
-            .wait_metric("scalellm_queued_requests{", "standard", 2.0)
-            .await;
-        let late = json!({"prompt": "x", "max_tokens": 1, "deadline_ms": 50});
-        let error = stack.complete(late).await.error(504);
-        assert!(
-            error["message"].as_str().unwrap().contains("predicted"),
-            "{error}"
-        );
-    };
-    let ((), ..) = tokio::join!(last, ask(), ask(), ask());
-    assert_eq!(
-        stack
-            .metric("scalellm_rejected_total{", "deadline_predicted")
-            .await,
-        1.0
-    );
-}
-
-#[tokio::test]
-async fn a_client_that_leaves_the_queue_gives_its_turn_on() {
-    let slow = Settings {
-        tbt_ms: 5.0,
-        ..engine()
-    };
-    let stack = Stack::start(vec![slow], |config| config.max_in_flight = 1).await;
-    let body = |max_tokens| {
-        let body = with_model(json!({"prompt": "x", "max_tokens": max_tokens, "stream": true}));
-        request(
-            "POST",
-            "/v1/completions",
-            &[],
-            Bytes::from(body.to_string()),
-        )
-    };
-    let running = open(stack.address(), body(1000)).await;
-    let leaving = open(stack.address(), body(1000));
-    {
-        let waiting = async {
-            stack
-                .wait_metric("scalellm_queued_requests{", "", 1.0)
-                .await
-        };
-        tokio::select! {
-            _ = leaving => panic!("there is no place"),
-            () = waiting => {}
-        }
-    }
-    stack
-        .wait_metric("scalellm_queued_requests{", "", 0.0)
-        .await;
-    let next = stack.complete(json!({"prompt": "x", "max_tokens": 1}));
-    let ((), next) = tokio::join!(async { drop(running) }, next);
-    next.ok();
 }

@@ -29,5 +29,6 @@ mod streams;
 mod support;
 mod traces;
 mod transport;
+mod turns;
 mod upstream;
 mod ways_in;
