@@ -165,6 +165,46 @@ async fn quotas_really_refuse() {
 }
 
 #[tokio::test]
+async fn requests_per_minute_are_counted_for_each_key() {
+    let stack = stack(says("hi")).await;
+    let limited = json!({"limits": {"requests_per_minute": 3}});
+    let (_, secret) = new_key(&stack, limited.clone()).await;
+    let (_, other) = new_key(&stack, limited).await;
+    let ask = json!({"prompt": "x"});
+    let mut left = Vec::new();
+    let refused = loop {
+        let reply = complete_as(&stack, &secret, ask.clone()).await;
+        if reply.status != 200 {
+            break reply;
+        }
+        assert_eq!(reply.header("x-ratelimit-limit-requests"), "3");
+        left.push(reply.header("x-ratelimit-remaining-requests").to_owned());
+        assert!(left.len() <= 6, "three in each of two minutes at the most");
+    };
+    // A new minute may have begun among them.
+    assert!(left.ends_with(&["2".to_owned(), "1".to_owned(), "0".to_owned()]));
+    let error = refused.error(429);
+    assert_eq!(
+        (&error["type"], &error["code"]),
+        (&json!("rate_limit_error"), &json!("rate_limit_exceeded"))
+    );
+    let message = error["message"].as_str().unwrap();
+    assert!(
+        message.contains("requests per minute are limited to 3"),
+        "{message}"
+    );
+    let seconds: u64 = refused.header("retry-after").parse().unwrap();
+    assert!((1..=60).contains(&seconds), "{seconds}");
+    assert_eq!(refused.header("x-ratelimit-limit-requests"), "3");
+    assert_eq!(refused.header("x-ratelimit-remaining-requests"), "0");
+    assert!(refused.header("x-ratelimit-reset-requests").ends_with('s'));
+    assert_eq!(stack.metric("scalellm_rejected_total{", "quota").await, 1.0);
+    let reply = complete_as(&stack, &other, ask).await;
+    reply.ok();
+    assert_eq!(reply.header("x-ratelimit-remaining-requests"), "2");
+}
+
+#[tokio::test]
 async fn quotas_and_usage_hold_before_a_server_elsewhere_too() {
     let folder = Folder::new();
     let mock = Mock::start(|_| vec![upstream_json(WHOLE)]).await;
