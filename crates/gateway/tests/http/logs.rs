@@ -10,6 +10,8 @@ use crate::process::{Process, event};
 use crate::support::{Folder, Reply, engine, open, request, says, start_engine, user, write_model};
 use crate::upstream::{Act, Mock, answer, chunk, json as answer_json, last_chunk, stream_head};
 
+const CHAT: &str = "/v1/chat/completions";
+
 /// A program before engines of our own, "bytes" with a well one and "failing" with one that fails, and before a
 /// server elsewhere, "chat".
 struct Scene {
@@ -60,16 +62,15 @@ impl Scene {
 
     async fn chat(&self, model: &str, mut fields: Value) -> Reply {
         fields["model"] = model.into();
-        let path = "/v1/chat/completions";
-        self.process.send("POST", path, &fields.to_string()).await
+        self.process.send("POST", CHAT, &fields.to_string()).await
     }
 
     /// What is answered to this body, from a client with the key.
-    async fn raw(&self, body: &str) -> String {
+    async fn raw(&self, path: &str, body: &str) -> String {
         let bearer = format!("Bearer {KEY}");
         let headers = [("authorization", bearer.as_str())];
         let body = Bytes::from(body.to_owned());
-        let asked = request("POST", "/v1/chat/completions", &headers, body);
+        let asked = request("POST", path, &headers, body);
         let (response, _connection) = open(self.process.address, asked).await;
         // An answer of a server elsewhere may break off.
         let whole = response.into_body().collect().await;
@@ -122,7 +123,7 @@ async fn every_request_is_one_line_of_json() {
     for (name, value) in [
         ("level", json!("INFO")),
         ("method", json!("POST")),
-        ("path", json!("/v1/chat/completions")),
+        ("path", json!(CHAT)),
         ("status", json!(200)),
         ("outcome", json!("ok")),
         ("model", json!("bytes")),
@@ -234,7 +235,7 @@ const BEHAVIOURS: [&str; 10] = [
     "503 Service Unavailable",
 ];
 
-/// Bodies of chat requests that hold what is asked, good and bad.
+/// Bodies that hold what is asked, good and bad.
 fn bodies() -> Vec<String> {
     let mut bodies = vec![
         json!({"messages": user(ASKED)}),
@@ -252,7 +253,12 @@ fn bodies() -> Vec<String> {
         json!({"messages": user(ASKED), "response_format": ASKED}),
         json!({"messages": user(ASKED), "prompt": ASKED, ASKED: ASKED}),
         json!({"messages": user(&format!("{ASKED} forbidden"))}),
-        json!({"messages": user(ASKED), "user": "whole"}),
+        json!({"prompt": ASKED}),
+        json!({"prompt": ASKED, "stream": true, "echo": true, "logprobs": 1}),
+        json!({"prompt": {ASKED: ASKED}}),
+        json!({"prompt": [ASKED, 1]}),
+        json!({"prompt": [1, ASKED]}),
+        json!({"prompt": format!("{ASKED} forbidden")}),
     ]
     .into_iter()
     .map(|body| body.to_string())
@@ -278,7 +284,9 @@ async fn what_is_asked_and_answered_is_never_logged() {
         for body in bodies() {
             for model in ["bytes", "failing"] {
                 let named = body.replacen('{', &format!("{{\"model\": \"{model}\", "), 1);
-                answers += &scene.raw(&named).await;
+                for path in [CHAT, "/v1/completions", "/tokenize"] {
+                    answers += &scene.raw(path, &named).await;
+                }
             }
         }
         for behaviour in BEHAVIOURS {
@@ -286,7 +294,7 @@ async fn what_is_asked_and_answered_is_never_logged() {
                 // After a few failures in a row nothing more would be sent there.
                 for user in ["whole", behaviour] {
                     let asked = json!({"model": "chat", "user": user, "stream": stream, "messages": self::user(ASKED)});
-                    answers += &scene.raw(&asked.to_string()).await;
+                    answers += &scene.raw(CHAT, &asked.to_string()).await;
                 }
             }
         }
