@@ -54,9 +54,7 @@ impl Fleet {
                 .and_then(|before| before.served.safety.as_ref());
             let safety = Safety::start(hooks, &path, checked)?;
             let served = match &before {
-                Some(before) => {
-                    Served::next(before.served, &before.live.config, model, safety, config)
-                }
+                Some(before) => Served::next(before.served, model, safety),
                 None => Served::new(model, safety, config, metrics),
             };
             fleet.served.push(Arc::clone(&served));

@@ -110,6 +110,14 @@ impl Changes {
         let wait = Duration::from_secs_f64(new.config.drain_timeout_s);
         let level = new.config.log_level;
         let kept: Vec<Arc<Model>> = new.fleet.models.clone();
+        for served in &new.fleet.served {
+            let Config {
+                max_queued,
+                batch_share,
+                ..
+            } = new.config;
+            served.admission.set(max_queued, batch_share);
+        }
         app.swap(new);
         app.log.set(level);
         for model in &old.fleet.models {

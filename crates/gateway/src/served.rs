@@ -41,31 +41,23 @@ impl Served {
         })
     }
 
-    /// As `new`, but what requests already share goes on: counts and places, as far as they are the same.
+    /// As `new`, but what requests already share goes on: counts and places.
     #[must_use]
     pub fn next(
         old: &Arc<Served>,
-        before: &Config,
         model: &ModelConfig,
         safety: Option<Arc<Safety>>,
-        config: &Config,
     ) -> Arc<Served> {
-        let same_places =
-            (before.max_queued, before.batch_share) == (config.max_queued, config.batch_share);
         let same_safety = old.safety.as_ref().map(Arc::as_ptr) == safety.as_ref().map(Arc::as_ptr);
-        if same_places && same_safety && old.aliases == model.aliases {
+        if same_safety && old.aliases == model.aliases {
             return Arc::clone(old);
         }
-        let admission = match same_places {
-            true => Arc::clone(&old.admission),
-            false => Admission::new(config.max_queued, config.batch_share),
-        };
         Arc::new(Served {
             name: Arc::clone(&old.name),
             aliases: model.aliases.clone(),
             created_unix_s: old.created_unix_s,
             metrics: Arc::clone(&old.metrics),
-            admission,
+            admission: Arc::clone(&old.admission),
             safety,
         })
     }

@@ -81,8 +81,6 @@ fn whole_seconds(time: Duration) -> u32 {
 /// The places of one model.
 pub struct Admission {
     state: Mutex<State>,
-    max_queued: usize,
-    batch_share: f64,
 }
 
 /// Places there are, and those that are taken.
@@ -91,11 +89,14 @@ struct Room {
     places: usize,
     taken: usize,
     taken_by_batch: usize,
+    /// Of the places, that batch requests take at most.
+    batch_share: f64,
 }
 
 #[derive(Default)]
 struct State {
     room: Room,
+    max_queued: usize,
     queue: FairQueue<oneshot::Sender<Result<Permit, Refusal>>>,
     next_id: u64,
     last_given: Option<Instant>,
@@ -121,11 +122,18 @@ impl Admission {
     /// Batch requests take at most `batch_share` of the places.
     #[must_use]
     pub fn new(max_queued: usize, batch_share: f64) -> Arc<Admission> {
-        Arc::new(Admission {
+        let admission = Admission {
             state: Mutex::default(),
-            max_queued,
-            batch_share,
-        })
+        };
+        admission.set(max_queued, batch_share);
+        Arc::new(admission)
+    }
+
+    /// For those who come from now on; nobody who waits is sent away.
+    pub fn set(&self, max_queued: usize, batch_share: f64) {
+        let mut state = self.state.lock();
+        state.max_queued = max_queued;
+        state.room.batch_share = batch_share;
     }
 
     /// A place, when it is this request's turn; `places` tells how many there are now.
@@ -141,7 +149,7 @@ impl Admission {
         let (place, mut turn) = {
             let mut state = self.state.lock();
             state.room.places = places();
-            if state.queue.ahead_of(ask.class) == 0 && self.fits(state.room, &ask) {
+            if state.queue.ahead_of(ask.class) == 0 && state.room.fits(&ask) {
                 state.queue.charge(&ask);
                 return Ok(self.give(&mut state, ask));
             }
@@ -152,7 +160,7 @@ impl Admission {
             {
                 return Err(Refusal::OutOfReach { predicted });
             }
-            if state.queue.len() >= self.max_queued {
+            if state.queue.len() >= state.max_queued {
                 let Some(shed) = state.queue.shed_below(ask.class) else {
                     return Err(Refusal::Full {
                         retry_after: predicted,
@@ -206,14 +214,6 @@ impl Admission {
         self.state.lock().queue.len_of(class)
     }
 
-    fn fits(&self, room: Room, ask: &Ask) -> bool {
-        let units = ask.units.min(room.places);
-        let batch_places = ((room.places as f64 * self.batch_share) as usize).max(1);
-        room.taken + units <= room.places
-            && (ask.class != Class::Batch
-                || room.taken_by_batch + units.min(batch_places) <= batch_places)
-    }
-
     fn give(self: &Arc<Self>, state: &mut State, ask: Ask) -> Permit {
         state.room.taken += ask.units;
         if ask.class == Class::Batch {
@@ -233,7 +233,7 @@ impl Admission {
             let mut state = self.state.lock();
             let state = &mut *state;
             let now = Instant::now();
-            while let Some((ask, turn)) = state.queue.pop(|ask| self.fits(state.room, ask)) {
+            while let Some((ask, turn)) = state.queue.pop(|ask| state.room.fits(ask)) {
                 state.note_given(now);
                 let permit = self.give(state, ask);
                 given.push((permit, turn));
@@ -246,6 +246,16 @@ impl Admission {
             // If nobody waits there any more the permit comes back and is dropped, which gives its place on.
             drop(turn.send(Ok(permit)));
         }
+    }
+}
+
+impl Room {
+    fn fits(&self, ask: &Ask) -> bool {
+        let units = ask.units.min(self.places);
+        let batch_places = ((self.places as f64 * self.batch_share) as usize).max(1);
+        self.taken + units <= self.places
+            && (ask.class != Class::Batch
+                || self.taken_by_batch + units.min(batch_places) <= batch_places)
     }
 }
 

@@ -117,12 +117,18 @@ async fn outlive(address: SocketAddr, engines: &Engines, reload: impl AsyncFnOnc
     let (response, _connection) = open(address, completion()).await;
     let waiting = tokio::spawn(send(address, completion()));
     wait_metric(address, "scalellm_queued_requests{", "", 1.0).await;
-    engines.write_file(1, "replica_hung_after_s = 20");
+    let changed = "replica_hung_after_s = 20\nmax_queued = 1\nbatch_share = 0.1";
+    engines.write_file(1, changed);
     reload().await;
     wait_metric(address, "scalellm_replica_state{", "e0", 0.0).await;
     let now = async |name| metric(address, name, "").await;
     assert_eq!(now("scalellm_generations_in_flight ").await, 1.0);
     assert_eq!(now("scalellm_queued_requests{").await, 1.0);
+    let ready = "e1\",state=\"ready\"";
+    wait_metric(address, "scalellm_replica_state{", ready, 1.0).await;
+    // The place is taken still, and so is the queue's, which is of the new length.
+    let third = send(address, completion()).await;
+    assert_eq!(third.error(503)["code"], "overloaded");
     assert_eq!(told(&Reply::read(response).await), undisturbed);
     assert_eq!(told(&waiting.await.unwrap()).0, "second");
     assert_eq!(now("scalellm_replays_total{").await, 0.0);
