@@ -9,6 +9,7 @@ from pathlib import Path
 
 from scalellm.cli.calibrated import calibrated
 from scalellm.cli.flags import add_settings, unknown_variables
+from scalellm.cli.memory import check_memory
 from scalellm.cli.model import check_folder, resolve_model
 from scalellm.cli.served import add_models, asked
 from scalellm.config import ServeConfig
@@ -33,6 +34,7 @@ from scalellm.controller.sharing import share
 from scalellm.controller.supervisor import Supervisor
 from scalellm.errors import ConfigError
 from scalellm.executor.node import check_hosts
+from scalellm.loader.memory import available_cpu_bytes
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -60,6 +62,8 @@ def run(arguments: argparse.Namespace) -> int:
         # measured, for a deployment that cannot be.
         several = len(shared_out) > 1
         planned = [_planned(config, cores, gpus, several) for config, cores in shared_out]
+        if shared.deployment.launcher == "local":
+            check_memory(planned, available_cpu_bytes())
         models = [_resolve(config, place, report) for config, place in planned]
         plan = plan_deployment(models, port, folder, launcher)
         return Supervisor(plan, folder, report).run()

@@ -130,6 +130,19 @@ def auto_widths(config: ServeConfig, place: Place) -> tuple[list[int], int]:
     return widths, devices
 
 
+def most_replicas(config: ServeConfig, place: Place) -> int:
+    """How many may run at once: while the shape changes, those of two.
+
+    Raises ConfigError as `auto_widths` and `parse_groups`."""
+    if config.deployment.blueprint == "auto":
+        widths, devices = auto_widths(config, place)
+        counts = [len(blueprint.replicas) for blueprint in uniform(widths, devices)]
+        return sum(sorted(counts)[-2:])
+    if config.blueprint.replica:
+        return len(parse_groups(config.blueprint.replica).replicas)
+    return config.deployment.replicas
+
+
 def _auto(config: ServeConfig, state_file: Path, place: Place) -> Shapes:
     shape, allowed = config.blueprint, place.widths
     cores, _ = _devices_there(config, place)

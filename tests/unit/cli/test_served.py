@@ -108,3 +108,38 @@ def test_nothing_large_is_fetched_for_a_deployment_that_cannot_be(
     with pytest.raises(ConfigError, match="model 'big': --replica: got tp=3"):
         serve.run(parser.parse_args(["--port", "0"]))
     assert fetched == [("demo", None, False)] * 2
+
+
+@pytest.mark.parametrize(
+    ("given", "replicas"),
+    [
+        (("--replicas", "3"), 3),
+        (("--replica", "tp=2", "--replica", "tp=1,count=2", "--devices", "4"), 3),
+        # Two wide and four narrow ones, while the one shape takes over from the other.
+        (("--blueprint", "auto", "--cpu-threads", "4"), 6),
+    ],
+)
+def test_kv_caches_that_do_not_fit_together_are_refused(
+    monkeypatch: pytest.MonkeyPatch, given: tuple[str, ...], replicas: int
+) -> None:
+    class FitsError(Exception):
+        pass
+
+    def resolved(*_: object) -> None:
+        raise FitsError
+
+    demo = Path(scalellm.demo.__file__).parent / "model"
+    monkeypatch.setattr(serve, "resolve_model", lambda *_, **__: demo)
+    monkeypatch.setattr(serve, "available_cpu_bytes", lambda: replicas * (900 << 20))
+    monkeypatch.setattr(serve, "_resolve", resolved)
+    parser = argparse.ArgumentParser()
+    serve.add_arguments(parser)
+
+    def run(size: str) -> None:
+        all_given = ["demo", "--port", "0", "--kv-cache-memory", size, *given]
+        serve.run(parser.parse_args(all_given))
+
+    with pytest.raises(ConfigError, match=rf"'demo' {replicas} x 1.0 GiB.*900 MiB each"):
+        run("1GiB")
+    with pytest.raises(FitsError):
+        run("900MiB")
