@@ -85,7 +85,7 @@ def compare(parts: Sequence[tuple[Level, Workload]]) -> list[Summary]:
 
 
 def decision_ms(devices: int) -> float:
-    """The median time of one decision with every power of two as a width."""
+    """The longest time of many decisions with every power of two as a width."""
     calibration = read_calibration(CALIBRATION)
     widest = calibration.shapes[8]
     widths = [1 << power for power in range(11) if 1 << power <= devices]
@@ -100,7 +100,7 @@ def decision_ms(devices: int) -> float:
         began_s = time.perf_counter()
         decide(signals, PolicyState(0.0), plans, costs, Settings("slo"))
         taken.append(1e3 * (time.perf_counter() - began_s))
-    return sorted(taken)[len(taken) // 2]
+    return max(taken)
 
 
 def line(name: str, found: Sequence[Summary]) -> str:
@@ -140,7 +140,7 @@ def main(arguments: list[str] | None = None) -> int:
     print(line("a day of all four", rows["a day of all four"]), flush=True)
     decided_ms = decision_ms(1024)
     took_s = time.perf_counter() - began_s
-    print(f"a decision for 1,024 devices takes {decided_ms:.2f} ms; all in {took_s:.0f} s")
+    print(f"a decision for 1,024 devices takes at most {decided_ms:.2f} ms; all in {took_s:.0f} s")
     if options.docs != "none":
         command = shlex.join(["python", "benchmarks/bench_blueprint.py", *given])
         text = section(rows, decided_ms, took_s, command)
@@ -179,7 +179,7 @@ def section(rows: dict[str, list[Summary]], decided_ms: float, took_s: float, co
         f"{OBJECTIVES.ttft_ms:g} ms and TBT {OBJECTIVES.tbt_ms:g} ms, **simulated** on a node of 8 "
         "GPUs whose costs are derived from published figures, not measured. Last columns: `auto` "
         "by the best and by the worst static plan, its switches, and the gap that a switch makes "
-        f"in a running answer. A decision for 1,024 devices takes {decided_ms:.2f} ms. In "
+        f"in a running answer. A decision for 1,024 devices takes at most {decided_ms:.2f} ms. In "
         f"{took_s:.0f} s, with\n\n    {command}\n\n" + "\n".join(table) + "\n\n"
         "`auto` begins with the wide replica, whatever the load: its first seconds count.\n"
     )
