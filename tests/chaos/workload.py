@@ -10,8 +10,17 @@ TIMEOUT_S = 120.0
 _PROMPTS = ("Once upon a time", "There was a little dog", "The", "One day Tom", "Anna went to")
 
 
+_STREAMED = {"stream": True, "stream_options": {"include_usage": True}}
+_CHATS = (
+    {"temperature": 0.0},
+    {"temperature": 1.0, "n": 2, "logprobs": True, "top_logprobs": 2},
+    {"temperature": 0.9, "stop": [" and"], "min_tokens": 80},
+)
+
+
 def requests(model: str = "demo") -> list[dict[str, Any]]:
-    """Bodies for /v1/completions: greedy and sampled, streamed and not."""
+    """Bodies for /v1/completions and, with messages, for chat: greedy and sampled, streamed and
+    not."""
     kinds: list[dict[str, Any]] = [
         {"temperature": 0.0},
         {"temperature": 1.0},
@@ -34,9 +43,18 @@ def requests(model: str = "demo") -> list[dict[str, Any]]:
                 "seed": 1000 + number,
                 "return_token_ids": True,
             } | kind
-            if streamed:
-                body |= {"stream": True, "stream_options": {"include_usage": True}}
-            made.append(body)
+            made.append(body | (_STREAMED if streamed else {}))
+    for number, kind in enumerate(_CHATS):
+        for streamed in (True, False):
+            body = {
+                "model": model,
+                "messages": [{"role": "user", "content": f"Tell me a story of {number} dogs."}],
+                "max_tokens": 200,
+                "ignore_eos": True,
+                "seed": 2000 + number,
+                "return_token_ids": True,
+            } | kind
+            made.append(body | (_STREAMED if streamed else {}))
     return made
 
 
@@ -81,7 +99,8 @@ def ask(url: str, body: dict[str, Any]) -> tuple[Answer, int]:
     connection = HTTPConnection(parts.hostname, parts.port, timeout=TIMEOUT_S)
     try:
         headers = {"Content-Type": "application/json"}
-        connection.request("POST", "/v1/completions", json.dumps(body), headers)
+        path = "/v1/chat/completions" if "messages" in body else "/v1/completions"
+        connection.request("POST", path, json.dumps(body), headers)
         response = connection.getresponse()
         raw = response.read().decode()
     finally:
@@ -113,6 +132,23 @@ def _put_together(events: list[dict[str, Any]], usage: dict[str, Any]) -> Answer
     choices: dict[int, Choice] = {}
     for event in events:
         for part in event["choices"]:
-            choices.setdefault(part["index"], Choice()).add(part)
+            choices.setdefault(part["index"], Choice()).add(_as_of_completions(part))
     assert choices and all(choice.finish_reason for choice in choices.values())
+    ids = sum(len(choice.token_ids) for choice in choices.values())
+    assert ids == usage["completion_tokens"] > 0
     return Answer(dict(sorted(choices.items())), usage["prompt_tokens"], usage["completion_tokens"])
+
+
+def _as_of_completions(part: dict[str, Any]) -> dict[str, Any]:
+    """A chat's part, as a completion would have it."""
+    said = part.get("delta") or part.get("message")
+    if said is None and "text" in part:
+        return part
+    told = (part["logprobs"] or {}).get("content") or []
+    logprobs = {
+        "tokens": [one["token"] for one in told],
+        "token_logprobs": [one["logprob"] for one in told],
+        "top_logprobs": [one["top_logprobs"] for one in told],
+    }
+    text, ids = (said or {}).get("content") or "", part.get("token_ids") or []  # the role has none
+    return {"stop_reason": None, **part, "text": text, "token_ids": ids, "logprobs": logprobs}
