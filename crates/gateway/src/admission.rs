@@ -60,7 +60,14 @@ pub async fn admit(
     let deadline = params
         .deadline_ms
         .map(|ms| record.started + Duration::from_millis(ms.into()));
-    let places = || model.places(&live.config);
+    // Asked for as long as it waits: a reload may change them.
+    let places = || {
+        let live = app.live();
+        live.fleet.newer(&model).map_or_else(
+            || model.places(&live.config),
+            |(newer, _)| newer.places(&live.config),
+        )
+    };
     let permit = place(app, record, &model.served, demand, deadline, places).await?;
     // While it waited its replicas may have gone, and others, or other hooks, may have come.
     let (model, limits) = match app.live().fleet.newer(&model) {

@@ -103,7 +103,13 @@ impl Attempt {
             refusals: 0,
             failures: Failures::default(),
             pause: None,
-            hedge: model.faults.config.hedge_after().map(Hedge::after),
+            hedge: model
+                .faults
+                .config
+                .hedge_after()
+                // Nobody waits for batch work.
+                .filter(|_| !wish.batch)
+                .map(Hedge::after),
         };
         if attempt.submit_to_any(app, model, preferred) {
             Ok(attempt)
@@ -147,10 +153,7 @@ impl Attempt {
                 }
                 Run::Running(stream) => match ready!(match stream.poll_next_unpin(cx) {
                     Poll::Pending => self.poll_hedge(app, model, cx).map(|o| Some(Ok(o))),
-                    said @ Poll::Ready(_) => {
-                        self.hedge = None;
-                        said
-                    }
+                    said @ Poll::Ready(_) => said,
                 }) {
                     Some(Ok(output)) if output.finish_reason() != FinishReason::Cancelled => {
                         self.received(app, model, &output);
@@ -212,6 +215,7 @@ impl Attempt {
             model.faults.succeeded(replica, epoch, app.clock.now_ms());
         }
         self.answered = true;
+        self.hedge = None;
         self.placement = None;
         self.submit.resume_ids.extend(&output.token_ids);
         if let Some(pause) = self.pause.take() {
@@ -234,16 +238,19 @@ impl Attempt {
         let ids = self.submit.resume_ids.len();
         self.placement = None;
         self.failures.note(self.place, now);
-        // A deployment may change its shape any number of times while a request runs.
-        let handed_on = loss.cause == Cause::Drained && ids > self.ids_at_loss;
-        self.ids_at_loss = ids;
-        self.losses += u32::from(!handed_on);
         let deaths = self.blame(app, model, self.place, loss.cause);
         if deaths >= MAX_DEATHS {
             model.faults.refused_prompts.refuse(&self.prompt, now);
             app.metrics.faults.not_replayed("deaths");
             return Err(ApiError::replica_deaths(deaths, faults.poison_refused_s));
         }
+        if self.take_second() {
+            return Ok(());
+        }
+        // A deployment may change its shape any number of times while a request runs.
+        let handed_on = loss.cause == Cause::Drained && ids > self.ids_at_loss;
+        self.ids_at_loss = ids;
+        self.losses += u32::from(!handed_on);
         let in_the_way = if loss.cause == Cause::Lost(LostCause::Nonsense) {
             Some(("nonsense", "what it said is of no use".to_owned()))
         } else if !faults.replay && (ids > 0 || self.tries >= MAX_OFFERS) {
@@ -323,6 +330,9 @@ impl Attempt {
         }
         self.placement = None;
         self.failures.note(self.place, Instant::now());
+        if self.take_second() {
+            return Ok(());
+        }
         if self.pause.is_some() {
             self.run = Run::Paused(Box::pin(sleep(LOOK_AGAIN)));
             return Ok(());

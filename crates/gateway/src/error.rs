@@ -13,6 +13,8 @@ use axum::http::{HeaderValue, StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use serde::Serialize;
 
+const UNKNOWN_MODEL: &str = "model_not_found";
+
 #[derive(Debug, thiserror::Error)]
 pub enum GatewayError {
     #[error("gateway configuration: {0}")]
@@ -190,7 +192,7 @@ impl ApiError {
         let error = ApiError::new(
             StatusCode::NOT_FOUND,
             "invalid_request_error",
-            Some("model_not_found"),
+            Some(UNKNOWN_MODEL),
             message,
         );
         Box::new(ApiError {
@@ -379,7 +381,7 @@ impl ApiError {
     #[must_use]
     pub fn note(&self) -> ErrorNote {
         // What is wrong with a request is told by repeating it, and the log has nothing of what is asked.
-        let repeats = self.status == StatusCode::BAD_REQUEST;
+        let repeats = self.status == StatusCode::BAD_REQUEST || self.code == Some(UNKNOWN_MODEL);
         ErrorNote {
             code: self.code,
             param: self.param.clone(),

@@ -118,6 +118,9 @@ impl Changes {
             } = new.config;
             served.admission.set(max_queued, batch_share);
         }
+        for upstream in new.fleet.foreign.iter().flat_map(|model| &model.upstreams) {
+            upstream.health.set(new.config.faults.breaker());
+        }
         app.swap(new);
         app.log.set(level);
         for model in &old.fleet.models {

@@ -64,6 +64,11 @@ impl Breaker {
         }
     }
 
+    #[must_use]
+    pub fn settings(&self) -> BreakerSettings {
+        self.settings
+    }
+
     /// Whether a request may be sent now to the replica in its start `epoch`.
     pub fn allows(&mut self, epoch: u64, now_ms: f64) -> bool {
         self.enter(epoch);

@@ -35,6 +35,8 @@ const LIKE: f64 = 1.25;
 const UNLIKE: f64 = 1.5;
 /// Of a prompt, in a step by which replicas are compared.
 const PART_TOKENS: f64 = 32.0;
+/// A measurement that nothing can be drawn towards, as it is of another shape, holds for so long.
+const OLD_MS: f64 = 300_000.0;
 /// Slots of an engine that does not tell.
 const UNKNOWN_SLOTS: f64 = 256.0;
 
@@ -63,8 +65,8 @@ struct Measured {
 #[derive(Debug)]
 pub(crate) struct Costs {
     costs: Vec<StepCost>,
-    /// How much each one's own measurement says of it, from 0 to 1.
-    trusted: Vec<f64>,
+    /// What each one's own measurement says; `None` if there is none, or it is old.
+    own: Vec<Option<StepCost>>,
     /// Whether engines have told what a step costs: without it, what an output costs is unknown.
     told: bool,
     pub(crate) output_tokens: f64,
@@ -139,31 +141,31 @@ impl Predictor {
                 .collect();
             return Costs {
                 costs,
-                trusted: vec![0.0; candidates.len()],
+                own: vec![None; candidates.len()],
                 told: false,
                 output_tokens,
             };
         };
         let middles = middles(candidates);
-        let (costs, trusted) = candidates
+        let (costs, own) = candidates
             .iter()
             .map(|candidate| {
                 let middle = middles.get(&candidate.tensor_parallel_size);
                 let (true, Some(middle)) = (candidate.cost.is_measured(), middle) else {
-                    return (typical, 0.0);
+                    return (typical, None);
                 };
                 let age_ms = self
                     .replicas
                     .get(candidate.index)
                     .map_or(0.0, |measured| now_ms - measured.steps_at_ms);
                 let own = middle.between(&candidate.cost, unlike(candidate, middle));
-                let trusted = trust(age_ms);
-                (typical.between(&own, trusted), trusted)
+                let aged = typical.between(&own, trust(age_ms));
+                (aged, (age_ms < OLD_MS).then_some(own))
             })
             .unzip();
         Costs {
             costs,
-            trusted,
+            own,
             told: true,
             output_tokens,
         }
@@ -253,9 +255,9 @@ impl Costs {
         &self.costs[at]
     }
 
-    /// Whether its cost is more its own than the fleet's.
-    pub(crate) fn is_known(&self, at: usize) -> bool {
-        self.trusted[at] > 0.5
+    /// Its own measurement, if that is not old.
+    pub(crate) fn own(&self, at: usize) -> Option<&StepCost> {
+        self.own[at].as_ref()
     }
 }
 

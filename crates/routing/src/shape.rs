@@ -8,8 +8,8 @@
 //!   w.fixed + w.each * requests <= n.fixed + n.each * max(1, requests / k)
 //! ```
 //!
-//! Where either was not measured, or long ago, nothing can be compared: a lonely request tries the wide replica, and
-//! those that come beside it the narrow ones, so that both are measured.
+//! Where the wide one, or every narrow one, was not measured for minutes, nothing can be compared: a lonely request
+//! tries the wide replica, and those that come beside it the narrow ones, so that both are measured.
 
 use crate::candidate::Candidate;
 use crate::policy::Reason;
@@ -28,10 +28,10 @@ pub(crate) fn choose(view: &View<'_>) -> Option<(usize, Reason)> {
     let wide = view.soonest_done(is_wide)?;
     let narrow = view.soonest_done(|at| !is_wide(at))?;
     let requests = view.candidates[wide].requests() + 1.0;
-    let few = if view.costs.is_known(wide) && view.costs.is_known(narrow) {
-        is_wide_quicker(view, wide, narrow, requests)
-    } else {
-        requests <= 1.0
+    let measured = view.soonest_done(|at| !is_wide(at) && view.costs.own(at).is_some());
+    let few = match (view.costs.own(wide), measured) {
+        (Some(_), Some(narrow)) => is_wide_quicker(view, wide, narrow, requests),
+        _ => requests <= 1.0,
     };
     if few && !view.request.batch && is_short(view, wide) {
         Some((wide, Reason::Wide))
@@ -44,7 +44,10 @@ pub(crate) fn choose(view: &View<'_>) -> Option<(usize, Reason)> {
 fn is_wide_quicker(view: &View<'_>, wide: usize, narrow: usize, requests: f64) -> bool {
     let ratio =
         f64::from(width(&view.candidates[wide])) / f64::from(width(&view.candidates[narrow]));
-    let step_ms = |at: usize, requests: f64| view.costs.of(at).decode_ms(requests, 0.0);
+    let step_ms = |at: usize, requests: f64| {
+        let cost = view.costs.own(at);
+        cost.map_or(f64::INFINITY, |cost| cost.decode_ms(requests, 0.0))
+    };
     step_ms(wide, requests) <= step_ms(narrow, (requests / ratio).max(1.0))
 }
 

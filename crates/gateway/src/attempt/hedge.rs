@@ -7,12 +7,12 @@ use std::task::{Context, Poll, ready};
 use std::time::{Duration, Instant};
 
 use futures_util::StreamExt;
-use scalellm_engine_link::StreamError;
 use scalellm_engine_link::proto::{self, FinishReason};
+use scalellm_engine_link::{LostCause, StreamError};
 use tokio::time::{Sleep, sleep};
 
-use super::Attempt;
 use super::sending::Sent;
+use super::{Attempt, given_up};
 use crate::app::App;
 use crate::fleet::Model;
 use crate::replay::{Cause, Place};
@@ -29,8 +29,8 @@ pub enum Second {
     Due,
     /// It said something first.
     Won(Box<proto::Output>),
-    /// Its replica refused it, or gave it up; if the replica was lost, so.
-    Failed(Place, Option<StreamError>),
+    /// Its replica refused it, or ended it; if it lost it, why.
+    Failed(Place, Option<Cause>),
 }
 
 impl Hedge {
@@ -48,12 +48,16 @@ impl Hedge {
             Hedge::Running(second) => second,
         };
         let said = ready!(second.stream.poll_next_unpin(cx));
+        let failed = |cause| Second::Failed(second.place, cause);
         Poll::Ready(match said {
-            Some(Ok(output)) if !gives_up(&output) => Second::Won(Box::new(output)),
-            Some(Err(error @ StreamError::Lost { .. })) => {
-                Second::Failed(second.place, Some(error))
-            }
-            _ => Second::Failed(second.place, None),
+            Some(Ok(output)) => match output.finish_reason() {
+                FinishReason::Cancelled => failed(Some(given_up(output.error).cause)),
+                FinishReason::Error => failed(None),
+                _ => Second::Won(Box::new(output)),
+            },
+            Some(Err(StreamError::Lost { cause, .. })) => failed(Some(Cause::Lost(cause))),
+            Some(Err(StreamError::Refused(_))) => failed(None),
+            None => failed(Some(Cause::Lost(LostCause::Nonsense))),
         })
     }
 }
@@ -76,18 +80,14 @@ impl Attempt {
                 }
                 Second::Won(output) => {
                     app.metrics.faults.hedge_won();
-                    if let Some(hedge) = self.hedge.take()
-                        && let Hedge::Running(second) = *hedge
-                    {
-                        self.take_up(second);
-                    }
+                    self.take_second();
                     return Poll::Ready(*output);
                 }
                 Second::Failed(place, lost) => {
                     self.hedge = None;
                     self.failures.note(place, Instant::now());
-                    if let Some(StreamError::Lost { cause, .. }) = lost {
-                        self.blame(app, model, place, Cause::Lost(cause));
+                    if let Some(cause) = lost {
+                        self.blame(app, model, place, cause);
                     }
                 }
             }
@@ -95,10 +95,22 @@ impl Attempt {
         Poll::Pending
     }
 
-    /// Sends it to a second replica, if there is one and the budget allows.
+    /// Has the second try, if one is under way, take the place of the first. Dropping that cancels it.
+    pub(super) fn take_second(&mut self) -> bool {
+        match self.hedge.take().map(|hedge| *hedge) {
+            Some(Hedge::Running(second)) => {
+                self.take_up(second);
+                true
+            }
+            Some(Hedge::Due(_)) | None => false,
+        }
+    }
+
+    /// Sends it to a second replica, if there is one that is well and the budget allows.
     fn second(&mut self, app: &App, model: &Model) -> Option<Sent> {
         let mut avoid = self.failures.avoid(model, Instant::now());
         avoid.push(self.place.replica);
+        avoid.extend((0..model.replicas.len()).filter(|replica| !model.faults.is_closed(*replica)));
         let may = model.has_usable(&avoid) && model.faults.may_hedge(app.clock.now_ms());
         if may {
             self.send(app, model, None, avoid)
@@ -106,11 +118,4 @@ impl Attempt {
             None
         }
     }
-}
-
-fn gives_up(output: &proto::Output) -> bool {
-    matches!(
-        output.finish_reason(),
-        FinishReason::Cancelled | FinishReason::Error
-    )
 }

@@ -29,7 +29,7 @@ pub struct FaultConfig {
     pub breaker_probes: u32,
     /// What has said nothing for this long is asked for at a second replica or upstream too; 0: never.
     pub hedge_after_s: f64,
-    /// At most of this share of the requests.
+    /// Of this share of the requests in the long run, and of a few at once.
     pub hedge_share: f64,
 }
 

@@ -30,6 +30,12 @@ impl Failed {
         }
     }
 
+    /// It goes to the client, whatever others may say: the request is to blame.
+    #[must_use]
+    pub fn is_for_client(&self) -> bool {
+        !self.elsewhere && self.answer.is_ok()
+    }
+
     /// No answer came, or none of use.
     #[must_use]
     pub fn lost(record: &RequestRecord, upstream: &Upstream, failure: &Failure) -> Failed {
@@ -87,7 +93,10 @@ impl Failed {
         let unwell = !status.is_client_error() || status == StatusCode::UNAUTHORIZED;
         if unwell {
             upstream.counts.failures.fetch_add(1, Relaxed);
-            upstream.failed(&told);
+            // Who has too much to do for now is not broken.
+            if status != StatusCode::SERVICE_UNAVAILABLE || retry_after_s.is_none() {
+                upstream.failed(&told);
+            }
         }
         let may_do_better = [StatusCode::TOO_MANY_REQUESTS, StatusCode::NOT_FOUND];
         let elsewhere = unwell || may_do_better.contains(&status);

@@ -127,10 +127,18 @@ impl Health {
         !self.down.swap(true, Relaxed)
     }
 
-    /// It answered a request.
+    /// It began to answer a request well.
     pub fn succeeded(&self) {
         let epoch = self.epoch.load(Relaxed);
         self.breaker.lock().succeeded(epoch, self.now_ms());
+    }
+
+    /// With other settings it begins anew.
+    pub fn set(&self, settings: BreakerSettings) {
+        let mut breaker = self.breaker.lock();
+        if breaker.settings() != settings {
+            *breaker = Breaker::new(settings);
+        }
     }
 
     /// It failed a request, by no fault of the client's. Returns whether this opened the breaker.

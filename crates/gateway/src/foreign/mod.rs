@@ -50,9 +50,11 @@ use pick::{Candidate, Picker, Reason};
 pub use relay::{Endpoint, relayed};
 pub use upstream::Upstream;
 
-/// Retries that may be saved up, and what each request adds: so retries never double an overload.
-const MAX_SAVED_RETRIES: f64 = 10.0;
-const RETRIES_PER_REQUEST: f64 = 0.2;
+/// Requests that may be sent again at once; in the long run it is `retry_share` of all.
+const RETRY_BURST: usize = 10;
+
+/// Whether an upstream fails its requests, is a fallback, has just refused one.
+type Tier = (bool, bool, bool);
 
 /// A model and the upstreams that compute it.
 pub struct ForeignModel {
@@ -61,7 +63,7 @@ pub struct ForeignModel {
     /// Of them, those that get no new requests.
     drained: Vec<bool>,
     pub picker: Arc<Picker>,
-    saved_retries: Mutex<f64>,
+    retries: Mutex<RetryBudget>,
     hedge_after: Option<Duration>,
     hedges: Mutex<RetryBudget>,
     began: Instant,
@@ -97,7 +99,7 @@ impl ForeignModel {
             picker: before
                 .map(|model| Arc::clone(&model.picker))
                 .unwrap_or_default(),
-            saved_retries: Mutex::new(MAX_SAVED_RETRIES),
+            retries: Mutex::new(RetryBudget::new(RETRY_BURST, faults.retry_share)),
             hedge_after: faults.hedge_after(),
             hedges: Mutex::new(RetryBudget::new(HEDGE_BURST, faults.hedge_share)),
             began: Instant::now(),
@@ -133,22 +135,34 @@ impl ForeignModel {
             })
     }
 
+    /// Those that are not `tried`, each with what sets it behind others: that it fails its requests, is a fallback, or has
+    /// just refused one.
+    fn tiers(&self, tried: &[usize]) -> Vec<(Tier, usize, &Arc<Upstream>)> {
+        let untried = self.usable().filter(|(index, _)| !tried.contains(index));
+        untried
+            .map(|(index, upstream)| {
+                let health = &upstream.health;
+                let behind = (
+                    !health.allows(),
+                    upstream.config.fallback,
+                    health.is_refusing(),
+                );
+                (behind, index, upstream)
+            })
+            .collect()
+    }
+
+    /// Whether nothing sets one back that is not `tried`.
+    fn is_one_beside(&self, tried: &[usize]) -> bool {
+        let tiers = self.tiers(tried);
+        tiers.iter().any(|(tier, ..)| *tier == Tier::default())
+    }
+
     /// One of those that are well and not `tried`, and why it; those that have just refused a request come after the
     /// others, fallbacks after both, and last those that fail their requests: a breaker chooses between upstreams and
     /// does not close the shop.
     fn pick(&self, tried: &[usize], session: Option<u64>) -> Option<(usize, Reason)> {
-        let tier = |upstream: &Upstream| {
-            let health = &upstream.health;
-            (
-                !health.allows(),
-                upstream.config.fallback,
-                health.is_refusing(),
-            )
-        };
-        let untried = self.usable().filter(|(index, _)| !tried.contains(index));
-        let tiers: Vec<_> = untried
-            .map(|(index, upstream)| (tier(upstream), index, upstream))
-            .collect();
+        let tiers = self.tiers(tried);
         let first = tiers.iter().map(|(tier, ..)| *tier).min()?;
         let among: Vec<_> = tiers
             .into_iter()
@@ -171,25 +185,22 @@ impl ForeignModel {
     }
 
     fn request_came(&self) {
-        let mut saved = self.saved_retries.lock();
-        *saved = (*saved + RETRIES_PER_REQUEST).min(MAX_SAVED_RETRIES);
+        self.retries.lock().request();
         if self.hedge_after.is_some() {
             self.hedges.lock().request();
         }
     }
 
-    fn may_hedge(&self) -> bool {
-        let now_ms = self.began.elapsed().as_secs_f64() * 1e3;
-        self.hedges.lock().take(now_ms)
+    fn may_retry(&self) -> bool {
+        self.retries.lock().take(self.now_ms())
     }
 
-    fn may_retry(&self) -> bool {
-        let mut saved = self.saved_retries.lock();
-        let may = *saved >= 1.0;
-        if may {
-            *saved -= 1.0;
-        }
-        may
+    fn may_hedge(&self) -> bool {
+        self.hedges.lock().take(self.now_ms())
+    }
+
+    fn now_ms(&self) -> f64 {
+        self.began.elapsed().as_secs_f64() * 1e3
     }
 
     #[must_use]

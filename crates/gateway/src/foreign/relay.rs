@@ -144,7 +144,7 @@ impl Relay<'_> {
         self.model.request_came();
         let mut tried = Vec::new();
         let mut refusal = None;
-        while tried.len() < MAX_ATTEMPTS {
+        for _ in 0..MAX_ATTEMPTS {
             let Some(next) = self.next(&tried) else {
                 break;
             };
@@ -218,7 +218,6 @@ impl Relay<'_> {
             }
             Answer::Whole(head, sent, json) => (head, sent, json),
         };
-        upstream.succeeded();
         self.record.update(|progress| {
             progress.times.set(Stage::Upstream, sent.elapsed());
         });

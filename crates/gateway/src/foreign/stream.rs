@@ -110,10 +110,11 @@ impl Source {
                 let unfinished = || Failure::Lost("it ended without [DONE]".to_owned());
                 return Poll::Ready(if whole { Ok(None) } else { Err(unfinished()) });
             };
+            let data = data?;
             self.came = Instant::now();
             let events = self
                 .events
-                .push(data?)
+                .push(data)
                 .map_err(|_| Failure::Lost("an event does not end".to_owned()))?;
             if !events.is_empty() {
                 return Poll::Ready(Ok(Some(events)));
@@ -267,7 +268,6 @@ impl Stream {
                 .update(|progress| progress.failed = Some((status, note)));
             return;
         }
-        self.upstream.succeeded();
         if self.source.events.usage.is_none() {
             self.upstream.counts.estimated.fetch_add(1, Relaxed);
         }

@@ -48,7 +48,6 @@ pub struct Upstream {
     tls: Option<Tls>,
     idle: Mutex<Vec<(Link, Instant)>>,
     pub health: Health,
-    breaker: BreakerSettings,
     pub counts: Counts,
     prober: Mutex<Option<AbortHandle>>,
 }
@@ -81,7 +80,6 @@ impl Upstream {
         let authorization = config.authorization(path)?;
         let same = running.iter().find(|upstream| {
             upstream.config == *config
-                && upstream.breaker == breaker
                 && upstream.model == model
                 && upstream.authorization == authorization
         });
@@ -107,7 +105,6 @@ impl Upstream {
             base,
             idle: Mutex::default(),
             health: Health::new(breaker),
-            breaker,
             counts: Counts::default(),
             prober: Mutex::default(),
             config: config.clone(),
@@ -135,8 +132,8 @@ impl Upstream {
         if self.is_usable() { "up" } else { "down" }
     }
 
-    /// It answered a question or a request.
-    fn reached(&self) {
+    /// It said something.
+    pub fn reached(&self) {
         if self.health.reached() {
             tracing::info!(upstream = &*self.name, "the upstream is back");
         }
@@ -146,12 +143,6 @@ impl Upstream {
         if self.health.not_reached() {
             tracing::warn!(upstream = &*self.name, reason, "the upstream is down");
         }
-    }
-
-    /// It answered a request.
-    pub fn succeeded(&self) {
-        self.reached();
-        self.health.succeeded();
     }
 
     /// A request failed that another server might have answered.

@@ -1,19 +1,27 @@
 //! Servers elsewhere that are down, refuse, or fail what they are asked: who gets requests then.
 
+use std::net::SocketAddr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
+use bytes::Bytes;
 use scalellm_gateway::UpstreamConfig;
+use tokio::net::TcpListener;
+use tokio::sync::Notify;
 
-use super::foreign::{WHOLE, ask, gateway};
-use super::support::{LONG, Stack};
-use super::upstream::{Mock, answer, before, json, upstream};
+use super::foreign::{DONE, HI, WHOLE, ask, gateway};
+use super::support::{LONG, Reply, Stack, open, request};
+use super::upstream::{Act, Mock, answer, before, chunk, json, last_chunk, stream_head, upstream};
 
 /// An address where nobody listens.
+async fn nobody_at() -> SocketAddr {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    listener.local_addr().unwrap()
+}
+
 pub async fn nobody() -> UpstreamConfig {
-    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
-    upstream(&format!("http://{}/v1", listener.local_addr().unwrap()))
+    upstream(&format!("http://{}/v1", nobody_at().await))
 }
 
 #[tokio::test]
@@ -184,4 +192,53 @@ async fn what_a_client_did_wrong_opens_no_breaker() {
         assert_eq!(ask(&stack, "{}").await.status, 422);
     }
     assert_eq!(stack.metric(OPEN, "").await, 0.0);
+}
+
+#[tokio::test]
+async fn who_has_too_much_to_do_for_now_is_not_broken() {
+    let busy = Mock::start(|_| vec![answer("503 Busy", "retry-after: 0\r\n", "{}")]).await;
+    let stack = with_breakers(&busy, Vec::new(), 600.0).await;
+    for _ in 0..8 {
+        ask(&stack, "{}").await.error(503);
+    }
+    assert_eq!(stack.metric(OPEN, "").await, 0.0);
+}
+
+#[tokio::test]
+async fn one_that_nobody_asks_is_back_with_its_first_word() {
+    let gate = Arc::new(Notify::new());
+    let wait = Arc::clone(&gate);
+    // A listener that takes nobody, then the server at the same address.
+    let address = nobody_at().await;
+    let stack = gateway(vec![upstream(&format!("http://{address}/v1"))]).await;
+    ask(&stack, "{}").await.error(502);
+    ask(&stack, "{}").await.error(503);
+    let mock = Mock::at(address, move |seen| match seen.body.contains("long") {
+        true => vec![
+            stream_head(),
+            chunk(HI),
+            Act::Wait(Arc::clone(&wait)),
+            chunk(DONE),
+            last_chunk(),
+        ],
+        false => vec![json(WHOLE)],
+    })
+    .await;
+    // It is tried after some seconds, by one request.
+    let start = Instant::now();
+    let body = Bytes::from(r#"{"stream":true,"user":"long"}"#);
+    let (response, _connection) = loop {
+        let asked = request("POST", "/v1/chat/completions", &[], body.clone());
+        let (response, connection) = open(stack.address(), asked).await;
+        if response.status() == 200 {
+            break (response, connection);
+        }
+        assert!(start.elapsed() < LONG);
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    };
+    // While its answer still runs, others get theirs.
+    assert_eq!(ask(&stack, "{}").await.text(), WHOLE);
+    gate.notify_one();
+    assert_eq!(Reply::read(response).await.text(), [HI, DONE].concat());
+    assert_eq!(mock.seen().len(), 2);
 }

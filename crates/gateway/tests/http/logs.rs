@@ -291,15 +291,17 @@ async fn what_is_asked_and_answered_is_never_logged() {
         }
         for behaviour in BEHAVIOURS {
             for stream in [false, true] {
-                // After a few failures in a row nothing more would be sent there.
-                for user in ["whole", behaviour] {
-                    let asked = json!({"model": "chat", "user": user, "stream": stream, "messages": self::user(ASKED)});
-                    answers += &scene.raw(CHAT, &asked.to_string()).await;
-                }
+                let asked = json!({"model": "chat", "user": behaviour, "stream": stream, "messages": user(ASKED)});
+                answers += &scene.raw(CHAT, &asked.to_string()).await;
             }
         }
-        let came = |behaviour| mock.seen().iter().any(|seen| seen.body.contains(behaviour));
+        let came = |behaviour| {
+            let told = format!("\"user\":\"{behaviour}\"");
+            mock.seen().iter().any(|seen| seen.body.contains(&told))
+        };
         assert!(BEHAVIOURS.into_iter().all(came));
+        let unknown = json!({"model": ASKED, "messages": user(ASKED)});
+        answers += &scene.raw(CHAT, &unknown.to_string()).await;
         // Whoever asked is told.
         assert!(answers.contains(ASKED) && answers.contains(ANSWERED));
         let lines = scene.end().await;

@@ -45,7 +45,7 @@ impl Engines {
         let folder = Folder::new();
         write_model(&folder.0);
         let slow = Settings {
-            tbt_ms: 10.0,
+            tbt_ms: 20.0,
             ..says(&long_text())
         };
         let file = folder.0.join("gateway.toml");

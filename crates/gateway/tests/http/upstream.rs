@@ -101,12 +101,28 @@ impl Mock {
         Mock::serve(answer, None).await
     }
 
+    pub async fn at(
+        address: SocketAddr,
+        answer: impl Fn(&Seen) -> Vec<Act> + Send + Sync + 'static,
+    ) -> Mock {
+        let listener = TcpListener::bind(address).await.unwrap();
+        Mock::listen(listener, answer, None)
+    }
+
     /// The same behind TLS.
     pub async fn serve(
         answer: impl Fn(&Seen) -> Vec<Act> + Send + Sync + 'static,
         tls: Option<TlsAcceptor>,
     ) -> Mock {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        Mock::listen(listener, answer, tls)
+    }
+
+    fn listen(
+        listener: TcpListener,
+        answer: impl Fn(&Seen) -> Vec<Act> + Send + Sync + 'static,
+        tls: Option<TlsAcceptor>,
+    ) -> Mock {
         let address = listener.local_addr().unwrap();
         let shared = Arc::new(Shared::default());
         let for_task = Arc::clone(&shared);

@@ -115,12 +115,22 @@ fn what_has_run_nothing_for_minutes_is_tried_again() {
     let mut slow_wide = fleet.clone();
     slow_wide[0].cost.fixed_ms = 40.0;
     assert_eq!(reason(&slow_wide, 0.0), Reason::Narrow);
-    assert_eq!(reason(&slow_wide, 30_000.0), Reason::Narrow);
-    // Only narrow ones ran meanwhile.
-    for replica in &mut slow_wide[1..] {
-        replica.steps += 1;
+    // Once a minute one comes, to narrow ones.
+    for minute in 1..5 {
+        slow_wide[1].steps += 1;
+        assert_eq!(
+            reason(&slow_wide, f64::from(minute) * 60_000.0),
+            Reason::Narrow
+        );
     }
-    assert_eq!(reason(&slow_wide, 240_000.0), Reason::Wide);
+    assert_eq!(reason(&slow_wide, 301_000.0), Reason::Wide);
     slow_wide[0].steps += 1;
-    assert_eq!(reason(&slow_wide, 240_001.0), Reason::Narrow);
+    assert_eq!(reason(&slow_wide, 302_000.0), Reason::Narrow);
+}
+
+#[test]
+fn one_narrow_replica_that_was_not_measured_hides_no_others() {
+    let mut fleet = fleet(5, 0);
+    fleet[1].cost = StepCost::default();
+    assert_eq!(reason(&fleet, &prompt_of(100)), Reason::Wide);
 }

@@ -9,6 +9,7 @@ use axum::body::Body;
 use axum::http::{HeaderName, header};
 use bytes::Bytes;
 use futures_util::future::{Either, select};
+use scalellm_accounts::Class;
 
 use super::{Relay, has_type, respond};
 use crate::foreign::events::Events;
@@ -83,14 +84,20 @@ impl Relay<'_> {
     ) -> Result<(Arc<Upstream>, Answer), Failed> {
         let upstream = self.chosen(choice, tried);
         let first = self.attempt(upstream);
-        match self.model.hedge_after {
+        // One that is not streamed says nothing before its end: that it is late means nothing.
+        match self
+            .model
+            .hedge_after
+            .filter(|_| self.asked.stream && !self.is_batch())
+        {
             None => first.await,
-            Some(after) => Box::pin(self.hedged(first, after, choice, tried)).await,
+            Some(after) => Box::pin(self.hedged(upstream, first, after, choice, tried)).await,
         }
     }
 
     async fn hedged(
         &self,
+        upstream: &Upstream,
         first: impl Future<Output = Result<(Arc<Upstream>, Answer), Failed>>,
         after: Duration,
         choice: (usize, Reason),
@@ -100,26 +107,39 @@ impl Relay<'_> {
         if let Ok(ended) = tokio::time::timeout(after, &mut first).await {
             return ended;
         }
-        let second = self.next(tried).filter(|_| self.model.may_hedge());
-        let Some((index, _)) = second else {
+        let Some(index) = self.beside(tried) else {
             return first.await;
         };
         self.app.metrics.faults.hedged();
         let second = self.attempt(self.chosen((index, Reason::Hedge), tried));
-        let (ended, first_won) = match select(first, pin!(second)).await {
-            Either::Left((Err(_), second)) => (second.await, false),
+        // What is the client's doing ends both; what is not leaves the other.
+        let (ended, by_first) = match select(first, pin!(second)).await {
+            Either::Left((Err(failed), second)) if !failed.is_for_client() => (second.await, false),
+            Either::Right((Err(failed), first)) if !failed.is_for_client() => (first.await, true),
             Either::Left((ended, _)) => (ended, true),
-            Either::Right((Err(_), first)) => (first.await, true),
             Either::Right((ended, _)) => (ended, false),
         };
-        if let Ok((upstream, _)) = &ended {
-            if first_won {
-                self.told(upstream, choice.1);
-            } else {
-                self.app.metrics.faults.hedge_won();
-            }
+        if by_first {
+            self.told(upstream, choice.1);
+        } else if ended.is_ok() {
+            self.app.metrics.faults.hedge_won();
         }
         ended
+    }
+
+    /// One to ask beside another, if the budget allows.
+    fn beside(&self, tried: &[usize]) -> Option<usize> {
+        let may = self.model.is_one_beside(tried) && self.model.may_hedge();
+        let session = self.record.update(|progress| progress.wish.session);
+        may.then(|| self.model.pick(tried, session))
+            .flatten()
+            .map(|(index, _)| index)
+    }
+
+    /// Nobody waits for it.
+    fn is_batch(&self) -> bool {
+        let key = self.record.key();
+        key.is_some_and(|state| state.key().class == Class::Batch)
     }
 
     /// Asks one upstream.
@@ -142,6 +162,7 @@ impl Relay<'_> {
             .within(limit, "first_byte_timeout_s", exchange)
             .await
             .map_err(lost)?;
+        upstream.reached();
         if !head.status.is_success() {
             return Err(self.refused(upstream, &head, &mut exchange).await);
         }
@@ -169,6 +190,7 @@ impl Relay<'_> {
             }
             Answer::Whole(head, sent, json)
         };
+        upstream.health.succeeded();
         Ok((Arc::clone(upstream), answer))
     }
 
