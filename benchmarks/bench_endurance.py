@@ -2,7 +2,6 @@
 
     python benchmarks/bench_endurance.py                            all, then docs/performance.md
     python benchmarks/bench_endurance.py --part switches --switches 50 --docs none
-    SCALELLM_SWITCHES=2 SCALELLM_CHAOS_S=10 make bench-blueprint    little of it
 
 Each part is a test that is given more to do, or a few that are not run everywhere; it fails as they
 fail, or are left out. Nothing here is a time, so other work on the machine does no harm.
@@ -29,8 +28,6 @@ TESTS = {
     "faults": "tests/chaos/test_any_process.py",
     "ray": "tests/integration/test_ray.py",
 }
-# What says how much there is to do, here as in the tests, and how much a thorough run has.
-AMOUNTS = {"SCALELLM_SWITCHES": 200, "SCALELLM_CHAOS_S": 300}
 SENTENCES = {
     "switches": (
         "{switches} forced switches between 1 x TP 2 and 2 x TP 1 under {streams} streams in "
@@ -84,9 +81,8 @@ def section(recorded: Mapping[str, Mapping[str, str]], command: str) -> str:
 def main(arguments: list[str] | None = None) -> int:
     given = sys.argv[1:] if arguments is None else arguments
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    usual = {name: int(os.environ.get(name, amount)) for name, amount in AMOUNTS.items()}
-    parser.add_argument("--switches", type=int, default=usual["SCALELLM_SWITCHES"])
-    parser.add_argument("--chaos-s", type=int, default=usual["SCALELLM_CHAOS_S"])
+    parser.add_argument("--switches", type=int, default=200, help="that are forced")
+    parser.add_argument("--chaos-s", type=int, default=300, help="seconds of faults")
     parser.add_argument("--part", choices=TESTS, action="append", help="default: what can be run")
     parser.add_argument("--docs", default=str(ROOT / "docs" / "performance.md"), help="or none")
     options = parser.parse_args(given)

@@ -9,6 +9,7 @@ it (`SCALELLM_REQUIRE=gpu,chromium`, or `all`).
 import os
 import pwd
 import shutil
+import subprocess
 from collections.abc import Callable, Generator
 from importlib.util import find_spec
 from pathlib import Path
@@ -48,8 +49,24 @@ def _helm() -> str | None:
     return None if find_spec("kubernetes_validate") else "no kubernetes-validate"
 
 
-def _go() -> str | None:
-    return None if shutil.which("go") else "no go"
+def downloaded(module: str) -> subprocess.CompletedProcess[str]:
+    """What Go says of a module that `.ci/run` has downloaded: nothing is fetched in a test."""
+    return subprocess.run(
+        ["go", "mod", "download", "-json", module],
+        env={**os.environ, "GOPROXY": "off", "GOFLAGS": "-modcacherw"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def _chart_kinds() -> str | None:
+    kinds = Path(__file__).with_name("integration") / "chart_kinds.txt"
+    modules = [line.split()[1] for line in kinds.read_text().splitlines()]
+    if not shutil.which("go"):
+        return "no go"
+    missing = [module for module in modules if downloaded(module).returncode != 0]
+    return f"not downloaded: {', '.join(missing)}" if missing else None
 
 
 def _ray() -> str | None:
@@ -67,8 +84,8 @@ def _cc() -> str | None:
 # What a test may need -> why it is not there, or None.
 PROBES: dict[str, Callable[[], str | None]] = {
     "cc": _cc,
+    "chart-kinds": _chart_kinds,
     "flashinfer": _flashinfer,
-    "go": _go,
     "gpu": _gpu,
     "helm": _helm,
     "postgres": _postgres,

@@ -123,7 +123,7 @@ def clear_cases(
 
     while len(found) < number:
         if time.monotonic() > end:
-            pytest.skip(f"needs two-cores: others compute, and nothing is clearly {reason}")
+            pytest.skip(f"others compute: nothing is clearly {reason}")
         if not is_clear():
             learn(served)
             continue

@@ -14,6 +14,8 @@ from scalellm.cli import serve
 from scalellm.cli.served import asked
 from scalellm.config import ServeConfig
 
+from ..conftest import downloaded
+
 CHART = Path(__file__).parents[2] / "deploy/helm/scalellm"
 EVERYTHING = {
     "models": [
@@ -68,18 +70,10 @@ EVERYTHING = {
 WIDE, FEW = {"tensorParallelSize": 2}, {"cpuThreads": 2}
 # Kinds that others define: the Go module that has the definition, and its file there.
 CUSTOM = {
-    "LeaderWorkerSet": (
-        "sigs.k8s.io/lws@v0.7.0",
-        "config/crd/bases/leaderworkerset.x-k8s.io_leaderworkersets.yaml",
-    ),
-    "ScaledObject": (
-        "github.com/kedacore/keda/v2@v2.17.2",
-        "config/crd/bases/keda.sh_scaledobjects.yaml",
-    ),
-    "PodMonitor": (
-        "github.com/prometheus-operator/prometheus-operator@v0.85.0",
-        "example/prometheus-operator-crd/monitoring.coreos.com_podmonitors.yaml",
-    ),
+    kind: (module, file)
+    for kind, module, file in map(
+        str.split, Path(__file__).with_name("chart_kinds.txt").read_text().splitlines()
+    )
 }
 
 
@@ -132,9 +126,7 @@ def test_kubernetes_takes_every_object(tmp_path: Path, values: dict[str, Any]) -
 def definition(kind: str) -> dict[str, Any]:
     """What its authors define of a kind that is not Kubernetes' own."""
     module, file = CUSTOM[kind]
-    done = subprocess.run(
-        ["go", "mod", "download", "-json", module], capture_output=True, text=True, check=False
-    )
+    done = downloaded(module)
     assert done.returncode == 0, done.stdout + done.stderr
     folder = Path(json.loads(done.stdout)["Dir"])
     found: dict[str, Any] = yaml.safe_load((folder / file).read_text(encoding="utf-8"))
@@ -154,7 +146,7 @@ def strict(schema: Any) -> Any:
     return made
 
 
-@pytest.mark.needs("go")
+@pytest.mark.needs("chart-kinds")
 @pytest.mark.parametrize("kind", CUSTOM)
 def test_those_who_define_the_other_kinds_take_them(tmp_path: Path, kind: str) -> None:
     import jsonschema

@@ -219,7 +219,11 @@ impl Attempt {
         self.placement = None;
         self.submit.resume_ids.extend(&output.token_ids);
         if let Some(pause) = self.pause.take() {
-            app.metrics.faults.paused_us(micros(pause.since.elapsed()));
+            let us = micros(pause.since.elapsed());
+            app.metrics.faults.paused_us(us);
+            if pause.loss.cause == Cause::Drained {
+                model.served.metrics.hand_over_pause.observe_us(us);
+            }
         }
     }
 

@@ -89,6 +89,8 @@ pub struct ModelMetrics {
     pub cached_tokens: AtomicU64,
     pub output_tokens: AtomicU64,
     pub times: ModelTimes,
+    /// From a replica's giving a choice back, as it ends, to the next output.
+    pub hand_over_pause: Histogram,
     pub safety: SafetyCounts,
 }
 
@@ -215,6 +217,13 @@ impl Metrics {
                 .iter()
                 .map(|(name, model)| (name.as_str(), &model.times)),
         );
+        let name = "scalellm_hand_over_pause_seconds";
+        let help = "From a replica's giving a choice back, as it ends, to the choice's next token.";
+        family(out, name, "histogram", help);
+        for (model, metrics) in &models {
+            let labels = format!("model={}", label(model));
+            metrics.hand_over_pause.write(out, name, &labels);
+        }
         let name = "scalellm_safety_decisions_total";
         let help = "What safety hooks did; a text may be masked several times.";
         family(out, name, "counter", help);

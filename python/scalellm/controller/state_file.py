@@ -1,6 +1,7 @@
-"""The file that `/admin/v1/blueprint` shows of a model whose shape is static.
+"""The file that `/admin/v1/blueprint` shows of a model.
 
-Of one whose shape changes, the controller writes it (steering.py)."""
+The controller writes that of a model whose shape changes (steering.py), the root that of another.
+"""
 
 import json
 from collections.abc import Mapping

@@ -27,6 +27,7 @@ from scalellm.controller.blueprint.measured import Measured
 from scalellm.controller.blueprint.policy import Settings, State
 from scalellm.controller.blueprint.shape import Blueprint, Group
 from scalellm.controller.gateway_view import Sample
+from scalellm.controller.state_file import write_state
 
 DECIDE_EVERY_S = 1.0
 WISH_SUFFIX = ".wish.json"  # of the state file's name: what an operator asked the gateway for
@@ -106,9 +107,12 @@ class Steering:
         if ending:
             phase = "handing over"
         self._end(ending, now_s)
-        if phase == "steady" and kept and ready and now_s - self._decided_s >= DECIDE_EVERY_S:
+        if now_s - self._decided_s >= DECIDE_EVERY_S:
             self._decided_s = now_s
-            self._decide(now_s, samples, target, facts)
+            if phase == "steady" and kept and ready:
+                self._decide(now_s, samples, target, kept, facts)
+            else:
+                self._measured.read(now_s, samples)
         self._tell(phase, target, wanted, lost)
 
     def _decide(
@@ -116,9 +120,10 @@ class Steering:
         now_s: float,
         samples: Sequence[Sample],
         target: Sequence[str],
+        kept: Sequence[str],
         facts: Mapping[str, Mapping[str, Any]],
     ) -> None:
-        present = self._shape(target)
+        present = self._shape(kept)
         signals = self._measured.signals(now_s, samples, present)
         self._last = {"signals": signals.to_json()}
         wish = self._wish()
@@ -153,7 +158,9 @@ class Steering:
                 self._ending_s[name] = (since_s, sent + 1)
 
     def _is_of_model(self, sample: Sample) -> bool:
-        return sample.labels.get("model", self._model) == self._model
+        labels = sample.labels
+        name = labels.get("model") or labels.get("gen_ai_request_model", self._model)
+        return name == self._model
 
     def pause_s(self) -> float:
         """How long to wait for news at most."""
@@ -202,8 +209,5 @@ class Steering:
             "policy": state_json(self._policy.state),
             **self._last,
         }
-        text = json.dumps(state)
-        part = self._state_file.with_suffix(".part")
         with suppress(OSError):  # it says less than it could, and the deployment goes on
-            part.write_text(text, encoding="utf-8")
-            part.replace(self._state_file)
+            write_state(self._state_file, state)

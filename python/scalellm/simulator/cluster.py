@@ -296,7 +296,7 @@ class Cluster:
             running=sum(found.num_running for found in schedulers),
             waiting=sum(found.num_waiting for found in schedulers) + len(self._held),
             backlog_tokens=sum(found.backlog_tokens for found in schedulers),
-            kv_use=sum(found.kv.num_used for found in schedulers)
+            kv_use=sum(replica.kv_blocks_used(now_ms) for replica in self._replicas)
             / sum(found.kv.num_blocks for found in schedulers),
         )
         decision = self._policy.decide(signals)

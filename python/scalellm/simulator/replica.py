@@ -68,6 +68,15 @@ class SimulatedReplica:
             return self.scheduler.take_outputs()
         return []
 
+    def kv_blocks_used(self, now_ms: float) -> float:
+        """Of a stretch under way, as many as its tokens fill by then."""
+        scheduler = self.scheduler
+        if self._stretch is None:
+            return scheduler.kv.num_used
+        tokens = self._stretch.begun_by(now_ms) * scheduler.num_running
+        used = scheduler.kv.num_used + tokens / self.shape.block_size
+        return min(float(scheduler.kv.num_blocks), used)
+
     def interrupt(self, now_ms: float) -> None:
         """Let a stretch end with the step that runs at `now_ms`."""
         if self._stretch is not None:

@@ -33,6 +33,11 @@ NARROW_NAMES = [f"engine-tp1-{at}" for at in range(8)]
 WIDE_NAMES = ["engine-tp8-0"]
 
 
+def label(name: str) -> str:
+    """What OpenTelemetry calls a model, and what we do."""
+    return "gen_ai_request_model" if name.startswith("gen_ai") else "model"
+
+
 class Deployment:
     """The root's part: it does as it is ordered, and replicas are ready when told."""
 
@@ -99,6 +104,7 @@ class Deployment:
         return self.orders[before:]
 
     def samples(self) -> list[Sample]:
+        """As the gateway writes them, another model's among them."""
         running, _ = self.load
         totals = {
             "scalellm_prompt_tokens_total": 128 * self.ended,
@@ -106,8 +112,11 @@ class Deployment:
             "gen_ai_server_time_to_first_token_seconds_count": self.ended,
             "scalellm_replica_running_requests": running,
         }
-        labels = {"model": self.model}
-        return [Sample(name, labels, float(value)) for name, value in totals.items()]
+        return [
+            Sample(name, {label(name): model}, float(value))
+            for model, times in ((self.model, 1), ("another", 1000))
+            for name, value in ((name, value * times) for name, value in totals.items())
+        ]
 
     def state(self) -> Any:
         return json.loads((self.folder / "blueprint.json").read_text())
@@ -246,13 +255,13 @@ scalellm_replica_kv_blocks_total{replica="a"} 20
 scalellm_prompt_tokens_total{model="demo"} {prompt}
 scalellm_cached_tokens_total{model="demo"} {cached}
 scalellm_output_tokens_total{model="demo"} {output}
-gen_ai_server_time_to_first_token_seconds_count{model="demo"} {ended}
-gen_ai_server_time_per_output_token_seconds_bucket{model="demo",le="0.01"} 7
-gen_ai_server_time_per_output_token_seconds_bucket{model="demo",le="0.03"} {ended}
-gen_ai_server_time_per_output_token_seconds_bucket{model="demo",le="+Inf"} {ended}
-scalellm_replay_pause_seconds_bucket{le="0.3"} 0
-scalellm_replay_pause_seconds_bucket{le="0.4"} {ended}
-scalellm_replay_pause_seconds_bucket{le="+Inf"} {ended}
+gen_ai_server_time_to_first_token_seconds_count{gen_ai_request_model="demo"} {ended}
+gen_ai_server_time_per_output_token_seconds_bucket{gen_ai_request_model="demo",le="0.01"} 7
+gen_ai_server_time_per_output_token_seconds_bucket{gen_ai_request_model="demo",le="0.03"} {ended}
+gen_ai_server_time_per_output_token_seconds_bucket{gen_ai_request_model="demo",le="+Inf"} {ended}
+scalellm_hand_over_pause_seconds_bucket{model="demo",le="0.3"} 0
+scalellm_hand_over_pause_seconds_bucket{model="demo",le="0.4"} {ended}
+scalellm_hand_over_pause_seconds_bucket{model="demo",le="+Inf"} {ended}
 scalellm_replica_state{replica="a",state="ready"} 1
 scalellm_replica_state{replica="gone",state="lost"} 1
 scalellm_replica_step_cost_ms{replica="a",of="step"} 4
@@ -260,6 +269,10 @@ scalellm_replica_step_cost_ms{replica="a",of="token"} 0.5
 scalellm_replica_step_cost_ms{replica="a",of="attended"} 0.001
 scalellm_replica_step_cost_ms{replica="a",of="request"} 0
 scalellm_replica_step_cost_ms{replica="gone",of="step"} 100
+scalellm_replica_running_requests{replica="gone"} 40
+scalellm_replica_backlog_tokens{replica="gone"} 4000
+scalellm_replica_kv_blocks_used{replica="gone"} 15
+scalellm_replica_kv_blocks_total{replica="gone"} 20
 """
 
 
@@ -288,6 +301,18 @@ def test_signals_are_differences_of_counters() -> None:
     assert (idle.arrivals_s, idle.output_tokens, idle.tbt_ms) == (0.0, 40.0, None)
     restarted = metrics(prompt=10, cached=0, output=10, ended=1)
     assert measured.signals(61.0, restarted, WIDE).arrivals_s == 0.0
+
+
+def test_readings_go_on_while_the_shape_changes() -> None:
+    """A switch takes longer than signals look back."""
+    measured = Measured(20.0)
+    measured.signals(0.0, metrics(prompt=0, cached=0, output=0, ended=10), WIDE)
+    for second in range(1, 60):
+        # Streams move in the 40th second.
+        ended = 10 if second < 40 else 30
+        measured.read(float(second), metrics(prompt=0, cached=0, output=0, ended=ended))
+    found = measured.signals(58.0, metrics(prompt=0, cached=0, output=0, ended=30), NARROW)
+    assert found.pause_ms == pytest.approx((300 * 400) ** 0.5)
 
 
 def config(deployment: DeploymentConfig | None = None, **shape: Any) -> ServeConfig:

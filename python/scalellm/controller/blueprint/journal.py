@@ -1,6 +1,6 @@
 """Every decision with its inputs, as JSON lines, so that it can be taken again.
 
-{"journal": 1, "calibration": TOML text, "settings": {...}, "candidates": [[{"tp","count"}], ...]}
+{"journal": 2, "calibration": TOML text, "settings": {...}, "candidates": [[{"tp","count"}], ...]}
 {"signals": {...}, "barred": [...] if there are any, "state": {...}, "decision": {...}}
 ...
 """
@@ -18,7 +18,7 @@ from scalellm.controller.blueprint.shape import Blueprint
 from scalellm.controller.blueprint.signals import Signals
 from scalellm.errors import ConfigError
 
-VERSION = 1
+VERSION = 2
 
 
 class Policy:
@@ -161,6 +161,6 @@ def state_of_json(found: dict[str, Any]) -> State:
         shape(found["candidate"]),
         found["candidate_since_s"],
         {int(tp): value for tp, value in found["factors"].items()},
-        found.get("ttft_factor", 1.0),
-        found.get("pause_ms"),
+        found["ttft_factor"],
+        found["pause_ms"],
     )

@@ -39,8 +39,7 @@ _SHARPNESS = 8.0  # how fast the share that meets an objective falls around it
 _FEW = 0.5  # share of requests that meet the objectives, below which distance counts
 _FOLLOW = 0.1  # weight of a measurement against those before
 _FACTORS = (0.25, 4.0)  # beyond, a measurement is not believed
-_PAUSE_MS = 60_000.0  # likewise
-_AFTER_S = 60.0  # a decision, in which streams that pause do so for it
+_PAUSE_MS = 20_000.0  # likewise
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,14 +169,15 @@ def _stay(present: Blueprint, reason: str) -> Decision:
 
 
 def _switch_s(target: Blueprint, signals: Signals, state: State, calibration: Calibration) -> float:
-    """The pause, and computing the running requests' context again on the new shape."""
+    """The pause, with the running requests' context computed again: as measured, or calibrated."""
+    if state.pause_ms is not None:
+        return state.pause_ms / 1e3
     context = signals.prompt_tokens[len(signals.prompt_tokens) // 2] + signals.output_tokens / 2
     again_ms = [
         calibration.shapes[group.tp].cost.prompt_ms(context) / group.count
         for group in target.groups
     ]
-    pause_ms = calibration.switch_ms if state.pause_ms is None else state.pause_ms
-    return (pause_ms + signals.running * min(again_ms)) / 1e3
+    return (calibration.switch_ms + signals.running * min(again_ms)) / 1e3
 
 
 def _score(outlook: Outlook, demand: Demand, settings: Settings) -> float:
@@ -242,13 +242,13 @@ def _follow_shape(
 
 def _follow_rest(state: State, signals: Signals, present: Outlook, switch_ms: float) -> State:
     """What is no shape's; `present` is the present one's corrected outlook."""
-    if signals.ttft_ms is not None:
-        ttft = signals.ttft_ms / sorted(present.ttft_ms)[len(present.ttft_ms) // 2]
+    # What waits in a queue is of the moment, and a request's TTFT is told when it has ended.
+    is_steady = signals.waiting == 0 and signals.backlog_tokens == 0 and present.load < 1.0
+    if signals.ttft_ms is not None and is_steady:
+        ttft = signals.ttft_ms / max(1e-3, sorted(present.ttft_ms)[len(present.ttft_ms) // 2])
         if _believed(ttft):
             state = replace(state, ttft_factor=_followed(state.ttft_factor, ttft))
-    # Streams pause for deaths too, which is no switch's cost.
-    is_of_switch = state.left is not None and signals.now_s - state.since_s <= _AFTER_S
-    if is_of_switch and signals.pause_ms is not None and signals.pause_ms <= _PAUSE_MS:
+    if signals.pause_ms is not None and signals.pause_ms <= _PAUSE_MS:
         before = switch_ms if state.pause_ms is None else state.pause_ms
         state = replace(state, pause_ms=_followed(before, signals.pause_ms))
     return state

@@ -132,13 +132,14 @@ def _replica(shape: ShapeCost, demand: Demand, capacity: float, horizon_s: float
     step_ms = shape.cost.decode_ms(streams, context)
     tbt_ms = step_ms / (1.0 - prompt_share)
     beside = 2.0 if streams > 1.5 else 1.0  # a prompt gets as much time as the streams beside it
-    # Prompts in the steady state, or those that are there, if they are more.
     queue_ms = prompt_share / (1.0 - prompt_share) * prompt_ms / 2
-    queue_ms = max(queue_ms, prompt_ms * demand.backlog_tokens / max(1.0, demand.mean_prompt))
     if streams > 1.5:
         queue_ms += step_ms / 2
     excess = max(0.0, demand.concurrency - most)
-    queue_ms += 1e3 * excess / capacity + 1e3 * horizon_s * max(0.0, load - 1.0)
+    queue_ms += 1e3 * excess / capacity
+    # Prompts that wait in the steady state, and for a place; or those that are there, if more.
+    queue_ms = max(queue_ms, prompt_ms * demand.backlog_tokens / max(1.0, demand.mean_prompt))
+    queue_ms += 1e3 * horizon_s * max(0.0, load - 1.0)
     ttft_ms = tuple(
         queue_ms
         + shape.cost.base_ms
