@@ -4,7 +4,7 @@
 //! ```text
 //! reached     connections and questions about its health; a few failures in a row, and it is down until one succeeds
 //! breaker     requests; enough failures within a window, and it gets none for a while, then a few to try it
-//! refusing    one that has just refused comes after the others
+//! refusing    one that has just refused, or was late, comes after the others
 //! ```
 
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering::Relaxed};
@@ -88,7 +88,8 @@ impl Health {
         until.is_some_and(|until| Instant::now() < until)
     }
 
-    /// Others are asked first for a while: who refuses at once has the fewest unanswered requests.
+    /// Others are asked first for a while: who refuses at once has the fewest unanswered requests, and who is late makes
+    /// each wait.
     pub fn refused(&self, retry_after: Option<Duration>) {
         let pause = retry_after.unwrap_or(REFUSES_FOR).min(REFUSES_AT_MOST);
         *self.refuses_until.lock() = Some(Instant::now() + pause);

@@ -196,6 +196,12 @@ async fn the_second_upstream_answers_while_the_first_says_nothing() {
         assert_eq!(stack.metric(WON, "").await, 1.0);
         let failures = "scalellm_upstream_failures_total";
         assert_eq!(stack.metric(failures, "").await, 0.0);
+        // The next ones do not wait for it, for a moment.
+        for _ in 0..3 {
+            assert_eq!(ask(&stack, ASKED).await.text(), [HI, DONE].concat());
+        }
+        assert_eq!(hung.seen().len(), 1);
+        assert_eq!(stack.metric(HEDGES, "").await, 1.0);
     }
 }
 

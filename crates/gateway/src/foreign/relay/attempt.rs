@@ -123,6 +123,8 @@ impl Relay<'_> {
             self.told(upstream, choice.1);
         } else if ended.is_ok() {
             self.app.metrics.faults.hedge_won();
+            // The next ones need not wait for it as well.
+            upstream.health.refused(None);
         }
         ended
     }
