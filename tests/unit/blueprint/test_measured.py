@@ -99,3 +99,18 @@ def test_no_pause_pins_a_shape_for_good(objective: Objective) -> None:
         decision, state = decide(now, state, (NARROW, WIDE), NODE, settings)
         switched = switched or decision.switch
     assert switched
+
+
+def test_places_that_stay_empty_slow_nobody() -> None:
+    """Beyond its capacity a shape with more places is no worse for having them."""
+
+    def request_ms(places: int, requests_s: float) -> float:
+        shape = replace(NODE.shapes[1], max_num_seqs=places)
+        made = replace(NODE, shapes={1: shape})
+        demand = Demand(requests_s, 64.0, 30.0, PROMPTS, 64.0)
+        outlook = predict(NARROW, demand, made, 60.0)
+        assert outlook.load > 1.0
+        return outlook.request_ms(64.0)
+
+    for requests_s in (250.0, 300.0, 400.0):
+        assert request_ms(512, requests_s) < request_ms(256, requests_s)

@@ -68,7 +68,7 @@ def predict(
 ) -> Outlook:
     """The outlook of the blueprint's groups together, each with its share of the capacity.
 
-    A queue that grows is counted with the wait it reaches within `horizon_s`."""
+    Requests that pile up are counted as many as they are after `horizon_s`."""
     shapes = [(group.count, calibration.shapes[group.tp]) for group in blueprint.groups]
     capacities = [_capacity(shape, demand) for _, shape in shapes]
     total = sum(count * capacity for (count, _), capacity in zip(shapes, capacities, strict=True))
@@ -126,8 +126,10 @@ def _replica(shape: ShapeCost, demand: Demand, capacity: float, horizon_s: float
     context, prompt_ms = demand.context_tokens, _prompt_ms(shape, demand)
     most = shape.streams(demand.held_tokens)
     load = demand.requests_s / capacity
-    steady = steady_streams(shape, demand) if load < 1 else most
-    streams = min(most, max(1.0, steady, demand.concurrency))
+    # Beyond its capacity requests pile up: in free places, which slows all, then in the queue.
+    there = demand.concurrency + capacity * horizon_s * max(0.0, load - 1.0)
+    steady = steady_streams(shape, demand) if load < 1 else 0.0
+    streams = min(most, max(1.0, steady, there))
     prompt_share = min(0.9, min(demand.requests_s, capacity) * prompt_ms / 1e3)
     step_ms = shape.cost.decode_ms(streams, context)
     tbt_ms = step_ms / (1.0 - prompt_share)
@@ -135,11 +137,9 @@ def _replica(shape: ShapeCost, demand: Demand, capacity: float, horizon_s: float
     queue_ms = prompt_share / (1.0 - prompt_share) * prompt_ms / 2
     if streams > 1.5:
         queue_ms += step_ms / 2
-    excess = max(0.0, demand.concurrency - most)
-    queue_ms += 1e3 * excess / capacity
+    queue_ms += 1e3 * max(0.0, there - most) / capacity
     # Prompts that wait in the steady state, and for a place; or those that are there, if more.
     queue_ms = max(queue_ms, prompt_ms * demand.backlog_tokens / max(1.0, demand.mean_prompt))
-    queue_ms += 1e3 * horizon_s * max(0.0, load - 1.0)
     ttft_ms = tuple(
         queue_ms
         + shape.cost.base_ms
