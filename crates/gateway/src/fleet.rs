@@ -172,8 +172,9 @@ impl Fleet {
     #[must_use]
     pub fn newer(&self, model: &Arc<Model>) -> Option<(Arc<Model>, Limits)> {
         let newer = self.models.iter().find(|newer| newer.name == model.name)?;
-        let limits = newer.limits().filter(|_| !Arc::ptr_eq(newer, model))?;
-        Some((Arc::clone(newer), limits))
+        // Nearly always it is the same: then nothing is asked of its replicas.
+        let changed = (!Arc::ptr_eq(newer, model)).then_some(newer)?;
+        Some((Arc::clone(changed), changed.limits()?))
     }
 
     /// The replicas of our own that compute a model.

@@ -209,8 +209,7 @@ impl Relay<'_> {
                     self.deadline,
                 );
                 let body = Body::new(stream);
-                let checked = self.checked();
-                let body = match checked {
+                let body = match self.checked() {
                     Some(checked) => checked.stream(body),
                     None => body,
                 };

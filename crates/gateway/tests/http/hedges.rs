@@ -43,6 +43,17 @@ fn second(settings: Settings) -> Settings {
     }
 }
 
+/// It dies of its first output.
+fn dying(settings: Settings) -> Settings {
+    Settings {
+        faults: Faults {
+            poison_id: Some(u32::from(b'x')),
+            ..Faults::default()
+        },
+        ..settings
+    }
+}
+
 #[tokio::test]
 async fn the_second_replica_answers_while_the_first_says_nothing() {
     let stack = Stack::start(vec![first(1e7), second(engine())], soon).await;
@@ -106,14 +117,7 @@ async fn an_overload_is_not_multiplied() {
 
 #[tokio::test]
 async fn a_second_replica_that_dies_leaves_the_first_as_it_was() {
-    let dies = Settings {
-        faults: Faults {
-            poison_id: Some(u32::from(b'x')),
-            ..Faults::default()
-        },
-        ..engine()
-    };
-    let stack = Stack::start(vec![first(300.0), second(dies)], soon).await;
+    let stack = Stack::start(vec![first(300.0), second(dying(engine()))], soon).await;
     let reply = stack
         .complete(json!({"prompt": "x", "max_tokens": 5}))
         .await
@@ -130,18 +134,11 @@ async fn a_second_replica_that_dies_leaves_the_first_as_it_was() {
 
 #[tokio::test]
 async fn a_first_replica_that_dies_leaves_the_second_as_it_was() {
-    let dies = Settings {
-        faults: Faults {
-            poison_id: Some(u32::from(b'x')),
-            ..Faults::default()
-        },
-        ..first(200.0)
-    };
     let late = Settings {
         ttft_ms: 400.0,
         ..engine()
     };
-    let stack = Stack::start(vec![dies, second(late)], |config| {
+    let stack = Stack::start(vec![dying(first(200.0)), second(late)], |config| {
         soon(config);
         config.faults.replay = false;
         config.faults.max_replays = 0;

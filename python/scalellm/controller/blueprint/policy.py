@@ -225,9 +225,9 @@ def _followed(before: float, measured: float) -> float:
     return before + _FOLLOW * (measured - before)
 
 
-def _believed(factor: float | None) -> bool:
+def _believed(factor: float) -> bool:
     low, high = _FACTORS
-    return factor is not None and math.isfinite(factor) and low <= factor <= high
+    return low <= factor <= high
 
 
 def _follow_shape(

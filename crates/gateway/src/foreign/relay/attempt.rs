@@ -132,10 +132,8 @@ impl Relay<'_> {
     /// One to ask beside another, if the budget allows.
     fn beside(&self, tried: &[usize]) -> Option<usize> {
         let may = self.model.is_one_beside(tried) && self.model.may_hedge();
-        let session = self.record.update(|progress| progress.wish.session);
-        may.then(|| self.model.pick(tried, session))
-            .flatten()
-            .map(|(index, _)| index)
+        let (index, _) = may.then(|| self.next(tried)).flatten()?;
+        Some(index)
     }
 
     /// Nobody waits for it.
