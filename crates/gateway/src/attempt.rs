@@ -2,6 +2,8 @@
 //!
 //! ```text
 //!  start --> Running --outputs--> finished
+//!    |          |   ^
+//!    Waiting----|---'  where a replica may come (`replica_wait_s`)
 //!               |   ^
 //!   lost,       |   | submitted again with all ids received,
 //!   drained     v   | to a replica that continues them exactly
@@ -61,6 +63,8 @@ pub struct Attempt {
     ids_at_loss: usize,
     refusals: u32,
     failures: Failures,
+    /// Until when it waits for a replica that takes it.
+    wait_until: Option<Instant>,
     pause: Option<Box<Pause>>,
     /// Until the first output, or failure.
     hedge: Option<Box<Hedge>>,
@@ -68,6 +72,8 @@ pub struct Attempt {
 
 enum Run {
     Running(RequestStream),
+    /// For its first replica; none is there.
+    Waiting(Pin<Box<Sleep>>),
     Paused(Pin<Box<Sleep>>),
 }
 
@@ -75,7 +81,7 @@ impl Attempt {
     /// Submits to `preferred`, or where the policy says. `submit` is without the prompt's ids.
     ///
     /// # Errors
-    /// 503 when no replica takes it.
+    /// 503 when no replica takes it, and none is waited for.
     pub fn start(
         app: &App,
         model: &Model,
@@ -102,6 +108,7 @@ impl Attempt {
             ids_at_loss: 0,
             refusals: 0,
             failures: Failures::default(),
+            wait_until: None,
             pause: None,
             hedge: model
                 .faults
@@ -111,12 +118,10 @@ impl Attempt {
                 .filter(|_| !wish.batch)
                 .map(Hedge::after),
         };
-        if attempt.submit_to_any(app, model, preferred) {
-            Ok(attempt)
-        } else {
-            app.metrics.rejected("no_replica");
-            Err(model.no_replica())
+        if !attempt.submit_to_any(app, model, preferred) {
+            attempt.wait_for_replica(app, model)?;
         }
+        Ok(attempt)
     }
 
     /// Why the policy chose the replica, while it has not answered.
@@ -146,6 +151,13 @@ impl Attempt {
     ) -> Poll<ApiResult<proto::Output>> {
         loop {
             let loss = match &mut self.run {
+                Run::Waiting(timer) => {
+                    ready!(timer.as_mut().poll(cx));
+                    if !self.submit_to_any(app, model, None) {
+                        self.wait_for_replica(app, model)?;
+                    }
+                    continue;
+                }
                 Run::Paused(timer) => {
                     ready!(timer.as_mut().poll(cx));
                     self.go_on(app, model)?;
@@ -298,6 +310,17 @@ impl Attempt {
         Ok(())
     }
 
+    /// No replica takes what has not begun: looks again later, or says so.
+    fn wait_for_replica(&mut self, app: &App, model: &Model) -> ApiResult<()> {
+        let (now, wait) = (Instant::now(), model.faults.config.replica_wait());
+        if now >= *self.wait_until.get_or_insert(now + wait) {
+            app.metrics.rejected("no_replica");
+            return Err(model.no_replica());
+        }
+        self.run = Run::Waiting(Box::pin(sleep(LOOK_AGAIN)));
+        Ok(())
+    }
+
     /// Ends the pause if a replica is there, or looks again later.
     fn go_on(&mut self, app: &App, model: &Model) -> ApiResult<()> {
         if self.submit_to_any(app, model, None) {
@@ -343,11 +366,14 @@ impl Attempt {
         }
         self.refusals += 1;
         let offer = self.refusals < MAX_OFFERS && model.faults.may_retry(app.clock.now_ms());
-        if !offer || !self.submit_to_any(app, model, None) {
-            return Err(refused(model, refusal));
+        if offer && self.submit_to_any(app, model, None) {
+            app.metrics.faults.retried();
+            return Ok(());
         }
-        app.metrics.faults.retried();
-        Ok(())
+        if refusal.code() == RefusalCode::Draining {
+            return self.wait_for_replica(app, model);
+        }
+        Err(refused(model, refusal))
     }
 }
 

@@ -14,6 +14,8 @@ pub struct FaultConfig {
     pub replay: bool,
     /// How long such a request waits for a replica to go on at, within its deadline.
     pub replay_wait_s: f64,
+    /// How long one that has not begun waits for a replica to come, where none is there; 0: it is refused.
+    pub replica_wait_s: f64,
     /// Replicas that one choice may outlive.
     pub max_replays: u32,
     /// Retries, and replays, are at most this share of the requests in the long run.
@@ -38,6 +40,7 @@ impl Default for FaultConfig {
         FaultConfig {
             replay: true,
             replay_wait_s: 60.0,
+            replica_wait_s: 0.0,
             max_replays: 8,
             retry_share: 0.2,
             poison_refused_s: 600.0,
@@ -59,6 +62,7 @@ impl FaultConfig {
     pub fn check(&self) -> Result<(), String> {
         for (name, value, least) in [
             ("replay_wait_s", self.replay_wait_s, 0.0),
+            ("replica_wait_s", self.replica_wait_s, 0.0),
             ("poison_refused_s", self.poison_refused_s, 0.0),
             ("breaker_window_s", self.breaker_window_s, 0.001),
             ("breaker_open_s", self.breaker_open_s, 0.001),
@@ -97,6 +101,11 @@ impl FaultConfig {
     #[must_use]
     pub fn replay_wait(&self) -> Duration {
         Duration::from_secs_f64(self.replay_wait_s)
+    }
+
+    #[must_use]
+    pub fn replica_wait(&self) -> Duration {
+        Duration::from_secs_f64(self.replica_wait_s)
     }
 
     #[must_use]

@@ -31,4 +31,5 @@ mod traces;
 mod transport;
 mod turns;
 mod upstream;
+mod waits;
 mod ways_in;
