@@ -24,7 +24,8 @@ from scalellm.bench.machine import describe_machine
 
 ROOT = Path(__file__).resolve().parent.parent
 TESTS = {
-    "switches": "tests/chaos/test_switches.py::test_streams_outlive_forced_switches",
+    "switches": "tests/chaos/test_switches.py::test_streams_outlive_forced_switches[beside]",
+    "after": "tests/chaos/test_switches.py::test_streams_outlive_forced_switches[after]",
     "faults": "tests/chaos/test_any_process.py",
     "ray": "tests/integration/test_ray.py",
 }
@@ -33,6 +34,11 @@ SENTENCES = {
         "{switches} forced switches between 1 x TP 2 and 2 x TP 1 under {streams} streams in "
         "{seconds} s: {answers} answers, greedy and sampled, of which {wrong} was another than the "
         "undisturbed one or an error; requests moved {moves} times."
+    ),
+    "after": (
+        "{switches} of them without room for both, the old shape gone before the new one has "
+        "memory, under {streams} streams in {seconds} s: {answers} answers, of which {wrong} was "
+        "another or an error; requests moved {moves} times."
     ),
     "faults": (
         "{faults} processes killed, stopped or slowed at random in {seconds} s under {streams} "

@@ -273,6 +273,13 @@ class GatewayConfig:
     replay_wait_s: float = setting(
         60.0, "How long they wait for that replica", ("serve",), minimum=0, maximum=86_400
     )
+    replica_wait_s: float = setting(
+        0.0,
+        "How long a new request waits for a replica where none is there; 0: it gets 503",
+        ("serve",),
+        minimum=0,
+        maximum=86_400,
+    )
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -369,6 +376,14 @@ class BlueprintConfig:
     )
     min_stay_s: float = setting(
         30.0, "Least time between two changes of shape", _SHAPED, minimum=0, maximum=86_400
+    )
+    switch: str = setting(
+        "auto",
+        "When replicas of a new shape take memory: `beside` the old ones, which serve until then, "
+        "or `after` they are gone, while requests wait; `auto`: after, where --kv-cache-memory "
+        "does not fit twice",
+        ("serve",),
+        choices=("auto", "beside", "after"),
     )
     hand_over_s: float = setting(
         20.0,

@@ -26,8 +26,12 @@ STREAMS = 32
 
 
 @pytest.fixture
-def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serve]:
-    made = serve_two_shapes(tmp_path_factory.mktemp("serve"))
+def served(
+    tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
+) -> Iterator[Serve]:
+    made = serve_two_shapes(
+        tmp_path_factory.mktemp("serve"), "--switch", getattr(request, "param", "auto")
+    )
     yield made
     made.close()
 
@@ -35,6 +39,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serve]:
 @pytest.mark.slow
 @pytest.mark.needs("two-cores")
 @pytest.mark.timeout(120 + 60 * SWITCHES)
+@pytest.mark.parametrize("served", ["beside", "after"], indirect=True)
 def test_streams_outlive_forced_switches(
     served: Serve, record_property: Callable[[str, object], None]
 ) -> None:

@@ -5,6 +5,8 @@ import dataclasses
 import errno
 import gc
 import signal
+import threading
+from collections.abc import Callable
 from types import FrameType
 from typing import Protocol
 
@@ -14,7 +16,7 @@ from scalellm.cli.log import set_up_logging
 from scalellm.cli.model import check_folder, resolve_model
 from scalellm.cli.progress import Progress
 from scalellm.config import EngineConfig, LogConfig, build
-from scalellm.controller.child import HAND_OVER
+from scalellm.controller.child import GO, HAND_OVER
 from scalellm.controller.cores import usable_cores
 from scalellm.errors import AddressInUseError, ConfigError, ServeError
 from scalellm.executor.followers import Followers
@@ -26,6 +28,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_settings(parser, "engine", positional=("model",))
     parser.add_argument(
         "--status-fd", type=int, metavar="FD", help="where to report the start, as JSON lines"
+    )
+    parser.add_argument(
+        "--stand-by",
+        action="store_true",
+        help="take no memory for keys and values before SIGUSR2: another engine still has it",
     )
 
 
@@ -52,7 +59,8 @@ def run(arguments: argparse.Namespace) -> int:
     from scalellm.executor.load import load_executor
 
     progress.done("import torch", torch.__version__)
-    executor = load_executor(config, progress.phase, followers)
+    hold = standing_by(progress) if arguments.stand_by else None
+    executor = load_executor(config, progress.phase, followers, hold)
     progress.restart()
     has_tokenizer = (folder / "tokenizer.json").is_file()
     digest = tokenizer_digest(str(folder)) if has_tokenizer else ""
@@ -83,6 +91,18 @@ def run(arguments: argparse.Namespace) -> int:
         listener.close()
         executor.close()
     return leave(0)
+
+
+def standing_by(progress: Progress) -> Callable[[], None]:
+    """Says that the engine stands by, and waits for GO; call it on the main thread."""
+    told = threading.Event()
+    signal.signal(GO, lambda _number, _frame: told.set())
+
+    def hold() -> None:
+        progress.standing_by()
+        told.wait()
+
+    return hold
 
 
 class Stoppable(Protocol):

@@ -36,6 +36,10 @@ class Progress:
             text = f"  {seconds:8.2f} s  {phase}" + (f": {detail}" if detail else "")
             print(text, file=sys.stderr, flush=True)
 
+    def standing_by(self) -> None:
+        """All that needs no memory of its own is done."""
+        self._send({"standing_by": True})
+
     def ready(self, address: str, facts: dict[str, Any]) -> None:
         """Requests can come."""
         if self._status_fd is not None:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from scalellm.cli.calibrated import calibrated
 from scalellm.cli.flags import add_settings, unknown_variables
-from scalellm.cli.memory import check_memory
+from scalellm.cli.memory import check_memory, settled_switches
 from scalellm.cli.model import check_folder, resolve_model
 from scalellm.cli.served import add_models, asked
 from scalellm.config import ServeConfig
@@ -62,8 +62,10 @@ def run(arguments: argparse.Namespace) -> int:
         # measured, for a deployment that cannot be.
         several = len(shared_out) > 1
         planned = [_planned(config, cores, gpus, several) for config, cores in shared_out]
+        available_bytes = available_cpu_bytes()
+        planned = settled_switches(planned, available_bytes)
         if shared.deployment.launcher == "local":
-            check_memory(planned, available_cpu_bytes())
+            check_memory(planned, available_bytes)
         models = [_resolve(config, place, report) for config, place in planned]
         plan = plan_deployment(models, port, folder, launcher)
         return Supervisor(plan, folder, report).run()

@@ -15,6 +15,7 @@ from scalellm.controller.watchdog import kill_marked
 # -P: the working folder must not shadow modules of ours.
 PYTHON = (sys.executable, "-P", "-m")
 HAND_OVER = signal.SIGUSR1  # asks an engine to give its requests back and end
+GO = signal.SIGUSR2  # tells an engine that stands by to take its memory
 _PR_SET_PDEATHSIG = 1
 _MARK_VARIABLE = "SCALELLM_CHILD"  # what it starts carries it on, into whatever group or session
 

@@ -65,7 +65,7 @@ def plan_deployment(models: Sequence[Served], port: int, folder: Path, launcher:
     url = f"{'https' if has_tls else 'http'}://{_in_url(config.gateway.host)}:{port}"
     # The controller need not believe a certificate of whatever authority.
     inner = folder / "gateway.sock" if has_tls else None
-    file.write_text(gateway_toml(config, port, sections, inner), encoding="utf-8")
+    file.write_text(gateway_toml(_waiting(models), port, sections, inner), encoding="utf-8")
     return Plan(
         url=url,
         inner_url=f"unix:{inner}" if inner else url,
@@ -83,6 +83,15 @@ def plan_deployment(models: Sequence[Served], port: int, folder: Path, launcher:
         state_files=state_files,
         drain_timeout_s=deployment.drain_timeout_s,
     )
+
+
+def _waiting(models: Sequence[Served]) -> ServeConfig:
+    """What the models share; requests wait for a shape that comes after the old one is gone."""
+    config = models[0].config
+    if not any(model.config.blueprint.switch == "after" for model in models):
+        return config
+    wait_s = max(config.gateway.replica_wait_s, config.gateway.replay_wait_s)
+    return replace(config, gateway=replace(config.gateway, replica_wait_s=wait_s))
 
 
 def _shapes(models: Sequence[Served], folder: Path, launcher: Launcher) -> list[Shapes]:
@@ -202,7 +211,9 @@ def gateway_toml(
             top[key] = str(Path(file).resolve())
     if unix_socket is not None:
         top["unix_socket"] = str(unix_socket)
-    faults: dict[str, object] = {"replay": gateway.replay, "replay_wait_s": gateway.replay_wait_s}
+    faults: dict[str, object] = {
+        key: getattr(gateway, key) for key in ("replay", "replay_wait_s", "replica_wait_s")
+    }
     lines = [*_lines(top), "", "[faults]", *_lines(faults)]
     for model in models:
         lines += ["", "[[models]]", *_lines(model)]

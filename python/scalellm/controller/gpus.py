@@ -69,12 +69,14 @@ def settled(config: ServeConfig, gpus: int) -> ServeConfig:
     engine = config.engine
     if engine.device == "auto" and gpus:
         engine = replace(engine, device="cuda")
-    if engine.device == "cuda" and config.deployment.blueprint == "auto":
+    is_beside = config.deployment.blueprint == "auto" and config.blueprint.switch != "after"
+    if engine.device == "cuda" and is_beside:
         share = engine.gpu_memory_utilization
         if share is not None and share > 0.5:
             raise ConfigError(
                 f"--gpu-memory-utilization: got {share:g}, allowed with --blueprint auto: at most "
-                f"0.5, as replicas of the old shape and of the new share each GPU during a switch"
+                f"0.5, as replicas of the old shape and of the new share each GPU during a switch; "
+                f"any, with --switch after"
             )
         engine = replace(engine, gpu_memory_utilization=share or _SHARE_OF_AUTO)
     return replace(config, engine=engine)

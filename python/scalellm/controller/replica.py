@@ -21,6 +21,8 @@ class Replica:
     command: Command
     child: Child | None = None
     status: Lines | None = None
+    held: bool = False  # to stand by, without the memory that another still has
+    standing_by: bool = False  # until it is ready
     ready: bool = False
     ever_ready: bool = False
     given_up: str = ""
@@ -33,7 +35,8 @@ class Replica:
         """Spawn the process with a status pipe; returns the pipe's reading end."""
         reading, writing = os.pipe()
         os.set_blocking(reading, False)
-        command = Command((*self.command.arguments, "--status-fd", str(writing)))
+        more = ("--stand-by",) if self.held else ()
+        command = Command((*self.command.arguments, "--status-fd", str(writing), *more))
         try:
             self.child = Child(self.name, command, environment, (writing,))
         except OSError:
@@ -41,7 +44,7 @@ class Replica:
             raise
         finally:
             os.close(writing)
-        self.ready = False
+        self.ready = self.standing_by = False
         self.status = Lines(reading)
         return self.status
 
@@ -56,13 +59,15 @@ class Replica:
             self.exits.append((time.monotonic(), ending))
         else:
             self.exits.clear()
-        self.child, self.ready = None, False
+        self.child, self.ready, self.standing_by = None, False, False
 
     def facts(self) -> dict[str, Any]:
         """The facts as the controller reads them: `policy.Facts` but for the gateway's part."""
         now = time.monotonic()
         return {
             "running": self.child is not None,
+            "held": self.held,
+            "standing_by": self.standing_by,
             "ready": self.ready,
             "age_s": now - self.child.started_s if self.child else 0.0,
             "ever_ready": self.ever_ready,

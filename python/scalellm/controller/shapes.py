@@ -90,6 +90,10 @@ def check_together(config: ServeConfig) -> None:
             "--launcher: got ray, allowed with --blueprint auto on GPUs: local, kubernetes"
         )
 
+    if is_auto and shape.switch == "after" and config.deployment.launcher == "ray":
+        # The places of the old shape's processes are not free while they stand by.
+        raise ConfigError("--switch: got after, allowed with --launcher ray: auto, beside")
+
 
 def changes_on_gpus(config: ServeConfig) -> bool:
     """Whether replicas of two shapes are on the same GPUs for a while."""
@@ -131,13 +135,13 @@ def auto_widths(config: ServeConfig, place: Place) -> tuple[list[int], int]:
 
 
 def most_replicas(config: ServeConfig, place: Place) -> int:
-    """How many may run at once: while the shape changes, those of two.
+    """How many may have memory at once: while the shape changes `beside`, those of two.
 
     Raises ConfigError as `auto_widths` and `parse_groups`."""
     if config.deployment.blueprint == "auto":
         widths, devices = auto_widths(config, place)
         counts = [len(blueprint.replicas) for blueprint in uniform(widths, devices)]
-        return sum(sorted(counts)[-2:])
+        return max(counts) if config.blueprint.switch == "after" else sum(sorted(counts)[-2:])
     if config.blueprint.replica:
         return len(parse_groups(config.blueprint.replica).replicas)
     return config.deployment.replicas
@@ -170,6 +174,7 @@ def _auto(config: ServeConfig, state_file: Path, place: Place) -> Shapes:
         "candidates": [candidate.to_json() for candidate in candidates],
         "calibration": calibration_toml(calibration),
         "settings": asdict(policy_settings(shape)),
+        "switch": shape.switch,
         "hand_over_s": shape.hand_over_s,
         "journal": None if shape.journal is None else str(Path(shape.journal).resolve()),
         "state_file": str(state_file),

@@ -9,6 +9,10 @@ old replicas are told to hand over: they take no new requests, and give those th
 a pace (engine/hand_over.py); what is left after `hand_over_s` follows at once. All of it goes on at
 the new replicas, from the tokens that its clients have.
 
+Where memory is not enough for the caches of both, the new replicas only stand by at first, with
+all but their memory. Then the old ones give everything back at once, and when they are gone the
+new ones are let go; requests wait in the gateway meanwhile.
+
 Where a switch stands follows from the root's facts alone (which replicas are wanted, which are the
 target, which run), and what the policy remembers from the state file, so that a restarted
 controller goes on.
@@ -41,7 +45,8 @@ class Steering:
     def __init__(self, plan: Mapping[str, Any], order: Callable[[dict[str, Any]], None]) -> None:
         self._model = str(plan["model"])
         self._widths: dict[str, int] = plan["widths"]
-        self._hand_over_s = float(plan["hand_over_s"])
+        self._is_after = plan["switch"] == "after"
+        self._hand_over_s = 0.0 if self._is_after else float(plan["hand_over_s"])
         self._order = order
         self._state_file = Path(plan["state_file"])
         self._wish_file = self._state_file.with_suffix(WISH_SUFFIX)
@@ -94,7 +99,9 @@ class Steering:
         lost = {name: found["given_up"] for name, found in facts.items() if found["given_up"]}
         # What is given up is not waited for: without it the rest goes on, and may change its shape.
         kept = [name for name in target if name not in lost]
-        ready = all(facts[name]["ready"] and states.get(name) == "ready" for name in kept)
+        held = [name for name in kept if facts[name]["held"]]
+        standing_by = [name for name in kept if facts[name]["standing_by"]]
+        ready = all(_is_there(facts[name], states.get(name)) for name in kept)
         phase = "steady"
         if set(wanted) != set(target):
             phase = "starting"
@@ -102,11 +109,18 @@ class Steering:
                 back = [name for name in wanted if name not in target]
                 self._want(back, back, f"{first} could not start: {self._name(back)} stays")
             elif ready:
-                self._want(target, target, f"{self._name(target)} is ready and takes over")
+                why = f"{self._name(target)} is ready and takes over"
+                self._want(target, target, why, held)
         ending = [name for name in running if name not in wanted]
+        self._end(ending, now_s)
         if ending:
             phase = "handing over"
-        self._end(ending, now_s)
+        elif phase == "steady" and (held or standing_by):
+            phase = "handing over"
+            for name in held:
+                self._order({"type": "go", "name": name})
+        elif phase == "steady" and not kept:
+            self._replace(target, lost)
         if now_s - self._decided_s >= DECIDE_EVERY_S:
             self._decided_s = now_s
             if phase == "steady" and kept and ready:
@@ -145,7 +159,15 @@ class Steering:
         if best == present or best in barred:
             return
         new = self._replicas(best)
-        self._want([*target, *new], new, f"{present} -> {best}: {reason}")
+        held = new if self._is_after else ()
+        self._want([*target, *new], new, f"{present} -> {best}: {reason}", held)
+
+    def _replace(self, target: Sequence[str], lost: Mapping[str, str]) -> None:
+        """All of the shape is given up: to one that can be had, if there is any."""
+        shapes = (self._replicas(found) for found in self._candidates)
+        if new := next((one for one in shapes if not any(name in lost for name in one)), None):
+            why = f"{self._name(target)} -> {self._name(new)}: {target[0]} was given up"
+            self._want(new, new, why)
 
     def _end(self, ending: Sequence[str], now_s: float) -> None:
         """At once, after `hand_over_s`, and for what does not hear."""
@@ -166,13 +188,16 @@ class Steering:
         """How long to wait for news at most."""
         return 0.1 if self._ending_s else DECIDE_EVERY_S
 
-    def _want(self, wanted: Sequence[str], target: Sequence[str], why: str) -> None:
+    def _want(
+        self, wanted: Sequence[str], target: Sequence[str], why: str, held: Sequence[str] = ()
+    ) -> None:
         self._order(
             {
                 "type": "want",
                 "of": [*self._widths],
                 "wanted": [*wanted],
                 "target": [*target],
+                "held": [*held],
                 "why": why,
             }
         )
@@ -211,3 +236,8 @@ class Steering:
         }
         with suppress(OSError):  # it says less than it could, and the deployment goes on
             write_state(self._state_file, state)
+
+
+def _is_there(facts: Mapping[str, Any], state: str | None) -> bool:
+    """Whether the old shape can go: it serves, or needs but the memory that others have."""
+    return bool(facts["standing_by"] if facts["held"] else facts["ready"] and state == "ready")

@@ -23,7 +23,7 @@ from types import FrameType
 from typing import Any
 
 from scalellm.controller.channel import Lines, encode
-from scalellm.controller.child import HAND_OVER, Child, Command, Ending
+from scalellm.controller.child import GO, HAND_OVER, Child, Command, Ending
 from scalellm.controller.policy import Limits
 from scalellm.controller.replica import Replica
 from scalellm.controller.report import Report
@@ -79,7 +79,7 @@ class Supervisor:
             for name, (address, command) in plan.engines.items()
         }
         if plan.wanted is not None:
-            self._want(self._replicas, plan.wanted, plan.wanted)
+            self._want(self._replicas, plan.wanted, plan.wanted, ())
         self._gateway = Restarted("gateway")
         self._controller = Restarted("controller")
         self._controller_heard_s = 0.0  # it says something with every look
@@ -289,20 +289,27 @@ class Supervisor:
                     self._gateway.child.signal(signal.SIGKILL)
             elif kind == "want":
                 self._report.event(f"blueprint: {order.get('why')}")
-                self._want(order["of"], order["wanted"], order["target"])
+                self._want(order["of"], order["wanted"], order["target"], order["held"])
                 self._send_facts()
             elif replica := self._replicas.get(str(order.get("name"))):
                 self._order(replica, str(kind), str(order.get("reason", "")))
         if lines.closed and self._link is not None:
             self._close_link()
 
-    def _want(self, of: Collection[str], wanted: Collection[str], target: Collection[str]) -> None:
+    def _want(
+        self,
+        of: Collection[str],
+        wanted: Collection[str],
+        target: Collection[str],
+        held: Collection[str],
+    ) -> None:
         """Replicas that are not wanted are not started again; the controller ends them.
 
-        `of` are those that are spoken of."""
+        `of` are those that are spoken of, `held` those that stand by until they are let go."""
         for name in of:
             replica = self._replicas[name]
             replica.wanted, replica.target = name in wanted, name in target
+            replica.held = name in held
 
     def _order(self, replica: Replica, kind: str, reason: str) -> None:
         if kind == "start" and replica.child is None and not replica.given_up:
@@ -316,13 +323,16 @@ class Supervisor:
             replica.ready = False
         elif kind == "end" and replica.child is not None:
             replica.child.signal(_ENDING_SIGNALS.get(reason, signal.SIGKILL))
+        elif kind == "go" and replica.child is not None and replica.standing_by:
+            replica.held = False
+            replica.child.signal(GO)
         elif kind == "give_up":
             replica.given_up = reason
             self._report.event(f"{replica.name} given up: {reason}")
             if (state_file := self._plan.state_files.get(replica.name)) is not None:
                 note_given_up(state_file, replica.name, reason)
-            wanted = [found for found in self._replicas.values() if found.wanted]
-            left = [found for found in wanted if not found.given_up]
+            # Those of another shape may take over.
+            left = any(not found.given_up for found in self._replicas.values())
             if self._phase is Phase.STARTING or not left:
                 self._fail(f"{replica.name} {reason}")
         self._send_facts()
@@ -339,9 +349,13 @@ class Supervisor:
                 self._report.phase(
                     f"{replica.name} {line['phase']}", seconds, str(line.get("detail", ""))
                 )
+            if line.get("standing_by"):
+                replica.standing_by = True
+                self._send_facts()
             if line.get("ready"):
                 again = " again" if replica.ever_ready else ""
                 replica.ready = replica.ever_ready = True
+                replica.standing_by = False
                 replica.info = {k: v for k, v in line.items() if k != "ready"}
                 if self._phase is Phase.SERVING:
                     self._report.event(f"{replica.name} is ready{again}")

@@ -2,7 +2,7 @@
 
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
@@ -83,12 +83,18 @@ class SingleExecutor:
         self.torch_threads: int | None = None if plan is None else 1
 
     @classmethod
-    def load(cls, config: EngineConfig, progress: Progress | None = None) -> Self:
+    def load(
+        cls,
+        config: EngineConfig,
+        progress: Progress | None = None,
+        hold: Callable[[], None] | None = None,
+    ) -> Self:
         """Load `config.model_path` and take memory for its KV cache.
 
-        `progress(phase, seconds)` is called as each phase ends. Raises ModelError, ConfigError.
+        `progress(phase, seconds)` is called as each phase ends, `hold` as `load_executor` says.
+        Raises ModelError, ConfigError.
         """
-        return cls.load_part(config, progress)
+        return cls.load_part(config, progress, hold=hold)
 
     @classmethod
     def load_part(
@@ -97,6 +103,7 @@ class SingleExecutor:
         progress: Progress | None = None,
         seat: Seat | None = None,
         num_blocks: int | None = None,
+        hold: Callable[[], None] | None = None,
     ) -> Self:
         """As `load`, what the rank of `seat` has of the model, with as many blocks as rank 0 has.
 
@@ -106,7 +113,7 @@ class SingleExecutor:
         """
         with ThreadPoolExecutor(1, "scalellm-load") as thread:
             try:
-                return thread.submit(cls._load, config, progress, seat, num_blocks).result()
+                return thread.submit(cls._load, config, progress, seat, num_blocks, hold).result()
             except torch.OutOfMemoryError as error:
                 raise explained(error, config) from None
 
@@ -117,15 +124,22 @@ class SingleExecutor:
         progress: Progress | None,
         seat: Seat | None,
         num_blocks: int | None,
+        hold: Callable[[], None] | None,
     ) -> Self:
         report = progress or (lambda _phase, _seconds: None)
         if config.cpu_threads is not None:
             torch.set_num_threads(config.cpu_threads)
         _core.cpu_start(torch.get_num_threads(), config.compute_nice)
         shard = WHOLE if seat is None else seat.shard
-        use_device(_device(config, shard))
-        # Rank 0 has seen to it that all of the model fits.
-        loaded = load_model(config, report, sys.maxsize if shard.rank else None, shard)
+        device = _device(config, shard)
+        use_device(device)
+        if hold is not None and device.type == "cuda":
+            hold()
+        # Rank 0 has seen to it that all of the model fits; what is held has others' memory to come.
+        known_to_fit = shard.rank > 0 or (hold is not None and device.type == "cpu")
+        loaded = load_model(config, report, sys.maxsize if known_to_fit else None, shard)
+        if hold is not None and device.type == "cpu":
+            hold()
         started = time.monotonic()
         size, cache = _allocate(config, loaded, num_blocks)
         tokens = size.num_blocks * config.block_size

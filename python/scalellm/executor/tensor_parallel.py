@@ -15,7 +15,7 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from functools import partial
@@ -51,6 +51,7 @@ class TensorParallelExecutor(SingleExecutor):
         cls,
         config: EngineConfig,
         progress: Progress | None = None,
+        hold: Callable[[], None] | None = None,
         followers: Followers | None = None,
     ) -> Self:
         """As SingleExecutor, by `config.tensor_parallel_size` ranks with a share of the threads
@@ -64,7 +65,7 @@ class TensorParallelExecutor(SingleExecutor):
             if followers is None:
                 followers = Followers.of(config)
                 on_failure.callback(followers.kill)
-            own = cls._load_all(config, progress, found, followers)
+            own = cls._load_all(config, progress, found, followers, hold)
             on_failure.pop_all()
         followers.watch(own._lost)
         return own
@@ -76,6 +77,7 @@ class TensorParallelExecutor(SingleExecutor):
         progress: Progress | None,
         found: Division,
         followers: Followers,
+        hold: Callable[[], None] | None,
     ) -> Self:
         ranks = config.tensor_parallel_size
         limit = config.max_model_len or check_max_model_len(None, found.model)
@@ -98,11 +100,13 @@ class TensorParallelExecutor(SingleExecutor):
             links=links,
         )
         if found.packed:
-            own = cls.load_part(config, progress, take())
+            own = cls.load_part(config, progress, take(), hold=hold)
             began = time.monotonic()
             followers.load([order(rank, config, sizes, own.num_blocks) for rank in others])
         else:
             # All load at once, as they agree on what they have room for.
+            if hold is not None:
+                hold()
             host = LOOPBACK if links is None else config.first_host
             store = open_meeting(ranks, host)
             followers.load([order(rank, config, sizes, meeting=store.port) for rank in others])

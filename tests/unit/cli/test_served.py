@@ -116,7 +116,8 @@ def test_nothing_large_is_fetched_for_a_deployment_that_cannot_be(
         (("--replicas", "3"), 3),
         (("--replica", "tp=2", "--replica", "tp=1,count=2", "--devices", "4"), 3),
         # Two wide and four narrow ones, while the one shape takes over from the other.
-        (("--blueprint", "auto", "--cpu-threads", "4"), 6),
+        (("--blueprint", "auto", "--cpu-threads", "4", "--switch", "beside"), 6),
+        (("--blueprint", "auto", "--cpu-threads", "4"), 4),  # the one, and then the other
     ],
 )
 def test_kv_caches_that_do_not_fit_together_are_refused(

@@ -186,6 +186,7 @@ def test_what_does_not_fit_is_refused_before_anything_starts(
 
 def test_half_of_the_memory_each_is_all_of_it() -> None:
     assert auto(8, gpu_memory_utilization=0.5).engine.memory_share == 0.5
+    assert auto(8, shape={"switch": "after"}).engine.memory_share == 0.9
     assert auto(0).engine.memory_share == 0.9  # on a CPU nobody asks for it
 
 
@@ -193,6 +194,13 @@ def test_ray_gives_no_gpu_to_two_at_once() -> None:
     found = auto(8)
     on_ray = replace(found, deployment=replace(found.deployment, launcher="ray"))
     with pytest.raises(ConfigError, match="--launcher: got ray, allowed with --blueprint auto on"):
+        check_together(on_ray)
+
+
+def test_ray_frees_no_place_before_the_next_shape_starts() -> None:
+    found = auto(0, shape={"switch": "after"})
+    on_ray = replace(found, deployment=replace(found.deployment, launcher="ray"))
+    with pytest.raises(ConfigError, match="--switch: got after, allowed with --launcher ray: auto"):
         check_together(on_ray)
 
 

@@ -46,10 +46,11 @@ class Deployment:
         monkeypatch.setattr(steering.time, "monotonic", lambda: self.now_s)
         self.orders: list[dict[str, Any]] = []
         self.facts = {
-            name: {"running": False, "ready": False, "given_up": ""}
-            | {"wanted": name in WIDE_NAMES, "target": name in WIDE_NAMES}
+            name: {"running": False, "ready": False, "standing_by": False, "given_up": ""}
+            | {"wanted": name in WIDE_NAMES, "target": name in WIDE_NAMES, "held": False}
             for name in [*NARROW_NAMES, *WIDE_NAMES]
         }
+        self.switch = "beside"
         self.load = (0, 0.0)  # running requests, of them ended a second
         self.ended = 0.0
         self.model = "demo"
@@ -64,6 +65,7 @@ class Deployment:
             "candidates": [NARROW.to_json(), WIDE.to_json()],
             "calibration": calibration_toml(NODE),
             "settings": asdict(Settings("latency")),
+            "switch": self.switch,
             "hand_over_s": 0.5,
             "journal": str(self.folder / "journal.jsonl"),
             "state_file": str(self.folder / "blueprint.json"),
@@ -74,16 +76,22 @@ class Deployment:
         self.orders.append(order)
         if order["type"] == "want":
             for name, found in self.facts.items():
-                found["wanted"], found["target"] = (
-                    name in order["wanted"],
-                    name in order["target"],
-                )
+                for what in ("wanted", "target", "held"):
+                    found[what] = name in order[what]
+        elif order["type"] == "go":
+            assert self.facts[order["name"]]["standing_by"]
+            self.facts[order["name"]]["held"] = False
 
     def start(self) -> None:
-        """What is wanted runs and is ready."""
+        """What is wanted runs and is ready, or stands by."""
         for found in self.facts.values():
             if found["wanted"]:
-                found["running"] = found["ready"] = True
+                found["running"] = True
+                found["ready"], found["standing_by"] = not found["held"], found["held"]
+
+    def end(self, *names: str) -> None:
+        for name in names:
+            self.facts[name].update(running=False, ready=False, standing_by=False)
 
     def become_narrow(self) -> None:
         """As many come as eight narrow replicas are better for."""
@@ -91,7 +99,7 @@ class Deployment:
         assert len(self.look(10.0)) == 1
         self.start()
         self.look(1.0)
-        self.facts["engine-tp8-0"].update(running=False, ready=False)
+        self.end("engine-tp8-0")
 
     def look(self, seconds: float) -> list[dict[str, Any]]:
         """The orders of so much time."""
@@ -147,10 +155,52 @@ def test_the_new_shape_starts_first_and_the_old_one_ends_when_it_is_ready(made: 
     assert drain[0]["reason"] == "hand over"
     assert [order["reason"] for order in made.look(0.5)] == ["stop"]
     assert [order["reason"] for order in made.look(11.0)] == ["kill"]
-    made.facts["engine-tp8-0"].update(running=False, ready=False)
+    made.end("engine-tp8-0")
     assert made.look(10.0) == []
     assert made.state()["phase"] == "steady"
     assert made.state()["blueprint"] == [{"tp": 1, "count": 8}]
+
+
+def test_where_both_have_no_room_the_new_shape_waits_until_the_old_one_is_gone(
+    made: Deployment,
+) -> None:
+    made.switch = "after"
+    made.restart_controller()
+    made.load = (300, 100.0)
+    (order,) = made.look(10.0)
+    assert set(order["held"]) == set(NARROW_NAMES)
+    assert made.look(5.0) == [], "they are still starting"
+    made.start()
+    assert not any(made.facts[name]["ready"] for name in NARROW_NAMES)
+    (takes_over,) = made.look(0.5)
+    assert takes_over["wanted"] == takes_over["held"] == NARROW_NAMES
+    ends = made.look(1.0)
+    assert [order["reason"] for order in ends] == ["hand over", "stop"], "at once, and all of it"
+    assert made.state()["phase"] == "handing over"
+    made.restart_controller()
+    made.look(1.0)
+    made.end("engine-tp8-0")
+    goes = made.look(0.5)
+    assert kinds(goes) == [("go", name) for name in NARROW_NAMES]
+    assert made.look(0.5) == []
+    assert made.state()["phase"] == "handing over"
+    made.start()
+    made.look(0.5)
+    assert made.state()["phase"] == "steady"
+    assert made.state()["blueprint"] == [{"tp": 1, "count": 8}]
+
+
+def test_a_shape_that_is_lost_whole_is_replaced_by_one_that_can_be_had(made: Deployment) -> None:
+    made.facts["engine-tp8-0"].update(running=False, ready=False, given_up="it ended five times")
+    (order,) = made.look(0.5)
+    assert order["wanted"] == order["target"] == NARROW_NAMES
+    assert order["why"] == "1 x TP 8 -> 8 x TP 1: engine-tp8-0 was given up"
+    made.start()
+    assert made.look(10.0) == []
+    assert made.state()["phase"] == "steady"
+    for name in NARROW_NAMES:
+        made.facts[name].update(running=False, ready=False, given_up="it ended five times")
+    assert made.look(10.0) == [], "there is nothing left to have"
 
 
 def test_a_new_shape_that_cannot_start_is_left_alone(made: Deployment) -> None:
@@ -177,8 +227,7 @@ def test_a_replica_given_up_does_not_hold_the_others_to_their_shape(made: Deploy
     assert order["target"] == WIDE_NAMES
     made.start()
     made.look(1.0)
-    for name in NARROW_NAMES:
-        made.facts[name].update(running=False, ready=False)
+    made.end(*NARROW_NAMES)
     # The way back is closed, and that is told.
     made.load = (300, 100.0)
     assert made.look(300.0) == []
@@ -189,8 +238,7 @@ def test_a_replica_given_up_does_not_hold_the_others_to_their_shape(made: Deploy
 
 
 def test_another_models_load_and_replicas_are_none_of_its_business(made: Deployment) -> None:
-    made.facts["other-0"] = {"running": True, "ready": True, "given_up": ""}
-    made.facts["other-0"] |= {"wanted": True, "target": True}
+    made.facts["other-0"] = made.facts[WIDE_NAMES[0]].copy()
     made.load = (300, 100.0)
     made.model = "other"
     assert made.look(40.0) == []
@@ -235,7 +283,7 @@ def test_an_operators_wish_goes_before_the_policy_until_it_is_taken_back(made: D
     assert set(order["target"]) == set(NARROW_NAMES)
     made.start()
     made.look(1.0)
-    made.facts["engine-tp8-0"].update(running=False, ready=False)
+    made.end("engine-tp8-0")
     assert made.look(100.0) == []  # the policy would have gone back
     assert made.state()["wish"] == NARROW.to_json()
     for nonsense in ("", "[]", '{"blueprint": [{"tp": 3, "count": 1}]}', '{"blueprint": null}'):

@@ -21,7 +21,8 @@ _OWN_VALUES = {  # settings of an engine that are not among its `args`
     *("nnodes", "node_rank", "master_addr", "master_port"),
 }
 _GATEWAY_KEYS = ("max_body_bytes", "max_in_flight", "max_queued", "request_timeout_s")
-_REFUSED = ("chat_template", "replay", "replay_wait_s")  # the chart has no value for them
+# The chart has no value for them.
+_REFUSED = ("chat_template", "replay", "replay_wait_s", "replica_wait_s")
 _OWN_SHAPE = ("devices", "replica")  # settings of a blueprint that are not among `args`
 
 
