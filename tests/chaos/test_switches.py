@@ -14,7 +14,7 @@ import pytest
 
 from ..e2e.wire import call, is_at_rest, load
 from ..integration.served import Serve
-from ..integration.supervised import until
+from ..integration.supervised import children, command_line, kill, until
 from .crowd import Crowd
 from .shapes import NARROW, WIDE, serve_two_shapes, state, switch, wish
 from .workload import undisturbed_answers
@@ -66,6 +66,24 @@ def test_streams_outlive_forced_switches(
     found = load(served.url)
     assert found["replays_waiting"] == 0 and found.get("replays_failed_total", 0) == 0
     until(lambda: is_at_rest(served.url))
+
+
+@pytest.mark.slow
+@pytest.mark.needs("two-cores")
+@pytest.mark.parametrize("served", ["after"], indirect=True)
+def test_a_replica_that_dies_standing_by_is_waited_for_again(served: Serve) -> None:
+    def standing_by() -> set[int]:
+        found = children(served.process.pid)
+        return {pid for pid in found if b"--stand-by" in command_line(pid)}
+
+    with Crowd(served.url, undisturbed_answers(served.url), STREAMS) as crowd:
+        wish(served, NARROW)
+        until(lambda: len(standing_by()) == NARROW[0]["count"])
+        died = min(standing_by())
+        kill(died)
+        until(lambda: len(standing_by() - {died}) == NARROW[0]["count"])
+        switch(served, NARROW)
+    assert not crowd.wrong, crowd.wrong[0]
 
 
 @pytest.mark.slow
