@@ -16,16 +16,17 @@ import selectors
 import signal
 import socket
 import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 from scalellm.controller.channel import Lines, encode
-from scalellm.controller.child import GO, HAND_OVER, Child, Command, Ending
+from scalellm.controller.child import Child, Command, Ending
 from scalellm.controller.policy import Limits
 from scalellm.controller.replica import Replica
+from scalellm.controller.replicas import Replicas
 from scalellm.controller.report import Report
 from scalellm.controller.restarted import Restarted
 from scalellm.controller.state_file import note_given_up
@@ -33,7 +34,6 @@ from scalellm.controller.watchdog import MARK_VARIABLE, Watchdog, kill_marked
 from scalellm.errors import ServeError
 
 _STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-_ENDING_SIGNALS = {"hand over": HAND_OVER, "stop": signal.SIGTERM, "kill": signal.SIGKILL}
 _GATEWAY_GRACE_S = 5.0  # beyond the drain timeout, for the gateway to close its connections
 _LEAST_SILENCE_S = 6.0  # a look at a gateway that does not answer takes the controller seconds
 
@@ -74,12 +74,12 @@ class Supervisor:
         self._report = report
         self._mark = f"{os.getpid()}-{os.urandom(8).hex()}"
         self._environment = {**os.environ, MARK_VARIABLE: self._mark}
-        self._replicas = {
-            name: Replica(name, address, command)
-            for name, (address, command) in plan.engines.items()
-        }
+        self._selector = selectors.DefaultSelector()
+        self._replicas = Replicas(
+            plan.engines, self._environment, self._selector, report, self._send_facts
+        )
         if plan.wanted is not None:
-            self._want(self._replicas, plan.wanted, plan.wanted, ())
+            self._replicas.want(plan.engines, plan.wanted, plan.wanted, ())
         self._gateway = Restarted("gateway")
         self._controller = Restarted("controller")
         self._controller_heard_s = 0.0  # it says something with every look
@@ -88,7 +88,6 @@ class Supervisor:
         self._exit_code = 0
         self._deadline_s: float | None = None
         self._failure = ""
-        self._selector = selectors.DefaultSelector()
 
     def run(self) -> int:
         """Run the tree until it has ended; returns the exit code.
@@ -105,9 +104,9 @@ class Supervisor:
         previous_fd = signal.set_wakeup_fd(waking.fileno(), warn_on_full_buffer=False)
         self._selector.register(woken, selectors.EVENT_READ, lambda: self._signals(woken))
         try:
-            for replica in self._replicas.values():
+            for replica in self._replicas:
                 if replica.wanted:  # a first start is no question, and what takes longest
-                    self._order(replica, "start", "")
+                    self._replicas.order(replica, "start", "")
             while self._phase is not Phase.ENDED:
                 self._timers()
                 for key, _ in self._selector.select(self._pause_s()):
@@ -190,19 +189,14 @@ class Supervisor:
         for restarted in (self._gateway, self._controller):
             if restarted.child is not None and (ending := restarted.child.poll()):
                 self._restarted_ended(restarted, ending)
-        changed = False
-        for replica in self._replicas.values():
-            if replica.child is not None and (ending := replica.child.poll()):
-                self._read_status(replica)
-                self._forget_status(replica)
-                replica.ended(ending)
-                changed = True
-                if self._phase < Phase.DRAINING:
-                    what = "ended" if replica.wanted else "gave its place up"
-                    self._report.event(f"{replica.name} {what}: {ending}")
+        ended = self._replicas.reap()
+        for replica, ending in ended:
+            if self._phase < Phase.DRAINING:
+                what = "ended" if replica.wanted else "gave its place up"
+                self._report.event(f"{replica.name} {what}: {ending}")
         if self._phase < Phase.STOPPING and self._watchdog.ended():
             self._watchdog = Watchdog(self._mark, self._folder)
-        if changed:
+        if ended:
             self._send_facts()
         if self._phase is Phase.DRAINING and self._gateway.child is None:
             self._stop()
@@ -239,7 +233,7 @@ class Supervisor:
                 "url": self._plan.inner_url or self._plan.url,
                 "limits": asdict(self._plan.limits),
                 "serving": self._phase is Phase.SERVING,
-                "addresses": {name: found.address for name, found in self._replicas.items()},
+                "addresses": {found.name: found.address for found in self._replicas},
                 "steering": self._plan.steering,
             }
         )
@@ -268,8 +262,7 @@ class Supervisor:
             self._controller.child.signal(signal.SIGKILL)
 
     def _send_facts(self) -> None:
-        facts = {name: replica.facts() for name, replica in self._replicas.items()}
-        self._send({"type": "facts", "replicas": facts})
+        self._send({"type": "facts", "replicas": self._replicas.facts()})
 
     def _orders(self, lines: Lines) -> None:
         self._controller_heard_s = time.monotonic()
@@ -281,105 +274,40 @@ class Supervisor:
                 taken_s = time.monotonic() - self._gateway.child.started_s
                 self._report.phase("gateway: tokenizer, listen", taken_s, self._plan.url)
             elif kind == "serving" and self._phase is Phase.STARTING:
-                self._phase = Phase.SERVING
-                self._report.ready(self._plan.url, self._ready_facts())
+                self._phase, self._replicas.have_started = Phase.SERVING, True
+                told = {"model": self._plan.model} | self._replicas.told()
+                self._report.ready(self._plan.url, told)
             elif kind == "kill" and order.get("name") == "gateway":
                 if self._gateway.child is not None:
                     self._report.event(f"killing the gateway: {order.get('reason')}")
                     self._gateway.child.signal(signal.SIGKILL)
             elif kind == "want":
                 self._report.event(f"blueprint: {order.get('why')}")
-                self._want(order["of"], order["wanted"], order["target"], order["held"])
+                self._replicas.want(order["of"], order["wanted"], order["target"], order["held"])
                 self._send_facts()
             elif replica := self._replicas.get(str(order.get("name"))):
-                self._order(replica, str(kind), str(order.get("reason", "")))
+                reason = str(order.get("reason", ""))
+                if kind == "give_up":
+                    self._give_up(replica, reason)
+                self._replicas.order(replica, str(kind), reason)
         if lines.closed and self._link is not None:
             self._close_link()
 
-    def _want(
-        self,
-        of: Collection[str],
-        wanted: Collection[str],
-        target: Collection[str],
-        held: Collection[str],
-    ) -> None:
-        """Replicas that are not wanted are not started again; the controller ends them.
-
-        `of` are those that are spoken of, `held` those that stand by until they are let go."""
-        for name in of:
-            replica = self._replicas[name]
-            replica.wanted, replica.target = name in wanted, name in target
-            replica.held = name in held
-
-    def _order(self, replica: Replica, kind: str, reason: str) -> None:
-        if kind == "start" and replica.child is None and not replica.given_up:
-            lines = replica.start(self._environment)
-            self._selector.register(
-                lines.descriptor, selectors.EVENT_READ, lambda: self._read_status(replica)
-            )
-        elif kind == "kill" and replica.child is not None:
-            self._report.event(f"killing {replica.name}: {reason}")
-            replica.child.signal(signal.SIGKILL)
-            replica.ready = False
-        elif kind == "end" and replica.child is not None:
-            replica.child.signal(_ENDING_SIGNALS.get(reason, signal.SIGKILL))
-        elif kind == "go" and replica.child is not None and replica.standing_by:
-            replica.held = False
-            replica.child.signal(GO)
-        elif kind == "give_up":
-            replica.given_up = reason
-            self._report.event(f"{replica.name} given up: {reason}")
-            if (state_file := self._plan.state_files.get(replica.name)) is not None:
-                note_given_up(state_file, replica.name, reason)
-            # Those of another shape may take over.
-            left = any(not found.given_up for found in self._replicas.values())
-            if self._phase is Phase.STARTING or not left:
-                self._fail(f"{replica.name} {reason}")
-        self._send_facts()
-
-    # ------------------------------------------------------------ the engines' status
-
-    def _read_status(self, replica: Replica) -> None:
-        """Phases of an engine's start, and that it is ready."""
-        if replica.status is None:
-            return
-        for line in replica.status.read():
-            if "phase" in line and self._phase is Phase.STARTING:
-                seconds = float(line.get("seconds", 0.0))
-                self._report.phase(
-                    f"{replica.name} {line['phase']}", seconds, str(line.get("detail", ""))
-                )
-            if line.get("standing_by"):
-                replica.standing_by = True
-                self._send_facts()
-            if line.get("ready"):
-                again = " again" if replica.ever_ready else ""
-                replica.ready = replica.ever_ready = True
-                replica.standing_by = False
-                replica.info = {k: v for k, v in line.items() if k != "ready"}
-                if self._phase is Phase.SERVING:
-                    self._report.event(f"{replica.name} is ready{again}")
-                self._send_facts()
-        if replica.status.closed:
-            self._forget_status(replica)
-
-    def _forget_status(self, replica: Replica) -> None:
-        if replica.status is not None:
-            self._selector.unregister(replica.status.descriptor)
-            replica.close_status()
-
-    def _ready_facts(self) -> dict[str, Any]:
-        infos = [found.info for found in self._replicas.values() if found.info]
-        first = infos[0] if infos else {}
-        of_all = {k: v for k, v in first.items() if all(info.get(k) == v for info in infos)}
-        wanted = sum(found.wanted for found in self._replicas.values())
-        return {"model": self._plan.model, "replicas": wanted} | of_all
+    def _give_up(self, replica: Replica, reason: str) -> None:
+        replica.given_up = reason
+        self._report.event(f"{replica.name} given up: {reason}")
+        if (state_file := self._plan.state_files.get(replica.name)) is not None:
+            note_given_up(state_file, replica.name, reason)
+        # Those of another shape may take over.
+        left = any(not found.given_up for found in self._replicas)
+        if self._phase is Phase.STARTING or not left:
+            self._fail(f"{replica.name} {reason}")
 
     # ------------------------------------------------------------ the end
 
     def _drain(self, why: str) -> None:
         running = self._gateway.child
-        serves = self._phase is Phase.SERVING or any(r.ready for r in self._replicas.values())
+        serves = self._phase is Phase.SERVING or any(r.ready for r in self._replicas)
         self._phase = Phase.DRAINING
         self._gateway.due_s = self._controller.due_s = None
         what = f"draining for at most {self._plan.drain_timeout_s:g} s" if serves else "stopping"
@@ -402,17 +330,15 @@ class Supervisor:
         self._phase = Phase.ENDED
 
     def _living(self) -> list[Child]:
-        found = [self._gateway.child, self._controller.child]
-        found += [replica.child for replica in self._replicas.values()]
-        return [child for child in found if child is not None]
+        restarted = [self._gateway.child, self._controller.child]
+        return [child for child in restarted if child is not None] + self._replicas.living()
 
     def _kill_all(self) -> None:
         """SIGKILL to every child, its group, and whatever else carries the tree's mark."""
         for child in self._living():
             child.kill_group()
         kill_marked(self._mark)
-        for replica in self._replicas.values():
-            self._forget_status(replica)
+        self._replicas.forget()
 
 
 def _unwanted(number: int) -> bool:
