@@ -1,14 +1,15 @@
 """How far simulated times are from a real deployment's, on this machine.
 
     python benchmarks/bench_simulator.py                all parts, then docs/performance.md
-    python benchmarks/bench_simulator.py --part wide    one part; the rest another time
+    python benchmarks/bench_simulator.py --part wide    one plan; the rest another time
 
 For each static plan `scalellm calibrate --short` measures what steps cost; then the plan serves
 closed loops and Poisson arrivals, and `scalellm simulate`'s code plays the same requests with
-those costs. None of the loads is one of the calibration's. All loads come three times, each time
-with other requests, and the medians are compared: which prompts find a step about to begin is
-chance, in both. The load generator and the gateway run on the same two cores as the engines,
-which a simulation knows only as `front_ms`.
+those costs. None of the loads is one of the calibration's. All of it is done three times, with
+other requests, a calibration and a deployment of its own each time, and the medians are compared:
+which prompts find a step about to begin is chance in both, and the machine's speed changes. The
+load generator and the gateway run on the same two cores as the engines, which a simulation knows
+only as `front_ms`.
 """
 
 import argparse
@@ -62,44 +63,43 @@ def figures(row: Mapping[str, Any]) -> Figures:
     }
 
 
-def seeds(level: int) -> list[int]:
-    """What is drawn for a level depends on these, one a round."""
-    return [level + number * len(LEVELS) for number in range(ROUNDS)]
+def seed(level: int, number: int) -> int:
+    """What is drawn for a level depends on it, in each round something else."""
+    return level + number * len(LEVELS)
 
 
-def middle(rounds: Sequence[Figures]) -> Figures:
-    return {name: statistics.median(one[name] for one in rounds) for name in rounds[0]}
+def middle(rounds: Sequence[Sequence[Figures]]) -> list[Figures]:
+    """Of each level, from rounds of all levels."""
+    return [
+        {name: statistics.median(one[name] for one in of_level) for name in of_level[0]}
+        for of_level in zip(*rounds, strict=True)
+    ]
 
 
-def measure(plan: str, shape: str, folder: Path) -> list[Figures]:
-    """Of each level. All of them come before any comes again, as the machine's speed changes."""
+def measure(plan: str, shape: str, folder: Path, number: int) -> list[Figures]:
+    """Of each level, in one round."""
     model = model_folder(shape, folder)
     log = folder / f"{plan.replace(' ', '-')}.log"
     with deployed(model, plan, 0, log) as running:
         loaded(running.url, [WARM_UP], Workload(seed=ROUNDS * len(LEVELS)))
         # One by one: a level's number decides what is drawn for it, and a simulation has but one.
-        rounds = [
-            [
-                figures(loaded(running.url, [level], Workload(seed=seeds(index)[number])).rows[0])
-                for index, level in enumerate(LEVELS)
-            ]
-            for number in range(ROUNDS)
+        return [
+            figures(loaded(running.url, [level], Workload(seed=seed(at, number))).rows[0])
+            for at, level in enumerate(LEVELS)
         ]
-    return [middle(of_level) for of_level in zip(*rounds, strict=True)]
 
 
-def simulate(plan: str, calibration: Calibration) -> list[Figures]:
+def simulate(plan: str, calibration: Calibration, number: int) -> list[Figures]:
+    """The same of a simulation."""
     (groups,) = PLANS[plan]
     blueprint = parse_groups([groups])
 
-    def played(level: Level, seed: int) -> Figures:
-        setup = Setup(calibration, partial(_load, level, seed), "prefix")
+    def played(level: Level, drawn: int) -> Figures:
+        setup = Setup(calibration, partial(_load, level, drawn), "prefix")
         summary = summary_of(plan, run_static(setup, blueprint), Objectives(1e9, 1e9))
         return figures(summary.to_json())
 
-    return [
-        middle([played(level, seed) for seed in seeds(index)]) for index, level in enumerate(LEVELS)
-    ]
+    return [played(level, seed(at, number)) for at, level in enumerate(LEVELS)]
 
 
 def _load(level: Level, seed: int) -> Load:
@@ -120,9 +120,11 @@ def misses(errors: Figures) -> list[str]:
 
 
 def section(
-    real: Mapping[str, list[Figures]], calibrations: Mapping[str, Calibration], command: str
+    real: Mapping[str, list[list[Figures]]],
+    calibrations: Mapping[str, list[Calibration]],
+    command: str,
 ) -> str:
-    note = next(iter(calibrations.values())).note
+    note = next(iter(calibrations.values()))[0].note
     lines = [
         (
             "Simulated by measured, less one, after `scalellm calibrate` on the same machine "
@@ -131,14 +133,13 @@ def section(
             f"    {command}\n"
         ),
     ]
-    names = list(next(iter(real.values()))[0])
+    names = list(next(iter(real.values()))[0][0])
     heads = ["plan", "load", "measured tok/s", *(name.removesuffix(" p50") for name in names[:1])]
     lines.append("| " + " | ".join([*heads, *names[1:]]) + " |")
     lines.append("|---|---|" + "---:|" * (len(names) + 1))
-    for plan, rows in real.items():
-        for level, measured, simulated in zip(
-            LEVELS, rows, simulate(plan, calibrations[plan]), strict=True
-        ):
+    for plan, rounds in real.items():
+        played = [simulate(plan, found, at) for at, found in enumerate(calibrations[plan])]
+        for level, measured, simulated in zip(LEVELS, middle(rounds), middle(played), strict=True):
             errors = off(simulated, measured)
             missed = misses(errors)
             cells = [
@@ -152,6 +153,11 @@ def section(
     return "\n".join(lines) + "\n"
 
 
+def _files(folder: Path, part: str, number: int) -> tuple[Path, Path]:
+    """What one round of a part has measured: figures, and what steps cost."""
+    return folder / f"round-{number}-{part}.json", folder / f"calibration-{number}-{part}.toml"
+
+
 def main(arguments: list[str] | None = None) -> int:
     given = sys.argv[1:] if arguments is None else arguments
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -162,19 +168,27 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(given)
     folder = options.folder / options.shape
     folder.mkdir(parents=True, exist_ok=True)
-    files = {part: folder / f"{ROUNDS}-rounds-{part}.json" for part in PARTS}
-    costs = {part: folder / f"calibration-{part}.toml" for part in PARTS}
-    for part, plan in PARTS.items():
-        if part in (options.part or ()) or not (options.part or files[part].is_file()):
-            calibrate(model_folder(options.shape, folder), 0, costs[part], WIDTHS[part])
-            found = measure(plan, options.shape, folder)
-            files[part].write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-    if not all(file.is_file() for file in files.values()):
+    for number in range(ROUNDS):
+        for part, plan in PARTS.items():
+            file, costs = _files(folder, part, number)
+            if part in (options.part or ()) or not (options.part or file.is_file()):
+                calibrate(model_folder(options.shape, folder), 0, costs, WIDTHS[part])
+                found = measure(plan, options.shape, folder, number)
+                file.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    files = {
+        plan: [_files(folder, part, number) for number in range(ROUNDS)]
+        for part, plan in PARTS.items()
+    }
+    if not all(file.is_file() for of_plan in files.values() for file, _ in of_plan):
         return 0
     real = {
-        plan: json.loads(files[part].read_text(encoding="utf-8")) for part, plan in PARTS.items()
+        plan: [json.loads(file.read_text(encoding="utf-8")) for file, _ in of_plan]
+        for plan, of_plan in files.items()
     }
-    calibrations = {plan: read_calibration(str(costs[part])) for part, plan in PARTS.items()}
+    calibrations = {
+        plan: [read_calibration(str(costs)) for _, costs in of_plan]
+        for plan, of_plan in files.items()
+    }
     shown = shlex.join(["python", "benchmarks/bench_simulator.py", *given])
     text = section(real, calibrations, shown)
     print(text)
