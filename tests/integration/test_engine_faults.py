@@ -65,7 +65,9 @@ def test_a_hung_step_falls_silent(monkeypatch: pytest.MonkeyPatch) -> None:
         engine.finish(key)
 
 
-def test_a_failing_step_ends_its_requests_and_the_loop_lives_on() -> None:
+def test_a_failing_step_ends_its_requests_and_the_loop_lives_on(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     executor = TableExecutor()
 
     def fail(batch: Batch) -> None:
@@ -74,8 +76,9 @@ def test_a_failing_step_ends_its_requests_and_the_loop_lives_on() -> None:
 
     executor.before = fail
     with running(executor) as engine:
-        bad = engine.submit([13, 1], 5)
+        bad = engine.submit([13, 1], 5, trace_id="0af7651916cd43dd")
         engine.finish(bad)
+        assert "failed, of requests 0af7651916cd43dd" in caplog.text
         assert "could not compute a step: RuntimeError: bad batch" in engine.outputs[bad][-1][8]
         good = engine.submit([3, 1], 1)
         engine.finish(good)

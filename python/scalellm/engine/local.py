@@ -30,6 +30,7 @@ class LocalSubmission:
     prompt_ids: list[int]
     max_tokens: int
     seed: int
+    trace_id: str = ""
     choice: int = 0
     min_tokens: int = 0
     stop_token_ids: list[int] = field(default_factory=list)

@@ -287,7 +287,9 @@ class EngineLoop:
 
     def _fail_step(self, step: Step, error: BaseException | None, now_us: int) -> None:
         self._failed_in_a_row += 1
-        logger.error("step %d failed", self._steps, exc_info=error)
+        requests = (self.scheduler.requests.get(key) for key in step.keys)
+        traces = ", ".join(sorted({found.trace_id for found in requests if found is not None}))
+        logger.error("step %d failed, of requests %s", self._steps, traces, exc_info=error)
         self._executor.check()  # what can compute no more is given up, not failed
         self._sampler = Sampler(self._executor.vocab_size)
         reason = f"the engine could not compute a step: {type(error).__name__}: {error}"

@@ -27,6 +27,7 @@ class Submitted(Protocol):
     """What a listener hands over; `scalellm._core.Submission` is one."""
 
     key: int
+    trace_id: str
     prompt_ids: list[int]
     resume_ids: list[int]
     max_tokens: int
@@ -99,6 +100,7 @@ class Request:
     deadline_us: int | None = None
     cache_salt: bytes = b""
     prompt_logprobs: int | None = None
+    trace_id: str = ""  # what the gateway calls it in its log and traces
 
     status: Status = field(default=Status.WAITING, init=False)
     token_ids: list[int] = field(init=False)  # prompt, then output
@@ -164,6 +166,7 @@ class Request:
             deadline_us=given.deadline_us,
             cache_salt=given.cache_salt,
             prompt_logprobs=None if resume_ids else given.prompt_logprobs,
+            trace_id=given.trace_id,
         )
 
     @property
