@@ -64,6 +64,12 @@ def run(arguments: argparse.Namespace) -> int:
         planned = [_planned(config, cores, gpus, several) for config, cores in shared_out]
         available_bytes = available_cpu_bytes()
         planned = settled_switches(planned, available_bytes)
+        for config, _ in planned:
+            if config.deployment.blueprint == "auto" and config.blueprint.switch == "after":
+                report.event(
+                    f"{served_name(config.engine)}: a new shape comes after the old one is gone, "
+                    f"and requests wait in between (--switch)"
+                )
         if shared.deployment.launcher == "local":
             check_memory(planned, available_bytes)
         models = [_resolve(config, place, report) for config, place in planned]

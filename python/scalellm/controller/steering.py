@@ -226,6 +226,7 @@ class Steering:
         """Write where it stands for `/admin/v1/blueprint` and `scalellm status`."""
         state = {
             "mode": "auto",
+            "switch": "after" if self._is_after else "beside",
             "phase": phase,
             "blueprint": self._shape(target).to_json(),
             "replicas": sorted(wanted),
