@@ -13,74 +13,16 @@ use std::ops::Range;
 use bytes::Bytes;
 use serde_json::Value;
 
-use super::top_level;
 use crate::error::{ApiError, ApiResult};
 use crate::request::fields::{got, wrong};
+
+mod top;
+
+use top::Top;
 
 const MAX_DEADLINE_MS: u64 = 86_400_000;
 /// Of a value that is read: more would be parsed for nothing.
 const MAX_FIELD_BYTES: usize = 4096;
-
-/// Where the values of the fields that matter here stand in the body.
-#[derive(Default)]
-struct Top {
-    /// How many there are.
-    fields: usize,
-    model: Option<Range<usize>>,
-    stream: Option<Range<usize>>,
-    stream_options: Option<Range<usize>>,
-    deadline_ms: Option<Range<usize>>,
-    max_tokens: Option<Range<usize>>,
-    max_completion_tokens: Option<Range<usize>>,
-    n: Option<Range<usize>>,
-    /// Of these it matters only that hooks look at the one that the upstream will.
-    messages: Option<Range<usize>>,
-    prompt: Option<Range<usize>>,
-    prompt_token_ids: Option<Range<usize>>,
-    suffix: Option<Range<usize>>,
-}
-
-impl Top {
-    /// # Errors
-    /// 400 for what is no JSON object, and for a field given twice: the two ends might not read the same one.
-    fn read(text: &str) -> ApiResult<Top> {
-        let mut top = Top::default();
-        let mut twice = None;
-        let read = top_level::fields(text, |key, place| {
-            top.fields += 1;
-            if let Some(field) = top.field(&key)
-                && field.replace(place).is_some()
-            {
-                twice = Some(key.into_owned());
-            }
-        });
-        match (read, twice) {
-            (Err(error), _) => Err(invalid(error)),
-            (Ok(()), Some(key)) => Err(ApiError::field(
-                &key,
-                format!("duplicate field: {key} is given twice"),
-            )),
-            (Ok(()), None) => Ok(top),
-        }
-    }
-
-    fn field(&mut self, key: &str) -> Option<&mut Option<Range<usize>>> {
-        Some(match key {
-            "model" => &mut self.model,
-            "stream" => &mut self.stream,
-            "stream_options" => &mut self.stream_options,
-            "deadline_ms" => &mut self.deadline_ms,
-            "max_tokens" => &mut self.max_tokens,
-            "max_completion_tokens" => &mut self.max_completion_tokens,
-            "n" => &mut self.n,
-            "messages" => &mut self.messages,
-            "prompt" => &mut self.prompt,
-            "prompt_token_ids" => &mut self.prompt_token_ids,
-            "suffix" => &mut self.suffix,
-            _ => return None,
-        })
-    }
-}
 
 /// A request that is passed on.
 #[derive(Debug, Default, PartialEq)]
