@@ -10,6 +10,8 @@
 //!                                                               v          v
 //!                                          least_load | prefix | shape | session --> Choice
 //! ```
+//!
+//! Servers elsewhere tell none of this: [`SentPrefixes`] remembers what each of them was sent.
 
 mod breaker;
 mod candidate;
@@ -22,6 +24,7 @@ mod prefix;
 mod prefix_index;
 mod retry_budget;
 mod router;
+mod sent_prefixes;
 mod session;
 mod shape;
 
@@ -32,4 +35,5 @@ pub use policy::{Choice, Policy, Reason, UnknownPolicy};
 pub use prefix_index::{MAX_BLOCKS, MAX_REPLICAS, PrefixIndex};
 pub use retry_budget::RetryBudget;
 pub use router::Router;
+pub use sent_prefixes::{MAX_PREFIXES, Prefixes, SentPrefixes};
 pub use session::session_rank;

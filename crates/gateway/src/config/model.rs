@@ -29,7 +29,7 @@ pub struct ModelConfig {
     pub max_model_len: Option<u32>,
     /// File with a chat template that replaces the folder's.
     pub chat_template: Option<PathBuf>,
-    /// How a replica is chosen: `prefix`, `least-load`, `shape` or `session`.
+    /// How a replica or an upstream is chosen: `prefix`, `least-load`, `shape` or `session`.
     pub routing: String,
     /// Where a controller writes the shape of its replicas down, for `/admin/v1/blueprint`.
     pub blueprint_file: Option<PathBuf>,

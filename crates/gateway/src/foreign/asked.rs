@@ -18,7 +18,7 @@ use crate::request::fields::{got, wrong};
 
 mod top;
 
-use top::Top;
+use top::{Prompt, Top};
 
 const MAX_DEADLINE_MS: u64 = 86_400_000;
 /// Of a value that is read: more would be parsed for nothing.
@@ -35,6 +35,7 @@ pub struct Asked {
     pub max_tokens: Option<u32>,
     pub n: u32,
     pub deadline_ms: Option<u64>,
+    pub prompt: Prompt,
     model_at: Option<Range<usize>>,
     /// It has fields besides those that are cut out.
     has_more: bool,
@@ -68,6 +69,7 @@ impl Asked {
         let max_tokens = count(value("max_tokens", &top.max_tokens)?);
         let max_completion_tokens = value("max_completion_tokens", &top.max_completion_tokens)?;
         let mut asked = Asked {
+            prompt: top.prompt(),
             model: string("model", value("model", &top.model)?)?,
             model_at: top.model,
             has_more: top.fields > usize::from(top.deadline_ms.is_some()),

@@ -19,7 +19,7 @@ use std::sync::atomic::Ordering::Relaxed;
 use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
-use scalellm_routing::RetryBudget;
+use scalellm_routing::{Policy, Prefixes, RetryBudget};
 use serde_json::{Value, json};
 
 use crate::config::{FaultConfig, ModelConfig, UpstreamConfig};
@@ -41,7 +41,6 @@ mod stream;
 mod top_level;
 mod upstream;
 
-#[cfg(any(test, feature = "fuzzing"))]
 pub use asked::Asked;
 #[cfg(any(test, feature = "fuzzing"))]
 pub use events::{Answers, Events};
@@ -63,6 +62,8 @@ pub struct ForeignModel {
     /// Of them, those that get no new requests.
     drained: Vec<bool>,
     pub picker: Arc<Picker>,
+    /// Whether it matters which upstream was sent what.
+    by_prefix: bool,
     retries: Mutex<RetryBudget>,
     hedge_after: Option<Duration>,
     hedges: Mutex<RetryBudget>,
@@ -99,6 +100,7 @@ impl ForeignModel {
             picker: before
                 .map(|model| Arc::clone(&model.picker))
                 .unwrap_or_default(),
+            by_prefix: config.policy(index)? == Policy::Prefix && config.upstreams.len() > 1,
             retries: Mutex::new(RetryBudget::new(RETRY_BURST, faults.retry_share)),
             hedge_after: faults.hedge_after(),
             hedges: Mutex::new(RetryBudget::new(HEDGE_BURST, faults.hedge_share)),
@@ -161,7 +163,12 @@ impl ForeignModel {
     /// One of those that are well and not `tried`, and why it; those that have just refused a request come after the
     /// others, fallbacks after both, and last those that fail their requests: a breaker chooses between upstreams and
     /// does not close the shop.
-    fn pick(&self, tried: &[usize], session: Option<u64>) -> Option<(usize, Reason)> {
+    fn pick(
+        &self,
+        tried: &[usize],
+        session: Option<u64>,
+        prompt: &Prefixes,
+    ) -> Option<(usize, Reason)> {
         let tiers = self.tiers(tried);
         let first = tiers.iter().map(|(tier, ..)| *tier).min()?;
         let among: Vec<_> = tiers
@@ -172,9 +179,10 @@ impl ForeignModel {
                 id: upstream.id,
                 weight: upstream.config.weight,
                 in_flight: upstream.counts.in_flight.load(Relaxed),
+                sent: upstream.sent_before(prompt),
             })
             .collect();
-        let (index, reason) = self.picker.pick(&among, session)?;
+        let (index, reason) = self.picker.pick(&among, session, !prompt.is_empty())?;
         let (_, fallback, _) = first;
         let reason = match (tried.is_empty(), fallback) {
             (false, _) => Reason::Retry,
@@ -182,6 +190,14 @@ impl ForeignModel {
             (true, false) => reason,
         };
         Some((index, reason))
+    }
+
+    /// Of a prompt, by what upstreams are found that were sent its beginning.
+    fn prefixes(&self, asked: &Asked, body: &[u8]) -> Prefixes {
+        match self.by_prefix {
+            true => asked.prompt.prefixes(body),
+            false => Prefixes::default(),
+        }
     }
 
     fn request_came(&self) {

@@ -1,17 +1,19 @@
 //! Which upstream gets a request: the one with the fewest unanswered requests for its weight, in turns where several have
-//! as few; a session's own, unless that has far more.
+//! as few; a session's own, or one that was sent the prompt's beginning, unless that has far more.
 //!
-//! How quick a server elsewhere is, and what it has cached, is not told; unanswered requests are what both come to.
+//! How quick a server elsewhere is is not told; unanswered requests are what that comes to. Nor is what it has cached,
+//! but it was sent what it has.
 
-use std::cmp::Reverse;
+use std::cmp::{Ordering, Reverse};
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 
 use parking_lot::Mutex;
 use scalellm_routing::session_rank;
 
-/// A session moves when its own upstream has more than so many times the least loaded one's, and a few.
-const TOO_MUCH: u64 = 2;
-const A_FEW: u64 = 4;
+/// A session moves when its own upstream has more than so many times the least loaded one's, and a few. So does a prompt
+/// that its upstream was sent wholly before; one that it was sent a part of moves so much sooner.
+const TOO_MUCH: f64 = 2.0;
+const A_FEW: f64 = 4.0;
 
 /// Why an upstream was chosen.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -20,6 +22,12 @@ pub enum Reason {
     Only,
     /// It had the fewest unanswered requests for its weight.
     Load,
+    /// It was sent the longest beginning of the prompt.
+    Prefix,
+    /// None was sent any of the prompt.
+    Cold,
+    /// Another was sent more of the prompt, and has too much to do.
+    Spread,
     /// It is the session's own.
     Session,
     /// The session's own has too much to do.
@@ -33,9 +41,12 @@ pub enum Reason {
 }
 
 impl Reason {
-    pub const ALL: [Reason; 7] = [
+    pub const ALL: [Reason; 10] = [
         Reason::Only,
         Reason::Load,
+        Reason::Prefix,
+        Reason::Cold,
+        Reason::Spread,
         Reason::Session,
         Reason::Moved,
         Reason::Fallback,
@@ -48,6 +59,9 @@ impl Reason {
         match self {
             Reason::Only => "only",
             Reason::Load => "load",
+            Reason::Prefix => "prefix",
+            Reason::Cold => "cold",
+            Reason::Spread => "spread",
             Reason::Session => "session",
             Reason::Moved => "moved",
             Reason::Fallback => "fallback",
@@ -65,14 +79,20 @@ pub struct Candidate {
     pub id: u64,
     pub weight: u32,
     pub in_flight: usize,
+    /// Share of the prompt that it was sent before.
+    pub sent: f64,
 }
 
 impl Candidate {
-    /// Whether it has `times` as many requests as `other` for its weight, and `more`, or fewer.
-    fn has_at_most(&self, times: u64, more: u64, other: &Candidate) -> bool {
-        let (own, others) = (u64::from(self.weight), u64::from(other.weight));
-        let other_load = times * other.in_flight as u64 + more * others;
-        self.in_flight as u64 * others <= other_load * own
+    fn load(&self) -> f64 {
+        self.in_flight as f64 / f64::from(self.weight)
+    }
+
+    /// Whether it may be asked in the place of `least`, which has least to do, where that saves a share of a request's
+    /// work. With nothing to save it has to have as little to do.
+    fn is_worth(&self, saved: f64, least: &Candidate) -> bool {
+        let times = 1.0 + (TOO_MUCH - 1.0) * saved;
+        self.load() <= times * least.load() + A_FEW * saved
     }
 }
 
@@ -85,29 +105,46 @@ pub struct Picker {
 }
 
 impl Picker {
-    /// One of `candidates`; `None` if there is none.
-    pub fn pick(&self, candidates: &[Candidate], session: Option<u64>) -> Option<(usize, Reason)> {
+    /// One of `candidates`; `None` if there is none. `by_prefix`: whether it was looked what they were sent.
+    pub fn pick(
+        &self,
+        candidates: &[Candidate],
+        session: Option<u64>,
+        by_prefix: bool,
+    ) -> Option<(usize, Reason)> {
         if let [only] = candidates {
             return Some((only.index, Reason::Only));
         }
-        let least = candidates
-            .iter()
-            .find(|one| candidates.iter().all(|other| one.has_at_most(1, 0, other)))?;
-        let mut reason = Reason::Load;
+        let least = candidates.iter().min_by(by_load)?;
         if let Some(session) = session {
             let rank = |one: &&Candidate| session_rank(session, one.id);
             let own = candidates.iter().max_by_key(rank)?;
-            if own.has_at_most(TOO_MUCH, A_FEW, least) {
+            if own.is_worth(1.0, least) {
                 return Some((own.index, Reason::Session));
             }
-            reason = Reason::Moved;
         }
-        let as_few: Vec<_> = candidates
+        let worth: Vec<_> = candidates
             .iter()
-            .filter(|one| one.has_at_most(1, 0, least))
+            .filter(|one| one.is_worth(one.sent - least.sent, least))
+            .collect();
+        let best = *worth.iter().max_by(|a, b| {
+            let by_sent = a.sent.total_cmp(&b.sent);
+            by_sent.then_with(|| b.load().total_cmp(&a.load()))
+        })?;
+        let as_good: Vec<_> = worth
+            .iter()
+            .filter(|one| one.sent >= best.sent && one.load() <= best.load())
             .map(|one| (one.index, i64::from(one.weight)))
             .collect();
-        let next = next_turn(&mut self.due.lock(), &as_few)?;
+        let next = next_turn(&mut self.due.lock(), &as_good)?;
+        let most = candidates.iter().map(|one| one.sent).fold(0.0, f64::max);
+        let reason = match session {
+            Some(_) => Reason::Moved,
+            None if !by_prefix => Reason::Load,
+            None if most <= 0.0 => Reason::Cold,
+            None if best.sent >= most => Reason::Prefix,
+            None => Reason::Spread,
+        };
         Some((next, reason))
     }
 
@@ -120,6 +157,12 @@ impl Picker {
         let counts = Reason::ALL.into_iter().zip(&self.counts);
         counts.map(|(reason, count)| (reason, count.load(Relaxed)))
     }
+}
+
+/// Who has less to do, or has as much and was sent more, is less.
+fn by_load(a: &&Candidate, b: &&Candidate) -> Ordering {
+    let by_load = a.load().total_cmp(&b.load());
+    by_load.then_with(|| b.sent.total_cmp(&a.sent))
 }
 
 /// Smooth weighted round robin: everybody's turn comes nearer by its weight, and whose is nearest pays for all.
@@ -138,68 +181,4 @@ fn next_turn(due: &mut Vec<i64>, weights: &[(usize, i64)]) -> Option<usize> {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn candidates(of: &[(u32, usize)]) -> Vec<Candidate> {
-        of.iter()
-            .enumerate()
-            .map(|(index, (weight, in_flight))| Candidate {
-                index,
-                id: index as u64,
-                weight: *weight,
-                in_flight: *in_flight,
-            })
-            .collect()
-    }
-
-    #[test]
-    fn turns_are_shared_by_weight() {
-        let mut due = Vec::new();
-        let weights = [(0, 5), (2, 1)];
-        let turns: Vec<usize> = (0..12)
-            .filter_map(|_| next_turn(&mut due, &weights))
-            .collect();
-        assert_eq!(turns, [0, 0, 0, 2, 0, 0, 0, 0, 0, 2, 0, 0]);
-        assert_eq!(next_turn(&mut due, &[]), None);
-    }
-
-    #[test]
-    fn the_one_with_the_fewest_unanswered_for_its_weight_is_next() {
-        for (of, next) in [
-            (&[(1, 3), (1, 2), (1, 5)][..], 1),
-            (&[(3, 5), (1, 2)], 0),
-            (&[(3, 7), (1, 2)], 1),
-            (&[(1, 0), (100, 1)], 0),
-        ] {
-            let picked = Picker::default().pick(&candidates(of), None);
-            assert_eq!(picked, Some((next, Reason::Load)), "{of:?}");
-        }
-        assert_eq!(Picker::default().pick(&[], Some(1)), None);
-        let only = Picker::default().pick(&candidates(&[(1, 900)]), Some(1));
-        assert_eq!(only, Some((0, Reason::Only)));
-    }
-
-    #[test]
-    fn a_session_stays_until_its_upstream_has_far_more_to_do() {
-        let picker = Picker::default();
-        let idle = candidates(&[(1, 0); 4]);
-        for session in 0..100 {
-            let (own, reason) = picker.pick(&idle, Some(session)).unwrap();
-            assert_eq!(reason, Reason::Session);
-            let mut busy = idle.clone();
-            busy[own].in_flight = 4;
-            let stays = picker.pick(&busy, Some(session));
-            assert_eq!(stays, Some((own, Reason::Session)));
-            busy[own].in_flight = 5;
-            let (other, reason) = picker.pick(&busy, Some(session)).unwrap();
-            assert_eq!(reason, Reason::Moved);
-            assert_ne!(other, own);
-        }
-        let used: std::collections::BTreeSet<_> = (0..100)
-            .filter_map(|session| picker.pick(&idle, Some(session)))
-            .map(|(index, _)| index)
-            .collect();
-        assert_eq!(used.len(), 4);
-    }
-}
+mod tests;

@@ -8,6 +8,7 @@ use axum::body::Body;
 use axum::http::{HeaderMap, HeaderName, HeaderValue, header};
 use axum::response::{IntoResponse, Response};
 use bytes::Bytes;
+use scalellm_routing::Prefixes;
 
 use super::ForeignModel;
 use super::asked::Asked;
@@ -84,6 +85,7 @@ pub async fn relayed(
         model,
         asked,
         body: bytes,
+        prompt: Prefixes::default(),
         deadline: None,
     };
     relay.run().await.map(Some)
@@ -97,6 +99,7 @@ struct Relay<'a> {
     model: Arc<ForeignModel>,
     asked: Asked,
     body: Bytes,
+    prompt: Prefixes,
     deadline: Option<Deadline>,
 }
 
@@ -142,6 +145,9 @@ impl Relay<'_> {
             choices,
         };
         self.model.request_came();
+        self.prompt = record.timed(Stage::Route, || {
+            self.model.prefixes(&self.asked, &self.body)
+        });
         let mut tried = Vec::new();
         let mut refusal = None;
         for _ in 0..MAX_ATTEMPTS {

@@ -9,7 +9,7 @@ use hyper::header::{
     ACCEPT_ENCODING, AUTHORIZATION, CONTENT_LENGTH, CONTENT_TYPE, HOST, HeaderName, HeaderValue,
 };
 use parking_lot::Mutex;
-use scalellm_routing::{BreakerSettings, stable_hash};
+use scalellm_routing::{BreakerSettings, Prefixes, SentPrefixes, stable_hash};
 use tokio::task::AbortHandle;
 
 use super::exchange::{Exchange, Failure};
@@ -49,6 +49,8 @@ pub struct Upstream {
     idle: Mutex<Vec<(Link, Instant)>>,
     pub health: Health,
     pub counts: Counts,
+    /// What its cache may hold.
+    sent_prefixes: Mutex<SentPrefixes>,
     prober: Mutex<Option<AbortHandle>>,
 }
 
@@ -106,6 +108,7 @@ impl Upstream {
             idle: Mutex::default(),
             health: Health::new(breaker),
             counts: Counts::default(),
+            sent_prefixes: Mutex::default(),
             prober: Mutex::default(),
             config: config.clone(),
         });
@@ -132,6 +135,25 @@ impl Upstream {
         if self.is_usable() { "up" } else { "down" }
     }
 
+    /// Which share of a prompt it was sent lately.
+    #[must_use]
+    pub fn sent_before(&self, prompt: &Prefixes) -> f64 {
+        match prompt.is_empty() {
+            true => 0.0,
+            false => self.sent_prefixes.lock().share(prompt),
+        }
+    }
+
+    /// A request is sent to it. Counted now and not when it answers, so that what begins alike and comes together goes
+    /// together; one that is not answered well costs a later request nothing but a wrong guess.
+    pub fn sent(&self, prompt: &Prefixes) {
+        self.counts.requests.fetch_add(1, Relaxed);
+        self.health.sent();
+        if !prompt.is_empty() {
+            self.sent_prefixes.lock().remember(prompt);
+        }
+    }
+
     /// It said something.
     pub fn reached(&self) {
         if self.health.reached() {
@@ -141,6 +163,8 @@ impl Upstream {
 
     fn not_reached(&self, reason: &str) {
         if self.health.not_reached() {
+            // One that comes back from a restart has an empty cache.
+            self.sent_prefixes.lock().clear();
             tracing::warn!(upstream = &*self.name, reason, "the upstream is down");
         }
     }

@@ -12,6 +12,7 @@ mod faults;
 mod foreign;
 mod foreign_faults;
 mod foreign_health;
+mod foreign_prefixes;
 mod hedges;
 mod http2;
 mod lifecycle;

@@ -2,6 +2,8 @@
 
 use std::ops::Range;
 
+use scalellm_routing::{Prefixes, stable_hash};
+
 use super::invalid;
 use crate::error::{ApiError, ApiResult};
 use crate::foreign::top_level;
@@ -18,11 +20,34 @@ pub struct Top {
     pub max_tokens: Option<Range<usize>>,
     pub max_completion_tokens: Option<Range<usize>>,
     pub n: Option<Range<usize>>,
-    /// Of these it matters only that hooks look at the one that the upstream will.
-    pub messages: Option<Range<usize>>,
-    pub prompt: Option<Range<usize>>,
-    pub prompt_token_ids: Option<Range<usize>>,
-    pub suffix: Option<Range<usize>>,
+    tools: Option<Range<usize>>,
+    cache_salt: Option<Range<usize>>,
+    messages: Option<Range<usize>>,
+    prompt: Option<Range<usize>>,
+    prompt_token_ids: Option<Range<usize>>,
+    /// Of this it matters only that hooks look at the one that the upstream will.
+    suffix: Option<Range<usize>>,
+}
+
+/// Where that stands which the upstream's model reads.
+#[derive(Debug, Default, PartialEq)]
+pub struct Prompt {
+    /// Which field `text` is.
+    kind: u64,
+    cache_salt: Range<usize>,
+    tools: Range<usize>,
+    text: Range<usize>,
+}
+
+impl Prompt {
+    /// By which another prompt is found to begin as this one, whose places these are in `body`. A chat's template sees
+    /// the tools first, or as a whole; prompts of different salts are not to find each other.
+    #[must_use]
+    pub fn prefixes(&self, body: &[u8]) -> Prefixes {
+        let at = |place: &Range<usize>| body.get(place.clone()).unwrap_or_default();
+        let kind = self.kind ^ stable_hash(at(&self.cache_salt));
+        Prefixes::new(kind, at(&self.tools), at(&self.text))
+    }
 }
 
 impl Top {
@@ -49,6 +74,20 @@ impl Top {
         }
     }
 
+    #[must_use]
+    pub fn prompt(&self) -> Prompt {
+        let kinds = [&self.messages, &self.prompt, &self.prompt_token_ids];
+        let given = (0..).zip(kinds).find(|(_, text)| text.is_some());
+        let (kind, text) = given.unwrap_or((0, &None));
+        let place = |place: &Option<Range<usize>>| place.clone().unwrap_or_default();
+        Prompt {
+            kind,
+            cache_salt: place(&self.cache_salt),
+            tools: place(&self.tools),
+            text: place(text),
+        }
+    }
+
     fn field(&mut self, key: &str) -> Option<&mut Option<Range<usize>>> {
         Some(match key {
             "model" => &mut self.model,
@@ -58,6 +97,8 @@ impl Top {
             "max_tokens" => &mut self.max_tokens,
             "max_completion_tokens" => &mut self.max_completion_tokens,
             "n" => &mut self.n,
+            "tools" => &mut self.tools,
+            "cache_salt" => &mut self.cache_salt,
             "messages" => &mut self.messages,
             "prompt" => &mut self.prompt,
             "prompt_token_ids" => &mut self.prompt_token_ids,

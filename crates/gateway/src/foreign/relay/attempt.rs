@@ -2,7 +2,6 @@
 
 use std::pin::pin;
 use std::sync::Arc;
-use std::sync::atomic::Ordering::Relaxed;
 use std::time::{Duration, Instant};
 
 use axum::body::Body;
@@ -51,7 +50,7 @@ impl Relay<'_> {
     /// The upstream to try next, and why that.
     pub fn next(&self, tried: &[usize]) -> Option<(usize, Reason)> {
         let wish = self.record.update(|progress| progress.wish);
-        self.model.pick(tried, wish.session)
+        self.model.pick(tried, wish.session, &self.prompt)
     }
 
     /// Notes that a request goes to it.
@@ -60,8 +59,7 @@ impl Relay<'_> {
         tried.push(index);
         let upstream = &self.model.upstreams[index];
         self.told(upstream, reason);
-        upstream.counts.requests.fetch_add(1, Relaxed);
-        upstream.health.sent();
+        upstream.sent(&self.prompt);
         upstream
     }
 
