@@ -12,6 +12,7 @@ use crate::auth;
 use crate::error::{ApiError, ApiResult};
 use crate::fair_queue::Ask;
 use crate::fleet::{Limits, Model};
+use crate::foreign::InFlight;
 use crate::generation::PreparedPrompt;
 use crate::metering;
 use crate::quota;
@@ -33,7 +34,8 @@ pub struct Admitted {
     pub permit: Permit,
 }
 
-/// Finds the request's model, a place in its key's quotas, and a place among the running requests.
+/// Finds the request's model, a place in its key's quotas, and a place among the running requests. `turn` counts it as
+/// the replicas' until its end.
 ///
 /// # Errors
 /// 404 for an unknown model, 400 if there is a choice and no name, 403 if the key is not for it, 429 beyond a quota,
@@ -44,6 +46,7 @@ pub async fn admit(
     model_name: Option<&str>,
     params: &Params,
     prompts: usize,
+    turn: Option<InFlight>,
 ) -> ApiResult<Admitted> {
     let live = app.live();
     let model = Arc::clone(live.fleet.find_or_only(model_name)?);
@@ -64,11 +67,12 @@ pub async fn admit(
     let places = || {
         let live = app.live();
         live.fleet.newer(&model).map_or_else(
-            || model.places(&live.config),
-            |(newer, _)| newer.places(&live.config),
+            || live.fleet.places(&model, &live.config),
+            |(newer, _)| live.fleet.places(&newer, &live.config),
         )
     };
-    let permit = place(app, record, &model.served, demand, deadline, places).await?;
+    let mut permit = place(app, record, &model.served, demand, deadline, places).await?;
+    permit.turn = turn;
     // While it waited its replicas may have gone, and others, or other hooks, may have come.
     let (model, limits) = match app.live().fleet.newer(&model) {
         Some((newer, limits)) => {

@@ -157,15 +157,29 @@ impl Fleet {
         })
     }
 
-    /// The model, if its upstreams are to answer: those of a model that also has replicas only while none of these is
-    /// ready.
+    /// The model, if its upstreams may be to answer, and whether a replica of our own is ready: then only those answer
+    /// that share requests with the replicas.
     ///
     /// # Errors
     /// As `served_or_only`.
-    pub fn foreign(&self, name: Option<&str>) -> ApiResult<Option<&Arc<ForeignModel>>> {
+    pub fn foreign(&self, name: Option<&str>) -> ApiResult<Option<(&Arc<ForeignModel>, bool)>> {
         let served = self.served_or_only(name)?;
         let own_is_ready = self.own(served).is_some_and(|model| model.is_ready());
-        Ok(self.elsewhere(served).filter(|_| !own_is_ready))
+        let elsewhere = self
+            .elsewhere(served)
+            .filter(|model| !own_is_ready || model.shares());
+        Ok(elsewhere.map(|model| (model, own_is_ready)))
+    }
+
+    /// Choices of a model that may be generated at the same time. Where upstreams share its requests theirs hold places
+    /// too, and what these can do is not known.
+    #[must_use]
+    pub fn places(&self, model: &Model, config: &Config) -> usize {
+        let elsewhere = self.elsewhere(&model.served);
+        match elsewhere.is_some_and(|other| other.shares() && other.is_ready()) {
+            true => config.max_in_flight,
+            false => model.places(config),
+        }
     }
 
     /// What has taken the place of `model`, if something has whose limits are known.

@@ -20,6 +20,7 @@ use tokio::sync::oneshot;
 
 use crate::error::ApiError;
 use crate::fair_queue::{Ask, FairQueue};
+use crate::foreign::InFlight;
 
 /// Replicas may come back without any request ending: whoever waits looks again after this time.
 const LOOK_AGAIN: Duration = Duration::from_millis(200);
@@ -110,6 +111,8 @@ pub struct Permit {
     admission: Arc<Admission>,
     ask: Ask,
     used_tokens: Option<u64>,
+    /// Of a request that upstreams could have got.
+    pub(super) turn: Option<InFlight>,
 }
 
 impl std::fmt::Debug for Admission {
@@ -223,6 +226,7 @@ impl Admission {
             admission: Arc::clone(self),
             ask,
             used_tokens: None,
+            turn: None,
         }
     }
 

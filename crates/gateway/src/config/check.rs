@@ -185,6 +185,18 @@ mod tests {
                 format!("{MODEL}[[models.upstreams]]\nurl = 'http://x'\nwieght = 1\n"),
                 "wieght",
             ),
+            (
+                format!("{MODEL}replicas_weight = 0\n[[models.upstreams]]\nurl = 'http://x'\n"),
+                "models[0].replicas_weight: got 0, allowed is 1 to 1000000",
+            ),
+            (
+                format!("{MODEL}replicas_weight = 1\n"),
+                "models[0].replicas_weight: allowed only beside both",
+            ),
+            (
+                "[[models]]\nname = 'm'\nreplicas_weight = 1\n[[models.upstreams]]\nurl = 'http://x'\n".to_owned(),
+                "models[0].replicas_weight: allowed only beside both",
+            ),
             (format!("{MODEL}max_model_len = 0\n"), "max_model_len"),
             (
                 format!("{MODEL}routing = 'random'\n"),

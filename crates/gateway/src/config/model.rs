@@ -9,9 +9,10 @@ use serde::Deserialize;
 
 use super::UpstreamConfig;
 use super::safety::{self, HookConfig};
+use super::upstream::MAX_WEIGHT;
 use crate::error::GatewayError;
 
-/// One served model and who computes it: replicas of our own, servers elsewhere, or these while none of those is ready.
+/// One served model and who computes it: replicas of our own, servers elsewhere, or both.
 #[derive(Debug, Clone, PartialEq, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct ModelConfig {
@@ -22,6 +23,8 @@ pub struct ModelConfig {
     /// `unix:/path` or `host:port`.
     pub replicas: Vec<String>,
     pub upstreams: Vec<UpstreamConfig>,
+    /// What the replicas together weigh beside the upstreams; without it these answer only while no replica is ready.
+    pub replicas_weight: Option<u32>,
     /// Of both, those that get no new requests; set through `/admin/v1` alone.
     #[serde(skip)]
     pub drained: Vec<String>,
@@ -47,6 +50,7 @@ impl Default for ModelConfig {
             path: PathBuf::new(),
             replicas: Vec::new(),
             upstreams: Vec::new(),
+            replicas_weight: None,
             max_model_len: None,
             chat_template: None,
             drained: Vec::new(),
@@ -91,6 +95,18 @@ impl ModelConfig {
         self.policy(index)?;
         for (number, upstream) in self.upstreams.iter().enumerate() {
             upstream.validate(&format!("{path}.upstreams[{number}]"))?;
+        }
+        if let Some(weight) = self.replicas_weight {
+            if !(1..=MAX_WEIGHT).contains(&weight) {
+                return bad(format!(
+                    "replicas_weight: got {weight}, allowed is 1 to {MAX_WEIGHT}"
+                ));
+            }
+            if self.replicas.is_empty() || self.upstreams.is_empty() {
+                return bad(
+                    "replicas_weight: allowed only beside both replicas and upstreams".to_owned(),
+                );
+            }
         }
         if !self.safety.is_empty() && self.safety_file.is_some() {
             return bad("safety_file: got both it and safety, allowed is one of them".to_owned());

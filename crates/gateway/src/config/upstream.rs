@@ -79,7 +79,7 @@ fn max_idle_connections() -> usize {
     256
 }
 
-const MAX_WEIGHT: u32 = 1_000_000;
+pub(super) const MAX_WEIGHT: u32 = 1_000_000;
 
 impl UpstreamConfig {
     /// One at `url` with the defaults.

@@ -69,7 +69,7 @@ impl Asked {
         let max_tokens = count(value("max_tokens", &top.max_tokens)?);
         let max_completion_tokens = value("max_completion_tokens", &top.max_completion_tokens)?;
         let mut asked = Asked {
-            prompt: top.prompt(),
+            prompt: top.prompt(text),
             model: string("model", value("model", &top.model)?)?,
             model_at: top.model,
             has_more: top.fields > usize::from(top.deadline_ms.is_some()),

@@ -2,7 +2,7 @@
 
 use std::fmt;
 use std::sync::Arc;
-use std::sync::atomic::Ordering::Relaxed;
+use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 use std::task::{Context, Poll, ready};
 
 use bytes::{Bytes, BytesMut};
@@ -40,11 +40,21 @@ pub struct Exchange {
     _in_flight: InFlight,
 }
 
-struct InFlight(Arc<Upstream>);
+/// One of a count of requests that are not answered, until it is dropped.
+#[derive(Debug)]
+pub struct InFlight(Arc<AtomicUsize>);
+
+impl InFlight {
+    #[must_use]
+    pub fn one_of(count: &Arc<AtomicUsize>) -> InFlight {
+        count.fetch_add(1, Relaxed);
+        InFlight(Arc::clone(count))
+    }
+}
 
 impl Drop for InFlight {
     fn drop(&mut self) {
-        self.0.counts.in_flight.fetch_sub(1, Relaxed);
+        self.0.fetch_sub(1, Relaxed);
     }
 }
 
@@ -59,8 +69,7 @@ impl Exchange {
         request: Vec<Bytes>,
         may_resend: impl FnOnce() -> bool,
     ) -> Result<(Head, Exchange), Failure> {
-        upstream.counts.in_flight.fetch_add(1, Relaxed);
-        let in_flight = InFlight(Arc::clone(upstream));
+        let in_flight = InFlight::one_of(&upstream.counts.in_flight);
         let kept = upstream.take_idle();
         let mut link = match kept {
             Some(link) => link,

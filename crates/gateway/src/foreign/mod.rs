@@ -2,6 +2,8 @@
 //!
 //! ```text
 //! asked      what of a request the gateway reads, and the bytes that it changes
+//! way        whether upstreams are to answer, or replicas of our own
+//! beside     these as one more choice beside the upstreams
 //! pick       which upstream
 //! relay      retries before the first byte, the answer's head
 //! failed     what the client is told when there is none
@@ -28,6 +30,7 @@ use crate::faults::HEDGE_BURST;
 use crate::served::Served;
 
 mod asked;
+mod beside;
 mod events;
 mod exchange;
 mod failed;
@@ -40,14 +43,17 @@ mod relay;
 mod stream;
 mod top_level;
 mod upstream;
+mod way;
 
 pub use asked::Asked;
+use beside::Replicas;
 #[cfg(any(test, feature = "fuzzing"))]
 pub use events::{Answers, Events};
-pub use exchange::{Exchange, Failure};
-use pick::{Candidate, Picker, Reason};
-pub use relay::{Endpoint, relayed};
+pub use exchange::{Exchange, Failure, InFlight};
+use pick::{Picker, Reason};
+pub use relay::Endpoint;
 pub use upstream::Upstream;
+pub use way::{Way, way};
 
 /// Requests that may be sent again at once; in the long run it is `retry_share` of all.
 const RETRY_BURST: usize = 10;
@@ -64,6 +70,9 @@ pub struct ForeignModel {
     pub picker: Arc<Picker>,
     /// Whether it matters which upstream was sent what.
     by_prefix: bool,
+    replicas: Arc<Replicas>,
+    /// Where they share its requests.
+    replicas_weight: Option<u32>,
     retries: Mutex<RetryBudget>,
     hedge_after: Option<Duration>,
     hedges: Mutex<RetryBudget>,
@@ -92,6 +101,7 @@ impl ForeignModel {
                 Upstream::start(upstream, &config.name, &path, faults.breaker(), running)
             })
             .collect::<Result<_, _>>()?;
+        let choices = config.upstreams.len() + usize::from(config.replicas_weight.is_some());
         let is_drained = |upstream: &UpstreamConfig| config.drained.contains(&upstream.url);
         Ok(ForeignModel {
             served,
@@ -100,7 +110,11 @@ impl ForeignModel {
             picker: before
                 .map(|model| Arc::clone(&model.picker))
                 .unwrap_or_default(),
-            by_prefix: config.policy(index)? == Policy::Prefix && config.upstreams.len() > 1,
+            by_prefix: config.policy(index)? == Policy::Prefix && choices > 1,
+            replicas: before
+                .map(|model| Arc::clone(&model.replicas))
+                .unwrap_or_default(),
+            replicas_weight: config.replicas_weight,
             retries: Mutex::new(RetryBudget::new(RETRY_BURST, faults.retry_share)),
             hedge_after: faults.hedge_after(),
             hedges: Mutex::new(RetryBudget::new(HEDGE_BURST, faults.hedge_share)),
@@ -174,13 +188,7 @@ impl ForeignModel {
         let among: Vec<_> = tiers
             .into_iter()
             .filter(|(tier, ..)| *tier == first)
-            .map(|(_, index, upstream)| Candidate {
-                index,
-                id: upstream.id,
-                weight: upstream.config.weight,
-                in_flight: upstream.counts.in_flight.load(Relaxed),
-                sent: upstream.sent_before(prompt),
-            })
+            .map(|(_, index, upstream)| upstream.candidate(index, prompt))
             .collect();
         let (index, reason) = self.picker.pick(&among, session, !prompt.is_empty())?;
         let (_, fallback, _) = first;

@@ -12,13 +12,13 @@ use scalellm_routing::Prefixes;
 
 use super::ForeignModel;
 use super::asked::Asked;
+use super::beside::{Chosen, Turn};
 use super::events::Answers;
 use super::head::Head;
 use super::stream::{Counting, Deadline, Stream};
 use super::upstream::Upstream;
 use crate::admission::{self, Demand};
 use crate::app::{App, Phase};
-use crate::body::{self, ReadBody, Reading};
 use crate::error::{ApiError, ApiResult};
 use crate::quota;
 use crate::record::RequestRecord;
@@ -57,54 +57,34 @@ impl Endpoint {
     }
 }
 
-/// The answer to a request whose model is computed elsewhere; `None` if the replicas here are to answer.
-///
-/// # Errors
-/// The request is refused, or no upstream answers it.
-pub async fn relayed(
-    app: &Arc<App>,
-    record: &Arc<RequestRecord>,
-    endpoint: Endpoint,
-    headers: &HeaderMap,
-    body: &ReadBody<'_>,
-) -> ApiResult<Option<Response>> {
-    let live = app.live();
-    if !live.fleet.has_foreign() {
-        return Ok(None);
-    }
-    let bytes = body.bytes.clone();
-    let asked = body::parse(app, record, &body.bytes, Reading::Scan, Asked::read).await?;
-    let Some(model) = live.fleet.foreign(asked.model.as_deref())?.cloned() else {
-        return Ok(None);
-    };
-    let relay = Relay {
-        app,
-        record,
-        endpoint,
-        headers,
-        model,
-        asked,
-        body: bytes,
-        prompt: Prefixes::default(),
-        deadline: None,
-    };
-    relay.run().await.map(Some)
-}
-
-struct Relay<'a> {
-    app: &'a Arc<App>,
-    record: &'a Arc<RequestRecord>,
-    endpoint: Endpoint,
-    headers: &'a HeaderMap,
-    model: Arc<ForeignModel>,
-    asked: Asked,
-    body: Bytes,
-    prompt: Prefixes,
-    deadline: Option<Deadline>,
+/// A request on its way to an upstream.
+pub struct Relay<'a> {
+    pub(super) app: &'a Arc<App>,
+    pub(super) record: &'a Arc<RequestRecord>,
+    pub(super) endpoint: Endpoint,
+    pub(super) headers: &'a HeaderMap,
+    pub(super) model: Arc<ForeignModel>,
+    pub(super) asked: Asked,
+    pub(super) body: Bytes,
+    pub(super) prompt: Prefixes,
+    /// The first to ask, where that was chosen before.
+    pub(super) chosen: Option<Chosen>,
+    pub(super) deadline: Option<Deadline>,
 }
 
 impl Relay<'_> {
-    async fn run(mut self) -> ApiResult<Response> {
+    /// Whose turn it is. Ids are for the replicas, whose tokenizer they are of.
+    pub fn turn(&self, own_is_ready: bool) -> Turn {
+        if own_is_ready && self.asked.prompt.is_ids() {
+            return Turn::Replicas(self.model.for_replicas(&self.prompt));
+        }
+        let wish = self.record.update(|progress| progress.wish);
+        self.model.turn(own_is_ready, wish.session, &self.prompt)
+    }
+
+    /// # Errors
+    /// The request is refused, or no upstream answers it.
+    pub async fn run(mut self) -> ApiResult<Response> {
         let (app, record) = (self.app, self.record);
         let choices = self.asked.n.max(1);
         let demand = Demand {
@@ -145,13 +125,12 @@ impl Relay<'_> {
             choices,
         };
         self.model.request_came();
-        self.prompt = record.timed(Stage::Route, || {
-            self.model.prefixes(&self.asked, &self.body)
-        });
+        let chosen = self.chosen.take();
+        let mut first = chosen.and_then(|chosen| self.model.still(chosen));
         let mut tried = Vec::new();
         let mut refusal = None;
         for _ in 0..MAX_ATTEMPTS {
-            let Some(next) = self.next(&tried) else {
+            let Some(next) = first.take().or_else(|| self.next(&tried)) else {
                 break;
             };
             if refusal.is_some() {

@@ -15,6 +15,7 @@ use tokio::task::AbortHandle;
 use super::exchange::{Exchange, Failure};
 use super::health::Health;
 use super::link::Link;
+use super::pick::Candidate;
 use crate::config::upstream::{Base, Timeouts};
 use crate::config::{FaultConfig, UpstreamConfig};
 use crate::engine_name::engine_name;
@@ -62,7 +63,7 @@ pub struct Counts {
     pub connections: AtomicU64,
     /// Answers without usage, whose tokens were estimated.
     pub estimated: AtomicU64,
-    pub in_flight: AtomicUsize,
+    pub in_flight: Arc<AtomicUsize>,
 }
 
 impl Upstream {
@@ -135,12 +136,15 @@ impl Upstream {
         if self.is_usable() { "up" } else { "down" }
     }
 
-    /// Which share of a prompt it was sent lately.
+    /// What speaks for sending it a prompt; `index` is its own among the model's.
     #[must_use]
-    pub fn sent_before(&self, prompt: &Prefixes) -> f64 {
-        match prompt.is_empty() {
-            true => 0.0,
-            false => self.sent_prefixes.lock().share(prompt),
+    pub fn candidate(&self, index: usize, prompt: &Prefixes) -> Candidate {
+        Candidate {
+            index,
+            id: self.id,
+            weight: self.config.weight,
+            in_flight: self.counts.in_flight.load(Relaxed),
+            sent: self.sent_prefixes.lock().share(prompt),
         }
     }
 
@@ -149,9 +153,7 @@ impl Upstream {
     pub fn sent(&self, prompt: &Prefixes) {
         self.counts.requests.fetch_add(1, Relaxed);
         self.health.sent();
-        if !prompt.is_empty() {
-            self.sent_prefixes.lock().remember(prompt);
-        }
+        self.sent_prefixes.lock().remember(prompt);
     }
 
     /// It said something.

@@ -9,7 +9,7 @@ use axum::response::{IntoResponse, Response};
 use crate::admission::{Admitted, admit};
 use crate::app::App;
 use crate::error::ApiResult;
-use crate::foreign::{Endpoint, relayed};
+use crate::foreign::{Endpoint, Way, way};
 use crate::generation::{Generation, PreparedPrompt};
 use crate::record::RequestRecord;
 use crate::request::chat::{ChatPrompt, ChatRequest};
@@ -34,24 +34,17 @@ async fn answer(
 ) -> ApiResult<Response> {
     let (parts, payload) = request.into_parts();
     let body = body::whole(app, record, &parts.headers, payload).await?;
-    let endpoint = Endpoint::Chat;
-    if let Some(response) = relayed(app, record, endpoint, &parts.headers, &body).await? {
-        return Ok(response);
-    }
-    let mut chat = body::parse(
-        app,
-        record,
-        &body.bytes,
-        body::Reading::Whole,
-        ChatRequest::parse,
-    )
-    .await?;
+    let (endpoint, take) = (Endpoint::Chat, ChatRequest::parse);
+    let (mut chat, turn) = match way(app, record, endpoint, &parts.headers, &body, take).await? {
+        Way::Elsewhere(response) => return Ok(response),
+        Way::Here(chat, turn) => (chat, turn),
+    };
     drop(body);
     let Admitted {
         model,
         limits,
         permit,
-    } = admit(app, record, chat.model.as_deref(), &chat.params, 1).await?;
+    } = admit(app, record, chat.model.as_deref(), &chat.params, 1, turn).await?;
     safety::request::chat(app, record, &model.served, &mut chat).await?;
     let field = if matches!(chat.prompt, ChatPrompt::Ids(_)) {
         "prompt_token_ids"

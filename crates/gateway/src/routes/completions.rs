@@ -9,7 +9,7 @@ use axum::response::{IntoResponse, Response};
 use crate::admission::{Admitted, admit};
 use crate::app::App;
 use crate::error::ApiResult;
-use crate::foreign::{Endpoint, relayed};
+use crate::foreign::{Endpoint, Way, way};
 use crate::generation::{Generation, PreparedPrompt};
 use crate::record::RequestRecord;
 use crate::request::completions::CompletionRequest;
@@ -34,10 +34,12 @@ async fn answer(
 ) -> ApiResult<Response> {
     let (parts, payload) = request.into_parts();
     let body = body::whole(app, record, &parts.headers, payload).await?;
-    let endpoint = Endpoint::Completions;
-    if let Some(response) = relayed(app, record, endpoint, &parts.headers, &body).await? {
-        return Ok(response);
-    }
+    let (endpoint, take) = (Endpoint::Completions, CompletionRequest::parse);
+    let (request, turn) = match way(app, record, endpoint, &parts.headers, &body, take).await? {
+        Way::Elsewhere(response) => return Ok(response),
+        Way::Here(request, turn) => (request, turn),
+    };
+    drop(body);
     let CompletionRequest {
         model: model_name,
         mut prompts,
@@ -46,20 +48,20 @@ async fn answer(
         echo,
         mut params,
         mut warning,
-    } = body::parse(
-        app,
-        record,
-        &body.bytes,
-        body::Reading::Whole,
-        CompletionRequest::parse,
-    )
-    .await?;
-    drop(body);
+    } = request;
     let Admitted {
         model,
         limits,
         permit,
-    } = admit(app, record, model_name.as_deref(), &params, prompts.len()).await?;
+    } = admit(
+        app,
+        record,
+        model_name.as_deref(),
+        &params,
+        prompts.len(),
+        turn,
+    )
+    .await?;
     let texts = (prompt_field, prompts.as_mut_slice());
     safety::request::completions(app, record, &model.served, texts, &mut params, &mut warning)
         .await?;

@@ -10,6 +10,7 @@ mod endpoints;
 mod errors;
 mod faults;
 mod foreign;
+mod foreign_beside;
 mod foreign_faults;
 mod foreign_health;
 mod foreign_prefixes;

@@ -29,6 +29,9 @@ pub struct Top {
     suffix: Option<Range<usize>>,
 }
 
+/// What [`Prompt`] calls `prompt_token_ids`.
+const IDS: u64 = 0;
+
 /// Where that stands which the upstream's model reads.
 #[derive(Debug, Default, PartialEq)]
 pub struct Prompt {
@@ -40,6 +43,12 @@ pub struct Prompt {
 }
 
 impl Prompt {
+    /// It is token ids, by our own field for them.
+    #[must_use]
+    pub fn is_ids(&self) -> bool {
+        self.kind == IDS
+    }
+
     /// By which another prompt is found to begin as this one, whose places these are in `body`. A chat's template sees
     /// the tools first, or as a whole; prompts of different salts are not to find each other.
     #[must_use]
@@ -75,16 +84,18 @@ impl Top {
     }
 
     #[must_use]
-    pub fn prompt(&self) -> Prompt {
-        let kinds = [&self.messages, &self.prompt, &self.prompt_token_ids];
-        let given = (0..).zip(kinds).find(|(_, text)| text.is_some());
-        let (kind, text) = given.unwrap_or((0, &None));
+    pub fn prompt(&self, text: &str) -> Prompt {
+        let kinds = [&self.prompt_token_ids, &self.messages, &self.prompt];
         let place = |place: &Option<Range<usize>>| place.clone().unwrap_or_default();
+        let given = (IDS..)
+            .zip(kinds.map(place))
+            .find(|(_, at)| !matches!(&text[at.clone()], "" | "null"));
+        let (kind, text) = given.unwrap_or((IDS + 1, 0..0));
         Prompt {
             kind,
             cache_salt: place(&self.cache_salt),
             tools: place(&self.tools),
-            text: place(text),
+            text,
         }
     }
 
