@@ -1,13 +1,13 @@
 //! What one model's replicas have failed, and what may be tried again because of it.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::time::Duration;
 
 use parking_lot::Mutex;
 use scalellm_engine_link::Replica;
-use scalellm_routing::{Breaker, Candidate, RetryBudget};
+use scalellm_routing::{Candidate, RetryBudget};
 
+use crate::breaker::SharedBreaker;
 use crate::config::FaultConfig;
 use crate::metrics::Metrics;
 use crate::refused_prompts::RefusedPrompts;
@@ -19,9 +19,7 @@ pub const HEDGE_BURST: usize = 8;
 
 pub struct Faults {
     pub config: FaultConfig,
-    breakers: Vec<Mutex<Breaker>>,
-    /// Whether a breaker may be open: the usual way past them costs nothing.
-    any_opened: AtomicBool,
+    breakers: Vec<SharedBreaker>,
     /// For what a replica refused: an overload, which more requests make worse.
     retries: Mutex<RetryBudget>,
     /// For what a dead replica left: as many at once as run, so that one death loses nothing.
@@ -40,12 +38,11 @@ impl Faults {
         replicas: usize,
         metrics: &Arc<Metrics>,
     ) -> Faults {
-        let breaker = || Mutex::new(Breaker::new(config.breaker()));
+        let breaker = || SharedBreaker::new(config.breaker());
         let share = config.retry_share;
         Faults {
             config: config.clone(),
             breakers: (0..replicas).map(|_| breaker()).collect(),
-            any_opened: AtomicBool::new(false),
             retries: Mutex::new(RetryBudget::new(RETRY_BURST, share)),
             replays: Mutex::new(RetryBudget::new(max_in_flight.max(RETRY_BURST), share)),
             hedges: Mutex::new(RetryBudget::new(HEDGE_BURST, config.hedge_share)),
@@ -63,15 +60,15 @@ impl Faults {
         candidates: Vec<Candidate>,
         now_ms: f64,
     ) -> Vec<Candidate> {
-        if !self.any_opened.load(Relaxed) {
+        if self.breakers.iter().all(SharedBreaker::never_opened) {
             return candidates;
         }
         let allows = |candidate: &Candidate| {
             let breaker = self.breakers.get(candidate.index);
             let replica = replicas.get(candidate.index);
-            breaker.zip(replica).is_none_or(|(breaker, replica)| {
-                breaker.lock().allows(replica.load().epoch, now_ms)
-            })
+            breaker
+                .zip(replica)
+                .is_none_or(|(breaker, replica)| breaker.allows(replica.load().epoch, now_ms))
         };
         let allowed: Vec<Candidate> = candidates.iter().filter(|c| allows(c)).copied().collect();
         if allowed.is_empty() {
@@ -85,22 +82,20 @@ impl Faults {
     pub fn is_closed(&self, replica: usize) -> bool {
         self.breakers
             .get(replica)
-            .is_none_or(|breaker| breaker.lock().is_closed())
+            .is_none_or(SharedBreaker::is_closed)
     }
 
     /// A choice was sent to a replica.
     pub fn sent(&self, replica: usize) {
-        if self.any_opened.load(Relaxed)
-            && let Some(breaker) = self.breakers.get(replica)
-        {
-            breaker.lock().sent();
+        if let Some(breaker) = self.breakers.get(replica) {
+            breaker.sent();
         }
     }
 
     /// A replica, in its start `epoch`, has begun to answer a choice.
     pub fn succeeded(&self, replica: usize, epoch: u64, now_ms: f64) {
         if let Some(breaker) = self.breakers.get(replica) {
-            breaker.lock().succeeded(epoch, now_ms);
+            breaker.succeeded(epoch, now_ms);
         }
     }
 
@@ -109,8 +104,7 @@ impl Faults {
         let Some(breaker) = self.breakers.get(replica) else {
             return;
         };
-        if breaker.lock().failed(epoch, now_ms) {
-            self.any_opened.store(true, Relaxed);
+        if breaker.failed(epoch, now_ms) {
             self.metrics.faults.breaker_opened();
             tracing::warn!(
                 replica,

@@ -26,6 +26,7 @@ mod app;
 mod attempt;
 mod auth;
 mod body;
+mod breaker;
 mod choice;
 pub mod config;
 mod connection;

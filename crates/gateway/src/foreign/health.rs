@@ -11,7 +11,9 @@ use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering::Relaxed};
 use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
-use scalellm_routing::{Breaker, BreakerSettings};
+use scalellm_routing::BreakerSettings;
+
+use crate::breaker::SharedBreaker;
 
 /// After a refusal that names no time; and the longest that is believed.
 const REFUSES_FOR: Duration = Duration::from_secs(1);
@@ -32,9 +34,7 @@ pub struct Health {
     tried: Mutex<Option<Instant>>,
     /// It has refused a request that another may take.
     refuses_until: Mutex<Option<Instant>>,
-    breaker: Mutex<Breaker>,
-    /// Whether the breaker may be open: the usual way past it costs nothing.
-    any_opened: AtomicBool,
+    breaker: SharedBreaker,
     pub opened: AtomicU64,
     /// How often it came back: its breaker begins anew then.
     epoch: AtomicU64,
@@ -50,8 +50,7 @@ impl Health {
             failures: AtomicU32::default(),
             tried: Mutex::default(),
             refuses_until: Mutex::default(),
-            breaker: Mutex::new(Breaker::new(settings)),
-            any_opened: AtomicBool::default(),
+            breaker: SharedBreaker::new(settings),
             opened: AtomicU64::default(),
             epoch: AtomicU64::default(),
         }
@@ -70,16 +69,12 @@ impl Health {
     /// Whether its breaker lets a request pass.
     #[must_use]
     pub fn allows(&self) -> bool {
-        !self.any_opened.load(Relaxed)
-            || self
-                .breaker
-                .lock()
-                .allows(self.epoch.load(Relaxed), self.now_ms())
+        self.breaker.allows(self.epoch.load(Relaxed), self.now_ms())
     }
 
     #[must_use]
     pub fn is_closed(&self) -> bool {
-        !self.any_opened.load(Relaxed) || self.breaker.lock().is_closed()
+        self.breaker.is_closed()
     }
 
     #[must_use]
@@ -101,9 +96,7 @@ impl Health {
             // One of them is enough to find out.
             *self.tried.lock() = Some(Instant::now());
         }
-        if self.any_opened.load(Relaxed) {
-            self.breaker.lock().sent();
-        }
+        self.breaker.sent();
     }
 
     /// It said something. Returns whether it was down.
@@ -131,23 +124,19 @@ impl Health {
     /// It began to answer a request well.
     pub fn succeeded(&self) {
         let epoch = self.epoch.load(Relaxed);
-        self.breaker.lock().succeeded(epoch, self.now_ms());
+        self.breaker.succeeded(epoch, self.now_ms());
     }
 
     /// With other settings it begins anew.
     pub fn set(&self, settings: BreakerSettings) {
-        let mut breaker = self.breaker.lock();
-        if breaker.settings() != settings {
-            *breaker = Breaker::new(settings);
-        }
+        self.breaker.set(settings);
     }
 
     /// It failed a request, by no fault of the client's. Returns whether this opened the breaker.
     pub fn failed(&self) -> bool {
         let epoch = self.epoch.load(Relaxed);
-        let opened = self.breaker.lock().failed(epoch, self.now_ms());
+        let opened = self.breaker.failed(epoch, self.now_ms());
         if opened {
-            self.any_opened.store(true, Relaxed);
             self.opened.fetch_add(1, Relaxed);
         }
         opened
