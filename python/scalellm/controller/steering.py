@@ -29,6 +29,7 @@ from scalellm.controller.blueprint.cost import parse_calibration
 from scalellm.controller.blueprint.journal import Policy, state_json, state_of_json
 from scalellm.controller.blueprint.measured import Measured
 from scalellm.controller.blueprint.policy import Settings, State
+from scalellm.controller.blueprint.reading import reading_of
 from scalellm.controller.blueprint.shape import Blueprint, Group
 from scalellm.controller.gateway_view import Sample
 from scalellm.controller.state_file import write_state
@@ -126,7 +127,7 @@ class Steering:
             if phase == "steady" and kept and ready:
                 self._decide(now_s, samples, target, kept, facts)
             else:
-                self._measured.read(now_s, samples)
+                self._measured.read(reading_of(now_s, samples))
         self._tell(phase, target, wanted, lost)
 
     def _decide(
@@ -138,7 +139,7 @@ class Steering:
         facts: Mapping[str, Mapping[str, Any]],
     ) -> None:
         present = self._shape(kept)
-        signals = self._measured.signals(now_s, samples, present)
+        signals = self._measured.signals(reading_of(now_s, samples), present)
         self._last = {"signals": signals.to_json()}
         wish = self._wish()
         barred = {}

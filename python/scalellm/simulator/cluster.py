@@ -18,12 +18,13 @@ from functools import partial
 
 from scalellm.controller.blueprint.cost import Calibration
 from scalellm.controller.blueprint.journal import Policy
+from scalellm.controller.blueprint.measured import Measured
 from scalellm.controller.blueprint.shape import Blueprint
-from scalellm.controller.blueprint.signals import Window
 from scalellm.engine.kv_cache import extend_hashes
 from scalellm.engine.request import Request
 from scalellm.engine.step import Output
 from scalellm.errors import ConfigError
+from scalellm.simulator.metrics import Metrics
 from scalellm.simulator.replica import SimulatedReplica
 from scalellm.simulator.requests import Load, Send
 from scalellm.simulator.routing import Routing
@@ -40,6 +41,7 @@ class Served:
     send: Send
     first_ms: float = math.nan
     end_ms: float = math.nan
+    cached_tokens: int = 0  # of the prompt
     output_tokens: int = 0
     moves: int = 0
     failed: str = ""
@@ -115,7 +117,8 @@ class Cluster:
         self._replicas = self._make(blueprint)
         self._places = self._count_places()
         self._run = Run(calibration, blueprint)
-        self._window = Window()
+        self._metrics = Metrics()
+        self._measured = Measured()
         self._keys = itertools.count(1)
         self._order = itertools.count()
         self._sends: list[tuple[float, int, Send]] = []
@@ -130,7 +133,7 @@ class Cluster:
         for send in self._load.first():
             self._push(send)
         begin_ms = self._sends[0][2].at_ms if self._sends else 0.0
-        look_ms = begin_ms + _LOOK_EVERY_MS if self._policy else math.inf
+        look_ms = begin_ms if self._policy else math.inf
         now_ms = begin_ms
         while self._sends or self._live:
             ends_ms = self._next_end()
@@ -160,7 +163,6 @@ class Cluster:
     def _arrive(self, send: Send, now_ms: float) -> None:
         served = Served(send)
         self._run.served.append(served)
-        self._window.arrived(now_ms / 1e3)
         if len(self._held) >= MAX_QUEUED:
             served.failed = "the queue was full"
             self._follow(served, (), now_ms)
@@ -201,12 +203,11 @@ class Cluster:
             if output.token_ids:
                 if math.isnan(served.first_ms):
                     served.first_ms = now_ms
-                    uncached = request.num_prompt_tokens - request.cached_tokens
-                    self._window.started(now_ms / 1e3, served.ttft_ms, uncached)
+                    served.cached_tokens = request.cached_tokens
                 if not math.isnan(served.stopped_ms):
                     gap_ms = now_ms - served.stopped_ms
                     self._run.gaps_ms.append(gap_ms)
-                    self._window.went_on(now_ms / 1e3, gap_ms)
+                    self._metrics.went_on(gap_ms)
                     served.stopped_ms = math.nan
             if output.finish_reason is not None:
                 self._finish(request, served, output.error or "", now_ms)
@@ -216,9 +217,11 @@ class Cluster:
         self._in_engines -= 1
         served.end_ms, served.failed = now_ms, error
         served.output_tokens = request.num_output_tokens
+        self._metrics.ended(
+            *(request.num_prompt_tokens, served.cached_tokens, served.output_tokens),
+            *(served.ttft_ms, served.tbt_ms),
+        )
         if not error:
-            tbt_ms = None if math.isnan(served.tbt_ms) else served.tbt_ms
-            self._window.finished(now_ms / 1e3, served.output_tokens, tbt_ms)
             self._routing.finished(request, now_ms)
         self._follow(served, request.token_ids[request.num_prompt_tokens :], now_ms)
 
@@ -286,20 +289,14 @@ class Cluster:
     # ------------------------------------------------------------ switches
 
     def _look(self, now_ms: float) -> None:
-        """Let the policy decide."""
-        if self._policy is None or self._switching is not None:
+        """Read the metrics as the controller does, and let the policy decide."""
+        if self._policy is None:
             return
-        schedulers = [replica.scheduler for replica in self._replicas]
-        signals = self._window.signals(
-            now_ms / 1e3,
-            self._blueprint,
-            running=sum(found.num_running for found in schedulers),
-            waiting=sum(found.num_waiting for found in schedulers) + len(self._held),
-            backlog_tokens=sum(found.backlog_tokens for found in schedulers),
-            kv_use=sum(replica.kv_blocks_used(now_ms) for replica in self._replicas)
-            / sum(found.kv.num_blocks for found in schedulers),
-        )
-        decision = self._policy.decide(signals)
+        reading = self._metrics.reading(now_ms, self._replicas, len(self._held))
+        if self._switching is not None:
+            self._measured.read(reading)
+            return
+        decision = self._policy.decide(self._measured.signals(reading, self._blueprint))
         if decision.switch:
             self.switch(decision.blueprint, now_ms)
 

@@ -11,11 +11,13 @@ What is busy cannot be changed, except that a stretch ends with the step in whic
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 from scalellm.controller.blueprint.cost import ShapeCost
 from scalellm.engine.kv_cache import KVCache
 from scalellm.engine.request import Request
 from scalellm.engine.step import Limits, Output, Step
+from scalellm.engine.step_time import StepShape, StepTime
 from scalellm.errors import EngineError
 from scalellm.simulator.step_time import CalibratedStepTime
 from scalellm.simulator.stretch import Stretch, StretchScheduler, sampled_id
@@ -49,6 +51,7 @@ class SimulatedReplica:
         self.busy_ms = 0.0
         self.steps = 0
         self.step_ms = 0.0  # of the last step that ended
+        self._learnt = StepTime()  # what an engine would say of its steps
         self._exact = exact
         self._others_busy = others_busy
         self._step: Step | None = None
@@ -68,6 +71,11 @@ class SimulatedReplica:
             return self.scheduler.take_outputs()
         return []
 
+    @property
+    def step_cost(self) -> tuple[float, float, float, float]:
+        """As the engine fits it to the steps it has measured."""
+        return self._learnt.coefficients
+
     def kv_blocks_used(self, now_ms: float) -> float:
         """Of a stretch under way, as many as its tokens fill by then."""
         scheduler = self.scheduler
@@ -81,8 +89,7 @@ class SimulatedReplica:
         """Let a stretch end with the step that runs at `now_ms`."""
         if self._stretch is not None:
             stretch = self._stretch
-            steps = stretch.begun_by(now_ms)
-            self._stretch = Stretch(stretch.start_ms, steps, stretch.first_ms, stretch.slope_ms)
+            self._stretch = replace(stretch, steps=stretch.begun_by(now_ms))
             self.ends_ms = self._stretch.end_ms()
 
     def finish_work(self) -> list[Output]:
@@ -124,12 +131,17 @@ class SimulatedReplica:
         self.busy_ms += now_ms - self._started_ms
         if step is not None:
             self.steps += 1
-            self.step_ms = step.predicted_ms
+            self._ended_step(step.shape, step.predicted_ms)
             scheduler.update(step, _sampled(scheduler, step), microseconds(now_ms))
         elif stretch is not None:
             self.steps += stretch.steps
-            self.step_ms = stretch.end_ms() - stretch.end_ms(stretch.steps - 1)
+            self._ended_step(*stretch.last())
             scheduler.advance(stretch.steps, microseconds(now_ms))
+
+    def _ended_step(self, shape: StepShape, ms: float) -> None:
+        """The last one stands for all of a stretch."""
+        self.step_ms = ms
+        self._learnt.observe(shape, ms)
 
 
 def _sampled(scheduler: StretchScheduler, step: Step) -> Sequence[int]:

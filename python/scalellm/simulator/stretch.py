@@ -7,11 +7,12 @@ step costs a little more than the one before, by one more position to attend to 
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from scalellm.controller.blueprint.cost import StepCost
 from scalellm.engine.request import Request
 from scalellm.engine.scheduler import Scheduler
+from scalellm.engine.step_time import StepShape
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,6 +21,7 @@ class Stretch:
 
     start_ms: float
     steps: int
+    first: StepShape
     first_ms: float
     slope_ms: float
 
@@ -27,6 +29,13 @@ class Stretch:
         """When so many of the steps are done; all of them by default."""
         count = self.steps if steps is None else steps
         return self.start_ms + count * self.first_ms + self.slope_ms * count * (count - 1) / 2
+
+    def last(self) -> tuple[StepShape, float]:
+        """The last step, and its milliseconds."""
+        more = (self.steps - 1) * self.first.spans
+        context = self.first.attended + more
+        shape = replace(self.first, attended=context, read=context)
+        return shape, self.first_ms + self.slope_ms * (self.steps - 1)
 
     def begun_by(self, now_ms: float) -> int:
         """Steps that have begun before `now_ms`, at least one: these can no longer be changed."""
@@ -73,8 +82,9 @@ class StretchScheduler(Scheduler):
             if steps == 0:
                 return None
         streams = len(running)
+        first = StepShape(streams, attended, streams, attended)
         first_ms = pace * cost.step_ms(streams, attended, streams, attended)
-        return Stretch(start_ms, steps, first_ms, pace * cost.per_context_ms * streams)
+        return Stretch(start_ms, steps, first, first_ms, pace * cost.per_context_ms * streams)
 
     def _blocks_for(self, steps: int) -> int:
         """Blocks to be taken for so many steps; the last token's position is not written."""

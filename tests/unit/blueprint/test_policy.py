@@ -36,7 +36,7 @@ from scalellm.controller.blueprint.shape import (
     parse_groups,
     uniform,
 )
-from scalellm.controller.blueprint.signals import Signals, Window
+from scalellm.controller.blueprint.signals import Signals
 from scalellm.errors import ConfigError
 
 NODE = read_calibration("node-8gpu")
@@ -170,7 +170,7 @@ def test_engines_own_steps_correct_the_calibration_before_any_request_ends() -> 
 
 
 def test_nothing_is_decided_before_anything_was_measured() -> None:
-    nothing = Window().signals(5.0, WIDE, 0, 0, 0, 0.0)
+    nothing = Signals(5.0, WIDE, 0, 0, 0, 0.0, 0.0, (), 0.0)
     decision, _ = decide(nothing, State(0.0), (NARROW, WIDE), NODE, Settings())
     assert (decision.blueprint, decision.switch) == (WIDE, False)
 
@@ -266,19 +266,6 @@ def test_a_journal_that_cannot_be_written_stops_no_decision(
     policy = Policy(NODE, Settings("latency"), (NARROW, WIDE), 0.0, tmp_path)
     assert policy.decide(signals(WIDE, 2, 0.0, 0.0)).blueprint == WIDE
     assert capsys.readouterr().err.count("journal ends here") == 1
-
-
-def test_window_forgets_what_is_old() -> None:
-    window = Window(10.0)
-    for at in range(20):
-        window.arrived(float(at))
-        window.started(float(at), 100.0 + at, 50)
-        window.finished(float(at), 10, 5.0)
-    found = window.signals(20.0, WIDE, 1, 0, 0, 0.5)
-    assert found.arrivals_s == pytest.approx(1.0)
-    assert found.ttft_ms == 115.0
-    assert found.prompt_tokens == (50.0,) * 5
-    assert window.signals(60.0, WIDE, 0, 0, 0, 0.0).ttft_ms is None
 
 
 def test_groups_are_read_from_flags_and_from_a_variable() -> None:

@@ -21,6 +21,7 @@ from scalellm.controller.blueprint.cost import calibration_toml, read_calibratio
 from scalellm.controller.blueprint.journal import replay
 from scalellm.controller.blueprint.measured import Measured
 from scalellm.controller.blueprint.policy import Settings
+from scalellm.controller.blueprint.reading import Reading, reading_of
 from scalellm.controller.blueprint.shape import Blueprint, uniform
 from scalellm.controller.blueprint.signals import Signals
 from scalellm.controller.gateway_view import Sample, parse_metrics
@@ -324,19 +325,20 @@ scalellm_replica_kv_blocks_total{replica="gone"} 20
 """
 
 
-def metrics(**values: int) -> list[Sample]:
+def read(at_s: float, *, prompt: int = 0, cached: int = 0, output: int = 0, ended: int) -> Reading:
     text = METRICS
+    values = {"prompt": prompt, "cached": cached, "output": output, "ended": ended}
     for name, value in values.items():
         text = text.replace("{" + name + "}", str(value))
-    return parse_metrics(text)
+    return reading_of(at_s, parse_metrics(text))
 
 
 def test_signals_are_differences_of_counters() -> None:
     measured = Measured(20.0)
-    first = metrics(prompt=1000, cached=0, output=500, ended=10)
-    assert measured.signals(0.0, first, WIDE).prompt_tokens == ()
-    later = metrics(prompt=3000, cached=500, output=900, ended=20)
-    found = measured.signals(10.0, later, WIDE)
+    first = read(0.0, prompt=1000, output=500, ended=10)
+    assert measured.signals(first, WIDE).prompt_tokens == ()
+    later = read(10.0, prompt=3000, cached=500, output=900, ended=20)
+    found = measured.signals(later, WIDE)
     assert (found.running, found.waiting, found.kv_use) == (3, 3, 0.25)
     assert found.arrivals_s == 1.0
     assert found.prompt_tokens == (150.0,) * 5
@@ -345,21 +347,30 @@ def test_signals_are_differences_of_counters() -> None:
     assert found.pause_ms == pytest.approx((300 * 400) ** 0.5)
     assert found.step_cost == (4.0, 0.5, 0.001, 0.0)
     assert Signals.of_json(json.loads(json.dumps(found.to_json()))) == found
-    idle = measured.signals(60.0, later, WIDE)
+    idle = measured.signals(replace(later, at_s=60.0), WIDE)
     assert (idle.arrivals_s, idle.output_tokens, idle.tbt_ms) == (0.0, 40.0, None)
-    restarted = metrics(prompt=10, cached=0, output=10, ended=1)
-    assert measured.signals(61.0, restarted, WIDE).arrivals_s == 0.0
+    restarted = read(61.0, prompt=10, output=10, ended=1)
+    assert measured.signals(restarted, WIDE).arrivals_s == 0.0
+
+
+def test_a_crowd_is_seen_as_it_comes_and_for_some_seconds_after() -> None:
+    measured, calm = Measured(20.0), read(0.0, ended=10)
+    found = []
+    for second, running in enumerate((0, 0, 100, 100, 0, 0, 0)):
+        reading = replace(calm, at_s=float(second), running=running, backlog_tokens=10 * running)
+        found.append(measured.signals(reading, WIDE))
+    assert [one.running for one in found] == [0, 0, 100, 100, 40, 40, 40]
+    assert [one.backlog_tokens for one in found] == [0, 0, 1000, 1000, 400, 400, 400]
 
 
 def test_readings_go_on_while_the_shape_changes() -> None:
     """A switch takes longer than signals look back."""
     measured = Measured(20.0)
-    measured.signals(0.0, metrics(prompt=0, cached=0, output=0, ended=10), WIDE)
+    measured.signals(read(0.0, ended=10), WIDE)
     for second in range(1, 60):
         # Streams move in the 40th second.
-        ended = 10 if second < 40 else 30
-        measured.read(float(second), metrics(prompt=0, cached=0, output=0, ended=ended))
-    found = measured.signals(58.0, metrics(prompt=0, cached=0, output=0, ended=30), NARROW)
+        measured.read(read(float(second), ended=10 if second < 40 else 30))
+    found = measured.signals(read(58.0, ended=30), NARROW)
     assert found.pause_ms == pytest.approx((300 * 400) ** 0.5)
 
 

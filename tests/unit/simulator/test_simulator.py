@@ -116,12 +116,12 @@ def test_steps_take_longer_while_others_on_the_host_compute() -> None:
 
 
 def test_a_stretch_is_interrupted_after_the_step_that_runs() -> None:
-    stretch = Stretch(0.0, 100, 10.0, 0.5)  # steps of 10, 10.5, 11, ... ms
+    stretch = Stretch(0.0, 100, StepShape(), 10.0, 0.5)  # steps of 10, 10.5, 11, ... ms
     assert stretch.end_ms(3) == pytest.approx(31.5)
     for now_ms, begun in ((0.0, 1), (5.0, 1), (10.0, 1), (10.1, 2), (31.5, 3), (31.6, 4)):
         assert stretch.begun_by(now_ms) == begun
     assert stretch.begun_by(1e9) == 100
-    assert Stretch(0.0, 100, 10.0, 0.0).begun_by(95.0) == 10
+    assert Stretch(0.0, 100, StepShape(), 10.0, 0.0).begun_by(95.0) == 10
 
 
 def test_chunks_are_the_largest_that_fit_the_budget() -> None:
