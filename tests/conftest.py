@@ -10,6 +10,7 @@ import os
 import pwd
 import shutil
 import subprocess
+import tempfile
 from collections.abc import Callable, Generator
 from importlib.util import find_spec
 from pathlib import Path
@@ -97,6 +98,10 @@ PROBES: dict[str, Callable[[], str | None]] = {
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "needs(name): left out where the machine has no such thing")
+    # What is started by tests keeps nothing in the user's folder.
+    state = tempfile.TemporaryDirectory(prefix="scalellm-state-")
+    config.add_cleanup(state.cleanup)
+    os.environ["XDG_STATE_HOME"] = state.name
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

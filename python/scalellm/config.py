@@ -394,7 +394,10 @@ class BlueprintConfig:
         maximum=25,
     )
     journal: str | None = setting(
-        None, "File that each decision of `auto` is appended to, as JSON lines", _SHAPED
+        None,
+        "File that each decision of `auto` is appended to, as JSON lines; `none`: no file; "
+        "default: a new one in scalellm/journals in the user's state folder, in a simulation none",
+        _SHAPED,
     )
     calibration: str | None = setting(
         None,
@@ -405,6 +408,11 @@ class BlueprintConfig:
 
     def __post_init__(self) -> None:
         check_fields(self)
+
+    @property
+    def journal_file(self) -> Path | None:
+        """The one that was asked for."""
+        return None if self.journal is None or self.journal == "none" else Path(self.journal)
 
 
 @dataclass(frozen=True, slots=True)

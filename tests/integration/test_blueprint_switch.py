@@ -101,14 +101,15 @@ class Clients:
 
 
 @pytest.fixture
-def served(tmp_path: Path) -> Iterator[Serve]:
+def served(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Serve]:
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
     calibration = tmp_path / "test.toml"
     calibration.write_text(CALIBRATION)
     found = Serve(
         tmp_path,
         *("--blueprint", "auto", "--devices", "2", "--calibration", str(calibration)),
         *("--objective", "throughput", "--min-stay-s", "1", "--hand-over-s", "0"),
-        *("--kv-cache-memory", "64MiB", "--journal", str(tmp_path / "journal.jsonl")),
+        *("--kv-cache-memory", "64MiB"),
     )
     yield found
     found.close()
@@ -143,7 +144,9 @@ def test_the_shape_follows_the_load_and_no_stream_notices(served: Serve, tmp_pat
     answer = get(served.url, "/admin/v1/blueprint")
     assert answer is not None
     assert blueprint_lines(answer)[0] == "blueprint 2 x TP 1 (auto), steady"
-    taken = list(replay(tmp_path / "journal.jsonl"))
+    (journal,) = (tmp_path / "state" / "scalellm" / "journals").iterdir()
+    assert f"decisions about the shape are kept in {journal}" in served.errors()
+    taken = list(replay(journal))
     switches = [str(decision.blueprint) for _, _, decision in taken if decision.switch]
     assert switches == ["1 x TP 2", "2 x TP 1"]
     assert all(told == decision.to_json() for _, told, decision in taken)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from scalellm.cli.calibrated import calibrated
 from scalellm.cli.flags import add_settings, unknown_variables
+from scalellm.cli.journalled import journalled
 from scalellm.cli.memory import check_memory, settled_switches
 from scalellm.cli.model import check_folder, resolve_model
 from scalellm.cli.served import add_models, asked
@@ -113,7 +114,7 @@ def _resolve(config: ServeConfig, place: Place, report: Report) -> Served:
     check_folder(path, needs_tokenizer=True, needs_weights=weights)
     report.phase("resolve model", report.elapsed_s() - before_s, str(path))
     if config.deployment.blueprint == "auto":
-        config = _with_costs(config, path, place, report)
+        config = journalled(_with_costs(config, path, place, report), report)
     return Served(config, path, place.cores, place.widths)
 
 

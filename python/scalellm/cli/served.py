@@ -90,9 +90,9 @@ def _check_together(configs: Sequence[ServeConfig]) -> None:
                 f"served_model_name: {times} models are called {name!r}; NAME=MODEL, or "
                 f"served_model_name in [[models]], tells them apart"
             )
-    journals = Counter(config.blueprint.journal for config in configs)
+    journals = Counter(config.blueprint.journal_file for config in configs)
     for journal, times in journals.items():
         if journal is not None and times > 1:
             raise ConfigError(
-                f"journal: {times} models have {journal!r}; each needs a file of its own"
+                f"journal: {times} models have {str(journal)!r}; each needs a file of its own"
             )

@@ -100,7 +100,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.replayed is not None:
         return _replay(arguments.replayed)
     config = build(BlueprintConfig, resolve_arguments(arguments))
-    _check_outputs(arguments, config.journal)
+    _check_outputs(arguments, config.journal_file)
 
     from scalellm.controller.blueprint.cost import read_calibration
     from scalellm.simulator.report import HEAD, cells, document, write_json
@@ -130,13 +130,13 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _check_outputs(arguments: argparse.Namespace, journal: str | None) -> None:
+def _check_outputs(arguments: argparse.Namespace, journal: Path | None) -> None:
     from scalellm.bench.results import check_writable
 
     for flag, path in (
         ("json", arguments.json),
         ("plot", arguments.plot),
-        ("journal", None if journal is None else Path(journal)),
+        ("journal", journal),
     ):
         if path is not None:
             check_writable(path, flag)
@@ -239,8 +239,8 @@ def _compare(
             ran = run_static(setup, plan)
             found.append((summary_of(str(plan), ran, objectives), ran[0]))
     if arguments.only != "static":
-        path = None if config.journal is None else Path(config.journal)
-        ran = run_auto(setup, plans, plans[-1], policy_settings(config), path)
+        settings = policy_settings(config)
+        ran = run_auto(setup, plans, plans[-1], settings, config.journal_file)
         found.append((summary_of(AUTO, ran, objectives), ran[0]))
     return found
 

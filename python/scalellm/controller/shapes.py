@@ -176,7 +176,7 @@ def _auto(config: ServeConfig, state_file: Path, place: Place) -> Shapes:
         "settings": asdict(policy_settings(shape)),
         "switch": shape.switch,
         "hand_over_s": shape.hand_over_s,
-        "journal": None if shape.journal is None else str(Path(shape.journal).resolve()),
+        "journal": None if shape.journal_file is None else str(shape.journal_file.resolve()),
         "state_file": str(state_file),
     }
     wanted = frozenset(name for name, tp in widths.items() if tp == first.groups[0].tp)

@@ -35,6 +35,7 @@ from scalellm.controller.gateway_view import Sample
 from scalellm.controller.state_file import write_state
 
 DECIDE_EVERY_S = 1.0
+_JOURNAL_BYTES = 16 << 20  # some five hours of decisions
 WISH_SUFFIX = ".wish.json"  # of the state file's name: what an operator asked the gateway for
 _KILL_AFTER_S = 10.0  # beyond the hand-over, for an engine that does not end
 _ENDINGS = ("hand over", "stop", "kill")
@@ -64,6 +65,7 @@ class Steering:
             time.monotonic(),
             journal,
             self._remembered(),
+            _JOURNAL_BYTES,
         )
 
     def _remembered(self) -> State | None:

@@ -5,7 +5,6 @@ import random
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import pairwise
-from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -20,7 +19,6 @@ from scalellm.controller.blueprint.cost import (
     read_calibration,
     shipped,
 )
-from scalellm.controller.blueprint.journal import Policy, replay
 from scalellm.controller.blueprint.policy import (
     OBJECTIVES,
     Objective,
@@ -232,40 +230,6 @@ def test_steady_streams_are_what_arrives_while_one_lasts() -> None:
     overloaded = replace(demand, requests_s=50.0)
     assert steady_streams(shape, overloaded) == math.inf
     assert predict(Blueprint((Group(1, 1),)), overloaded, NODE, 60.0).load > 1
-
-
-def test_journal_replays_to_the_same_decisions(tmp_path: Path) -> None:
-    path = tmp_path / "decisions.jsonl"
-    draw = random.Random(3)
-    policy = Policy(NODE, Settings("latency"), (NARROW, WIDE), 0.0, path)
-    blueprint = WIDE
-    for now_s in range(120):
-        running = 2 if now_s < 60 else 300
-        found = signals(blueprint, running, draw.random(), now_s + draw.random())
-        found = replace(
-            found,
-            tbt_ms=draw.uniform(5, 50),
-            ttft_ms=draw.uniform(10, 90),
-            pause_ms=draw.uniform(100, 900),
-            kv_use=draw.random(),
-        )
-        blueprint = policy.decide(found).blueprint
-    assert policy.state.ttft_factor != 1.0 and policy.state.pause_ms
-    taken = list(replay(path))
-    assert len(taken) == 120
-    assert sum(decision.switch for _, _, decision in taken) == 1
-    assert all(told == decision.to_json() for _, told, decision in taken)
-    path.write_text('{"signals": 1}\n')
-    with pytest.raises(ConfigError, match="line 1"):
-        list(replay(path))
-
-
-def test_a_journal_that_cannot_be_written_stops_no_decision(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    policy = Policy(NODE, Settings("latency"), (NARROW, WIDE), 0.0, tmp_path)
-    assert policy.decide(signals(WIDE, 2, 0.0, 0.0)).blueprint == WIDE
-    assert capsys.readouterr().err.count("journal ends here") == 1
 
 
 def test_groups_are_read_from_flags_and_from_a_variable() -> None:

@@ -68,6 +68,12 @@ def test_the_files_models_have_settings_of_their_own(folder: Path) -> None:
     assert small.engine.max_num_batched_tokens == big.engine.max_num_batched_tokens == 64
 
 
+def test_several_models_may_do_without_journals(folder: Path) -> None:
+    (folder / "scalellm.toml").write_text("journal = 'none'")
+    found = ask("a=demo", "b=demo")
+    assert [config.blueprint.journal_file for config in found.models] == [None, None]
+
+
 @pytest.mark.parametrize(
     ("text", "arguments", "said"),
     [

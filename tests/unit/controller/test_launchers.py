@@ -117,13 +117,15 @@ def test_kubernetes_gets_values_with_what_was_asked() -> None:
 
 def test_kubernetes_gets_whole_deployments_where_shapes_were_asked_for() -> None:
     auto = DeploymentConfig(blueprint="auto")
-    slo = BlueprintConfig(devices=4, objective="slo", calibration="node-8gpu")
+    slo = BlueprintConfig(devices=4, objective="slo", journal="none", calibration="node-8gpu")
     mixed = BlueprintConfig(devices=4, replica=("tp=1", "tp=2", "tp=1"))
     first, second = helm_values([config(deployment=auto, blueprint=slo), config(blueprint=mixed)])[
         "models"
     ]
     assert (first["blueprint"], first["devices"], first["cpuThreads"]) == ("auto", 4, 4)
-    assert first["args"] == ["--objective", "slo", "--calibration", "node-8gpu"]
+    assert first["args"] == [
+        *("--objective", "slo", "--journal", "none", "--calibration", "node-8gpu"),
+    ]
     assert second["shapes"] == ["tp=2,count=1", "tp=1,count=2"]
     assert "blueprint" not in second
 
@@ -159,6 +161,13 @@ def test_kubernetes_gets_the_hosts_of_a_replica() -> None:
                 "blueprint": BlueprintConfig(devices=2, calibration="mine.toml"),
             },
             "calibration: a file of this machine",
+        ),
+        (
+            {
+                "deployment": DeploymentConfig(blueprint="auto"),
+                "blueprint": BlueprintConfig(devices=2, journal="mine.jsonl"),
+            },
+            "journal: a file of this machine",
         ),
         ({"gateway": GatewayConfig(replay=False)}, "replay: the chart has no value for it"),
     ],

@@ -402,6 +402,10 @@ def test_auto_declares_every_candidate_and_begins_with_one(tmp_path: Path) -> No
     assert found.steering is not None
     assert [Blueprint.of_json(plan) for plan in found.steering["candidates"]] == [NARROW, WIDE]
     assert initial_state(found, "auto")["candidates"] == found.steering["candidates"]
+    for asked, journal in (("none", None), ("j", str(Path("j").resolve()))):
+        kept = replace(auto, blueprint=replace(auto.blueprint, journal=asked))
+        steering_plan = shapes_of(kept, tmp_path).steering
+        assert steering_plan is not None and steering_plan["journal"] == journal
 
 
 @pytest.mark.parametrize(

@@ -3,11 +3,14 @@
 {"journal": 2, "calibration": TOML text, "settings": {...}, "candidates": [[{"tp","count"}], ...]}
 {"signals": {...}, "barred": [...] if there are any, "state": {...}, "decision": {...}}
 ...
+
+Every file begins with such a head, so that each can be taken by itself.
 """
 
 import json
+import math
 import sys
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +24,38 @@ from scalellm.errors import ConfigError
 VERSION = 2
 
 
+class Journal:
+    """Appends to a file; one that is full becomes NAME.1, in the place of an older one."""
+
+    def __init__(self, file: Path, head: Mapping[str, Any], most_bytes: float) -> None:
+        self._file: Path | None = file
+        self._head = _line(head)
+        self._most_bytes = most_bytes
+        self._has_begun = False
+
+    def write(self, record: Mapping[str, Any]) -> None:
+        if self._file is None:
+            return
+        try:
+            self._append(self._file, _line(record))
+        except OSError as error:
+            # Nobody serves from a journal: a full disk must not end the deployment.
+            sys.stderr.write(f"the blueprint's journal ends here: {error}\n")
+            self._file = None
+
+    def _append(self, file: Path, line: str) -> None:
+        if file.exists() and file.stat().st_size + len(line) > self._most_bytes:
+            file.replace(file.with_name(f"{file.name}.1"))
+        is_whole = self._has_begun and file.exists()
+        with file.open("a", encoding="utf-8") as stream:
+            stream.write(line if is_whole else self._head + line)
+        self._has_begun = True
+
+
+def _line(record: Mapping[str, Any]) -> str:
+    return json.dumps(record, separators=(",", ":")) + "\n"
+
+
 class Policy:
     """The policy with its state, each decision appended to `journal` if there is one."""
 
@@ -32,23 +67,23 @@ class Policy:
         now_s: float,
         journal: Path | None = None,
         state: State | None = None,
+        journal_bytes: float = math.inf,
     ) -> None:
-        """`state`: that of an earlier policy over the same deployment, to go on with."""
+        """`state`: that of an earlier policy over the same deployment, to go on with;
+        `journal_bytes`: of a file, before the next begins."""
         # As the journal's reader will see it: text keeps six digits of a coefficient.
         text = calibration_toml(calibration)
         self._calibration = parse_calibration(text, calibration.name)
         self._settings = settings
         self._candidates = tuple(candidates)
         self._state = State(now_s) if state is None else state
-        self._journal = journal
-        self._write(
-            {
-                "journal": VERSION,
-                "calibration": text,
-                "settings": asdict(settings),
-                "candidates": [found.to_json() for found in candidates],
-            }
-        )
+        head = {
+            "journal": VERSION,
+            "calibration": text,
+            "settings": asdict(settings),
+            "candidates": [found.to_json() for found in candidates],
+        }
+        self._journal = None if journal is None else Journal(journal, head, journal_bytes)
 
     @property
     def state(self) -> State:
@@ -65,27 +100,17 @@ class Policy:
         decision, self._state = decide(
             signals, before, candidates, self._calibration, self._settings
         )
-        told = {"barred": [found.to_json() for found in barred]} if barred else {}
-        self._write(
-            {
-                "signals": signals.to_json(),
-                **told,
-                "state": state_json(before),
-                "decision": decision.to_json(),
-            }
-        )
+        if self._journal is not None:
+            told = {"barred": [found.to_json() for found in barred]} if barred else {}
+            self._journal.write(
+                {
+                    "signals": signals.to_json(),
+                    **told,
+                    "state": state_json(before),
+                    "decision": decision.to_json(),
+                }
+            )
         return decision
-
-    def _write(self, record: dict[str, Any]) -> None:
-        if self._journal is None:
-            return
-        try:
-            with self._journal.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(record, separators=(",", ":")) + "\n")
-        except OSError as error:
-            # Nobody serves from a journal: a full disk must not end the deployment.
-            sys.stderr.write(f"the blueprint's journal ends here: {error}\n")
-            self._journal = None
 
 
 def _allowed(

@@ -98,8 +98,8 @@ def _shape(config: ServeConfig) -> tuple[dict[str, Any], dict[str, Any]]:
         check_fits(blueprint, devices, WIDTHS, "--replica")
         shapes = [f"tp={group.tp},count={group.count}" for group in blueprint.groups]
         return {"shapes": shapes, "devices": devices}, {}
-    if asked.journal is not None or asked.calibration not in (None, *shipped()):
-        name = "calibration" if asked.journal is None else "journal"
+    if asked.journal_file is not None or asked.calibration not in (None, *shipped()):
+        name = "calibration" if asked.journal_file is None else "journal"
         raise ConfigError(f"{name}: a file of this machine is not in the pods; leave it out")
     return {"blueprint": mode, "devices": devices}, _changed(asked, BlueprintConfig(), _OWN_SHAPE)
 
