@@ -200,3 +200,15 @@ def suggestion(name: str, known: Iterable[str]) -> str:
     """`; did you mean 'port'?`, or nothing when no name is near."""
     near = difflib.get_close_matches(name, list(known), n=1)
     return f"; did you mean {near[0]!r}?" if near else ""
+
+
+_of_group: dict[type, dict[str, Setting]] = {}  # what was declared does not change
+
+
+def check_fields(config: Any) -> None:
+    """Check every setting of a config dataclass; ConfigError for the first that cannot be."""
+    group = type(config)
+    if group not in _of_group:
+        _of_group[group] = declared(group)
+    for name, found in _of_group[group].items():
+        object.__setattr__(config, name, found.check(getattr(config, name)))
