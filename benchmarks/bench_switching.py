@@ -8,6 +8,7 @@ Two device slots of one core each: one replica of two ranks against two of one. 
 plans, which tell whether this machine has a crossover: the wide replica quicker for one stream, the
 narrow ones making more tokens for 64, both by CLEAR. Where it has none, ranks exchange over a link
 of LINK_MB_S, as if over a slow network, which makes one, and all is measured again with that.
+Last `auto` where memory is not enough for two shapes: the new one comes after the old one is gone.
 
 Each part is one deployment under all three levels, its outcome a file of --folder, so that parts
 can be measured one at a time. The load generator and the gateway run on the same two cores.
@@ -35,7 +36,8 @@ ROOT = Path(__file__).resolve().parent.parent
 SHAPE = "qwen3-0.3b"
 LINK_MB_S = 400
 LINKS = {"memory": 0, "link": LINK_MB_S}
-NAMES = {"wide": "1 x TP 2", "narrow": "2 x TP 1", "auto": AUTO}
+NAMES = {"wide": "1 x TP 2", "narrow": "2 x TP 1", "auto": AUTO, "after": "`--switch after`"}
+SWITCHES = {"auto": "beside", "after": "after"}
 FEW, MANY = 1, 64
 SECONDS = {"static": (10.0, 40.0, 10.0), "auto": (12.0, 60.0, 40.0)}
 SHORT_SECONDS = {"static": (4.0, 8.0, 2.0), "auto": (8.0, 25.0, 20.0)}
@@ -50,18 +52,19 @@ def measure(part: str, folder: Path, seconds: Sequence[float]) -> Found:
     link, name = part.split("-")
     model = model_folder(SHAPE, folder)
     flags: tuple[str, ...] = ()
-    if name == "auto":
+    if name in SWITCHES:
         file = folder / f"calibration-{link}.toml"
         if not file.is_file():
             calibrate(model, LINKS[link], file)
         journal = folder / f"{part}.jsonl"
         journal.unlink(missing_ok=True)
         flags = ("--calibration", str(file), "--journal", str(journal))
+        flags += ("--switch", SWITCHES[name])
     load = zip((FEW, MANY, FEW), seconds, strict=True)
     levels = [Level(streams, duration_s=duration_s) for streams, duration_s in load]
     log = folder / f"{part}.log"
     with (
-        deployed(model, NAMES[name], LINKS[link], log, flags) as running,
+        deployed(model, _plan(name), LINKS[link], log, flags) as running,
         Watch(running.url) as watch,
     ):
         rows = loaded(running.url, levels, Workload(record_gaps=True)).rows
@@ -99,6 +102,10 @@ def measure(part: str, folder: Path, seconds: Sequence[float]) -> Found:
     }
 
 
+def _plan(name: str) -> str:
+    return AUTO if name in SWITCHES else NAMES[name]
+
+
 def has_crossover(wide: Found, narrow: Found) -> bool:
     """Whether each plan is clearly the better one at one of the levels."""
     return bool(
@@ -110,10 +117,11 @@ def has_crossover(wide: Found, narrow: Found) -> bool:
 def lacking(found: Mapping[str, Found]) -> list[str]:
     """The parts that are still to be measured, in order."""
     parts = ["memory-wide", "memory-narrow", "memory-auto"]
-    if all(part in found for part in parts[:2]) and not has_crossover(
-        found["memory-wide"], found["memory-narrow"]
-    ):
-        parts += ["link-wide", "link-narrow", "link-auto"]
+    if all(part in found for part in parts[:2]):
+        crosses = has_crossover(found["memory-wide"], found["memory-narrow"])
+        if not crosses:
+            parts += ["link-wide", "link-narrow", "link-auto"]
+        parts.append("memory-after" if crosses else "link-after")
     return [part for part in parts if part not in found]
 
 
@@ -203,6 +211,8 @@ def section(found: Mapping[str, Found], command: str) -> str:
     for link in LINKS:
         if f"{link}-auto" in found:
             lines.append(_sentence(found, link))
+        if f"{link}-after" in found:
+            lines.append(f"Without room for both shapes: {_gaps(found[f'{link}-after'])}.")
     return "\n".join(lines) + "\n"
 
 
@@ -235,16 +245,18 @@ def _sentence(found: Mapping[str, Found], link: str) -> str:
     ]
     by = "memory" if link == "memory" else "the slow link"
     text = f"By {by}, `auto` has of the better static plan, after its switch: " + ", ".join(parts)
-    if auto["switches"]:
-        took = [one["end_s"] - one["begin_s"] for one in auto["switches"]]
-        text += f". Switches took {', '.join(f'{one:.1f}' for one in took)} s"
-    if auto["pauses_ms"]:
-        pauses = auto["pauses_ms"]
+    return f"{text}. Its {_gaps(auto)}." if auto["switches"] else f"{text}."
+
+
+def _gaps(found: Found) -> str:
+    took = ", ".join(f"{one['end_s'] - one['begin_s']:.1f}" for one in found["switches"])
+    text = f"switches took {took or 'no'} s"
+    if pauses := found["pauses_ms"]:
         text += (
             f"; the largest gap of each of the {len(pauses)} requests that ran during one: "
             f"p50 {np.percentile(pauses, 50):,.0f} ms, p99 {p99(pauses):,.0f} ms"
         )
-    return text + "."
+    return text
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -265,7 +277,9 @@ def main(arguments: list[str] | None = None) -> int:
         for part in parts:
             print(f"{part} ...", flush=True)
             lengths = SHORT_SECONDS if options.short else SECONDS
-            found = measure(part, folder, lengths["auto" if "auto" in part else "static"])
+            found = measure(
+                part, folder, lengths["auto" if part.split("-")[1] in SWITCHES else "static"]
+            )
             text = json.dumps(found, indent=1)
             (folder / f"part-{part}.json").write_text(text + "\n", encoding="utf-8")
             print(json.dumps(found["levels"], indent=1), flush=True)

@@ -67,15 +67,17 @@ def levels(tbt_ms: float, tok_s: float, switches: int = 0) -> dict[str, Any]:
 def test_without_a_crossover_a_slow_link_has_to_make_one() -> None:
     found = {"memory-wide": levels(4.0, 900.0), "memory-narrow": levels(7.0, 800.0)}
     assert bench_switching.lacking(found) == [
-        *("memory-auto", "link-wide", "link-narrow", "link-auto")
+        *("memory-auto", "link-wide", "link-narrow", "link-auto", "link-after")
     ]
     found |= {"memory-auto": levels(4.1, 880.0)}
     found |= {"link-wide": levels(5.0, 300.0), "link-narrow": levels(7.0, 800.0)}
     found |= {"link-auto": levels(5.2, 790.0, switches=2)}
+    found |= {"link-after": levels(5.2, 700.0, switches=2) | {"pauses_ms": [900.0]}}
     assert bench_switching.lacking(found) == []
     assert bench_switching.failures(found) == []
     text = bench_switching.section(found, "the command")
     assert "has no clear crossover" in text
+    assert "Without room for both shapes: switches took 3.0, 3.0 s; the largest gap" in text
     for wrong, named in (
         (levels(5.2, 790.0, switches=0), "0 switches"),
         (levels(5.2, 600.0, switches=2), "tokens/s is 0.75"),
@@ -89,6 +91,8 @@ def test_without_a_crossover_a_slow_link_has_to_make_one() -> None:
 
 def test_a_crossover_needs_no_link() -> None:
     found = {"memory-wide": levels(4.0, 700.0), "memory-narrow": levels(7.0, 900.0)}
-    assert bench_switching.lacking(found) == ["memory-auto"]
+    assert bench_switching.lacking(found) == ["memory-auto", "memory-after"]
     found["memory-wide"] = levels(4.0, 890.0)  # within what a policy should not move for
-    assert bench_switching.lacking(found)[1:] == ["link-wide", "link-narrow", "link-auto"]
+    assert bench_switching.lacking(found)[1:] == [
+        *("link-wide", "link-narrow", "link-auto", "link-after")
+    ]
