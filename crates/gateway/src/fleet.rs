@@ -158,27 +158,29 @@ impl Fleet {
     }
 
     /// The model, if its upstreams may be to answer, and whether a replica of our own is ready: then only those answer
-    /// that share requests with the replicas.
+    /// that share requests with the replicas. Where it has both and nobody is there, whoever comes is waited for here.
     ///
     /// # Errors
     /// As `served_or_only`.
     pub fn foreign(&self, name: Option<&str>) -> ApiResult<Option<(&Arc<ForeignModel>, bool)>> {
         let served = self.served_or_only(name)?;
-        let own_is_ready = self.own(served).is_some_and(|model| model.is_ready());
+        let own = self.own(served);
+        let own_is_ready = own.is_some_and(|model| model.is_ready());
         let elsewhere = self
             .elsewhere(served)
-            .filter(|model| !own_is_ready || model.shares());
+            .filter(|model| !own_is_ready || model.shares())
+            .filter(|model| own.is_none() || model.is_ready());
         Ok(elsewhere.map(|model| (model, own_is_ready)))
     }
 
-    /// Choices of a model that may be generated at the same time. Where upstreams share its requests theirs hold places
-    /// too, and what these can do is not known.
+    /// Choices of a model that may be generated at the same time. Where upstreams share its requests what these can do
+    /// is not known; where they do not, or no longer, what they still answer holds no place of the replicas'.
     #[must_use]
     pub fn places(&self, model: &Model, config: &Config) -> usize {
-        let elsewhere = self.elsewhere(&model.served);
-        match elsewhere.is_some_and(|other| other.shares() && other.is_ready()) {
-            true => config.max_in_flight,
-            false => model.places(config),
+        match self.elsewhere(&model.served) {
+            None => model.places(config),
+            Some(other) if other.takes_its_share() => config.max_in_flight,
+            Some(other) => (model.places(config) + other.in_flight()).min(config.max_in_flight),
         }
     }
 

@@ -44,6 +44,19 @@ impl ForeignModel {
         self.replicas_weight.is_some()
     }
 
+    /// Whether an upstream is there that gets its share now.
+    #[must_use]
+    pub fn takes_its_share(&self) -> bool {
+        self.shares() && self.is_one_beside(&[])
+    }
+
+    /// Requests that upstreams have not answered.
+    #[must_use]
+    pub fn in_flight(&self) -> usize {
+        let counts = self.upstreams.iter().map(|upstream| &upstream.counts);
+        counts.map(|counts| counts.in_flight.load(Relaxed)).sum()
+    }
+
     /// Whose turn it is. What sets an upstream behind others sets it behind the replicas too.
     pub fn turn(&self, own_is_ready: bool, session: Option<u64>, prompt: &Prefixes) -> Turn {
         let Some(weight) = self.replicas_weight else {
@@ -68,7 +81,7 @@ impl ForeignModel {
         });
         let picked = self.picker.pick(&among, session, !prompt.is_empty());
         match picked.and_then(|(index, reason)| Some((self.upstreams.get(index)?, reason))) {
-            None => Turn::Replicas(self.for_replicas(prompt)),
+            None => Turn::Replicas(self.for_replicas()),
             Some((upstream, reason)) => Turn::Upstreams(Some(Chosen {
                 upstream: Arc::clone(upstream),
                 reason,
@@ -78,9 +91,13 @@ impl ForeignModel {
     }
 
     /// Counts a request as the replicas'.
-    pub fn for_replicas(&self, prompt: &Prefixes) -> InFlight {
-        self.replicas.sent.lock().remember(prompt);
+    pub fn for_replicas(&self) -> InFlight {
         InFlight::one_of(&self.replicas.in_flight)
+    }
+
+    /// They take it.
+    pub fn replicas_take(&self, prompt: &Prefixes) {
+        self.replicas.sent.lock().remember(prompt);
     }
 
     /// Where the upstream stands now that was chosen, if requests may still go there.

@@ -14,6 +14,8 @@ use scalellm_routing::session_rank;
 /// that its upstream was sent wholly before; one that it was sent a part of moves so much sooner.
 const TOO_MUCH: f64 = 2.0;
 const A_FEW: f64 = 4.0;
+/// Of a count for a weight, times that weight.
+const ROUNDING: f64 = 1e-9;
 
 /// Why an upstream was chosen.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -92,7 +94,8 @@ impl Candidate {
     /// work. With nothing to save it has to have as little to do.
     fn is_worth(&self, saved: f64, least: &Candidate) -> bool {
         let times = 1.0 + (TOO_MUCH - 1.0) * saved;
-        self.load() <= times * least.load() + A_FEW * saved
+        let most = times * least.load() * f64::from(self.weight) + A_FEW * saved;
+        self.in_flight as f64 <= most + ROUNDING * most
     }
 }
 

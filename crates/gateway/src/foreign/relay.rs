@@ -75,8 +75,8 @@ pub struct Relay<'a> {
 impl Relay<'_> {
     /// Whose turn it is. Ids are for the replicas, whose tokenizer they are of.
     pub fn turn(&self, own_is_ready: bool) -> Turn {
-        if own_is_ready && self.asked.prompt.is_ids() {
-            return Turn::Replicas(self.model.for_replicas(&self.prompt));
+        if own_is_ready && self.asked.prompt.is_ids(&self.body) {
+            return Turn::Replicas(self.model.for_replicas());
         }
         let wish = self.record.update(|progress| progress.wish);
         self.model.turn(own_is_ready, wish.session, &self.prompt)

@@ -54,7 +54,14 @@ pub async fn way<T: Send + 'static>(
             drop(turn);
             relay.run().await.map(Way::Elsewhere)
         }
-        (taken, here) => Ok(Way::Here(taken?, here.map(|(_, turn)| turn))),
+        (taken, here) => {
+            let taken = taken?;
+            let turn = here.map(|(relay, turn)| {
+                relay.model.replicas_take(&relay.prompt);
+                turn
+            });
+            Ok(Way::Here(taken, turn))
+        }
     }
 }
 

@@ -1,6 +1,8 @@
 //! A model whose requests replicas of our own and servers elsewhere share.
 
 use std::collections::BTreeSet;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 
 use bytes::Bytes;
 use scalellm_fake_engine::Settings;
@@ -122,6 +124,40 @@ async fn while_one_side_is_gone_the_other_takes_all() {
 }
 
 #[tokio::test]
+async fn streams_of_an_upstream_that_is_gone_hold_no_places_of_the_replicas() {
+    let is_down = Arc::new(AtomicBool::default());
+    let down = Arc::clone(&is_down);
+    let mock = Mock::start(move |seen| match seen.head.starts_with("GET") {
+        true if down.load(Relaxed) => vec![Act::Close],
+        true => vec![json(WHOLE)],
+        false => vec![stream_head(), chunk(HI), Act::Hang],
+    })
+    .await;
+    let few = |config: &mut Config| config.places_per_slot = 1.0;
+    let engine = Settings {
+        max_num_seqs: 1,
+        ..says("own")
+    };
+    let watched = UpstreamConfig {
+        health_path: "/models".to_owned(),
+        health_interval_s: 0.02,
+        ..mock.upstream()
+    };
+    let stack = both(engine, watched, 1, few).await;
+    let mut streams = Vec::new();
+    let held = ("scalellm_upstream_in_flight_requests{", "");
+    while stack.metric(held.0, held.1).await < 3.0 {
+        let body = with_model(value!({"messages": user("x"), "stream": true}));
+        let asking = request("POST", "/v1/chat/completions", &[], body.to_string().into());
+        streams.push(open(stack.address(), asking).await);
+    }
+    is_down.store(true, Relaxed);
+    stack.wait_metric("scalellm_upstream_up{", "", 0.0).await;
+    let reply = stack.chat(value!({"messages": user("x")})).await.ok();
+    assert_eq!(reply["choices"][0]["message"]["content"], "own");
+}
+
+#[tokio::test]
 async fn what_only_one_side_can_do_goes_there() {
     let mock = server().await;
     let stack = both(says("own"), mock.upstream(), 1, |_| ()).await;
@@ -134,6 +170,11 @@ async fn what_only_one_side_can_do_goes_there() {
         let with_ids = value!({"prompt_token_ids": ids("x"), "max_tokens": 9});
         let reply = stack.chat(with_ids).await.ok();
         assert_eq!(reply["choices"][0]["message"]["content"], "own");
+        for prompt in [value!(ids("x")), value!([ids("x")])] {
+            let with_ids = value!({"prompt": prompt, "max_tokens": 9});
+            let reply = stack.complete(with_ids).await.ok();
+            assert_eq!(reply["choices"][0]["text"], "own");
+        }
         let text = value!({"model": "bytes", "prompt": "x"});
         assert_eq!(stack.post("/tokenize", &text).await.ok()["count"], 1);
     }

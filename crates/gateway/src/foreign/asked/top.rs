@@ -43,10 +43,14 @@ pub struct Prompt {
 }
 
 impl Prompt {
-    /// It is token ids, by our own field for them.
+    /// It is token ids, in our own field for them or in the place of text.
     #[must_use]
-    pub fn is_ids(&self) -> bool {
-        self.kind == IDS
+    pub fn is_ids(&self, body: &[u8]) -> bool {
+        let text = body.get(self.text.clone()).unwrap_or_default();
+        let mut bytes = text.iter().filter(|byte| !byte.is_ascii_whitespace());
+        let is_list = bytes.next() == Some(&b'[');
+        // Messages are a list of objects, several prompts one of strings.
+        self.kind == IDS || is_list && matches!(bytes.next(), Some(b'0'..=b'9' | b'['))
     }
 
     /// By which another prompt is found to begin as this one, whose places these are in `body`. A chat's template sees

@@ -45,6 +45,35 @@ fn the_one_with_the_fewest_unanswered_for_its_weight_is_next() {
 }
 
 #[test]
+fn weights_hold_for_prompts_that_all_begin_alike() {
+    for (weights, at_once) in [
+        ([70, 30], 8),
+        ([25, 75], 64),
+        ([3, 1], 8),
+        ([300, 100], 200),
+    ] {
+        let picker = Picker::default();
+        let mut servers = candidates(&weights.map(|weight| (weight, 0)));
+        let mut running = std::collections::VecDeque::new();
+        let mut got = [0_u32; 2];
+        for _ in 0..4000 {
+            if running.len() == at_once {
+                let ended: usize = running.pop_front().unwrap();
+                servers[ended].in_flight -= 1;
+            }
+            let (next, _) = picker.pick(&servers, None, true).unwrap();
+            servers[next].in_flight += 1;
+            servers[next].sent = 0.9;
+            running.push_back(next);
+            got[next] += 1;
+        }
+        let wanted = 4000.0 * f64::from(weights[0]) / f64::from(weights[0] + weights[1]);
+        let off = (f64::from(got[0]) - wanted).abs() / wanted;
+        assert!(off < 0.15, "{weights:?}, {at_once} at once: {got:?}");
+    }
+}
+
+#[test]
 fn a_session_stays_until_its_upstream_has_far_more_to_do() {
     let picker = Picker::default();
     let idle = candidates(&[(1, 0); 4]);
