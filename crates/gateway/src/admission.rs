@@ -27,6 +27,9 @@ pub use places::{Admission, Permit};
 const USUAL_OUTPUT: f64 = 256.0;
 const BYTES_PER_TOKEN: f64 = 4.0;
 
+/// Between two looks for a replica that tells the model's limits.
+const LOOK_AGAIN: Duration = Duration::from_millis(50);
+
 /// What a request was given on its way in.
 pub struct Admitted {
     pub model: Arc<Model>,
@@ -52,17 +55,17 @@ pub async fn admit(
     let model = Arc::clone(live.fleet.find_or_only(model_name)?);
     name(record, &model.served)?;
     record.update(|progress| progress.own = Some(Arc::clone(&model)));
-    let limits = model
-        .require_limits()
+    let deadline = params
+        .deadline_ms
+        .map(|ms| record.started + Duration::from_millis(ms.into()));
+    let limits = known_limits(app, &model, deadline)
+        .await
         .inspect_err(|_| app.metrics.rejected("no_replica"))?;
     let_in(app, record).await?;
     let demand = Demand {
         choices: prompts.saturating_mul(params.n as usize),
         max_tokens: params.max_tokens,
     };
-    let deadline = params
-        .deadline_ms
-        .map(|ms| record.started + Duration::from_millis(ms.into()));
     // Asked for as long as it waits: a reload may change them.
     let places = || {
         let live = app.live();
@@ -89,6 +92,24 @@ pub async fn admit(
         limits,
         permit,
     })
+}
+
+/// The model's limits. Before any replica has told them, as after the gateway's restart, one is waited for.
+async fn known_limits(app: &App, model: &Model, deadline: Option<Instant>) -> ApiResult<Limits> {
+    let patience = Instant::now() + model.faults.config.replica_wait();
+    let until = deadline.map_or(patience, |deadline| deadline.min(patience));
+    loop {
+        let limits = model.require_limits();
+        if limits.is_ok() || Instant::now() >= until {
+            return limits;
+        }
+        tokio::select! {
+            () = tokio::time::sleep(LOOK_AGAIN) => {}
+            () = app.wait_for(Phase::Stopping) => {
+                return Err(ApiError::draining(app.drain_retry_after_s()));
+            }
+        }
+    }
 }
 
 /// What a request wants computed.

@@ -26,6 +26,7 @@ use tokio::time::{Sleep, sleep};
 
 use crate::app::App;
 use crate::error::{ApiError, ApiResult};
+use crate::fault_metrics::Waiting;
 use crate::fleet::Model;
 use crate::replay::{Cause, Failures, Loss, MAX_DEATHS, Pause, Place, is_hopeless};
 use crate::routing::{Placement, RouteWish};
@@ -63,8 +64,9 @@ pub struct Attempt {
     ids_at_loss: usize,
     refusals: u32,
     failures: Failures,
-    /// Until when it waits for a replica that takes it.
-    wait_until: Option<Instant>,
+    /// Since when it waits, or waited, for a replica that takes it.
+    waits_since: Option<Instant>,
+    waited: Duration,
     pause: Option<Box<Pause>>,
     /// Until the first output, or failure.
     hedge: Option<Box<Hedge>>,
@@ -73,7 +75,10 @@ pub struct Attempt {
 enum Run {
     Running(RequestStream),
     /// For its first replica; none is there.
-    Waiting(Pin<Box<Sleep>>),
+    Waiting {
+        timer: Pin<Box<Sleep>>,
+        _counted: Waiting,
+    },
     Paused(Pin<Box<Sleep>>),
 }
 
@@ -108,20 +113,25 @@ impl Attempt {
             ids_at_loss: 0,
             refusals: 0,
             failures: Failures::default(),
-            wait_until: None,
+            waits_since: None,
+            waited: Duration::ZERO,
             pause: None,
-            hedge: model
-                .faults
-                .config
-                .hedge_after()
-                // Nobody waits for batch work.
-                .filter(|_| !wish.batch)
-                .map(Hedge::after),
+            hedge: None,
         };
-        if !attempt.submit_to_any(app, model, preferred) {
-            attempt.wait_for_replica(app, model)?;
-        }
+        attempt.begin(app, model, preferred)?;
         Ok(attempt)
+    }
+
+    /// Submits what has not begun, or waits for a replica to come.
+    fn begin(&mut self, app: &App, model: &Model, preferred: Option<usize>) -> ApiResult<()> {
+        if !self.submit_to_any(app, model, preferred) {
+            return self.wait_for_replica(app, model);
+        }
+        self.waited = self.waits_since.map_or(Duration::ZERO, |at| at.elapsed());
+        let hedge_after = model.faults.config.hedge_after();
+        // Nobody waits for batch work.
+        self.hedge = hedge_after.filter(|_| !self.wish.batch).map(Hedge::after);
+        Ok(())
     }
 
     /// Why the policy chose the replica, while it has not answered.
@@ -130,10 +140,16 @@ impl Attempt {
         self.placement.as_ref().map(|placement| placement.choice)
     }
 
-    /// The replica that runs it now, or ran it last.
+    /// The replica that runs it now, or ran it last; `None` while it waits for its first.
     #[must_use]
-    pub fn replica(&self) -> usize {
-        self.place.replica
+    pub fn replica(&self) -> Option<usize> {
+        (!matches!(self.run, Run::Waiting { .. })).then_some(self.place.replica)
+    }
+
+    /// For how long no replica took it.
+    #[must_use]
+    pub fn waited(&self) -> Duration {
+        self.waited
     }
 
     /// Replicas that it outlived.
@@ -151,11 +167,9 @@ impl Attempt {
     ) -> Poll<ApiResult<proto::Output>> {
         loop {
             let loss = match &mut self.run {
-                Run::Waiting(timer) => {
+                Run::Waiting { timer, .. } => {
                     ready!(timer.as_mut().poll(cx));
-                    if !self.submit_to_any(app, model, None) {
-                        self.wait_for_replica(app, model)?;
-                    }
+                    self.begin(app, model, None)?;
                     continue;
                 }
                 Run::Paused(timer) => {
@@ -312,12 +326,15 @@ impl Attempt {
 
     /// No replica takes what has not begun: looks again later, or says so.
     fn wait_for_replica(&mut self, app: &App, model: &Model) -> ApiResult<()> {
-        let (now, wait) = (Instant::now(), model.faults.config.replica_wait());
-        if now >= *self.wait_until.get_or_insert(now + wait) {
+        let since = *self.waits_since.get_or_insert_with(Instant::now);
+        if since.elapsed() >= model.faults.config.replica_wait() {
             app.metrics.rejected("no_replica");
             return Err(model.no_replica());
         }
-        self.run = Run::Waiting(Box::pin(sleep(LOOK_AGAIN)));
+        self.run = Run::Waiting {
+            timer: Box::pin(sleep(LOOK_AGAIN)),
+            _counted: app.metrics.faults.waits(),
+        };
         Ok(())
     }
 
@@ -334,6 +351,8 @@ impl Attempt {
         let (reason, message) = if engine.is_some_and(|first| is_hopeless(model, first)) {
             let message = "the replicas that are there have other weights or compute otherwise";
             ("other_engine", message.to_owned())
+        } else if !model.faults.config.replay && !begun {
+            return self.wait_for_replica(app, model);
         } else if !model.faults.config.replay {
             ("off", "no other replica takes it".to_owned())
         } else if Instant::now() >= pause.until {

@@ -3,6 +3,7 @@
 use std::collections::VecDeque;
 use std::sync::Arc;
 use std::task::{Context, Poll, ready};
+use std::time::Duration;
 
 use scalellm_engine_link::proto::{self, FinishReason};
 
@@ -63,8 +64,10 @@ pub struct Choice {
     pub first_times: Option<Box<proto::StageTimes>>,
     /// The engine's, of the whole; absent when it was not the engine that ended the choice.
     pub last_times: Option<Box<proto::StageTimes>>,
-    /// The replica that ran it last.
-    pub replica: usize,
+    /// The replica that ran it last; `None` before the first.
+    pub replica: Option<usize>,
+    /// For how long no replica took it.
+    pub waited: Duration,
     /// Replicas that it outlived.
     pub replays: u32,
     /// `None` once finished: the engine has forgotten it, or was told to.
@@ -103,6 +106,7 @@ impl Choice {
             first_times: None,
             last_times: None,
             replica: attempt.replica(),
+            waited: attempt.waited(),
             replays: 0,
             attempt: Some(attempt),
             text,
@@ -127,7 +131,7 @@ impl Choice {
         match &mut self.attempt {
             Some(attempt) => {
                 let output = ready!(attempt.poll_output(app, model, cx));
-                self.replica = attempt.replica();
+                (self.replica, self.waited) = (attempt.replica(), attempt.waited());
                 self.replays = attempt.replays();
                 Poll::Ready(output)
             }

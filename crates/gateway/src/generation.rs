@@ -121,7 +121,7 @@ impl Generation {
                     note_route(record, model, &attempt);
                 }
                 // The choices of a prompt share its prefix: they belong on one replica.
-                replica = Some(attempt.replica());
+                replica = attempt.replica();
                 choices.push(Choice::new(
                     choices.len(),
                     index,
@@ -138,7 +138,7 @@ impl Generation {
             progress.prompt_tokens = prompt_tokens.iter().map(|n| *n as u64).sum();
             progress.replica = choices
                 .first()
-                .and_then(|choice| model.address(choice.replica));
+                .and_then(|choice| model.address(choice.replica?));
         });
         Ok(Generation {
             answers: Answers::of(&model.served, choices.len()),
@@ -324,12 +324,14 @@ impl Generation {
         let in_engine = between(times.received_us, emitted_us);
         self.record.update(|progress| {
             // Only the sum of both ways does not depend on the two hosts' clocks; its parts do.
+            let submitted = self.submitted + choice.waited;
             let link = now
-                .duration_since(self.submitted)
+                .saturating_duration_since(submitted)
                 .saturating_sub(in_engine + progress.times.own_output_work());
-            let submitted_us = self.app.clock.unix_us(self.submitted);
+            let submitted_us = self.app.clock.unix_us(submitted);
             let link_out = between(submitted_us, times.received_us).min(link);
-            progress.replica = self.model.address(choice.replica);
+            progress.replica = choice.replica.and_then(|at| self.model.address(at));
+            progress.times.add(Stage::Route, choice.waited);
             for (stage, took) in [
                 (Stage::LinkOut, link_out),
                 (
@@ -354,7 +356,9 @@ impl Generation {
         let took_us = crate::stages::micros(prefill);
         let now_ms = self.app.clock.now_ms();
         let routing = &self.model.routing;
-        routing.observe_prefill(choice.replica, computed, took_us, now_ms);
+        if let Some(replica) = choice.replica {
+            routing.observe_prefill(replica, computed, took_us, now_ms);
+        }
     }
 }
 
@@ -432,7 +436,7 @@ fn wish(record: &RequestRecord, params: &Params) -> RouteWish {
 }
 
 fn note_route(record: &RequestRecord, model: &Model, attempt: &Attempt) {
-    let replica = model.replicas.get(attempt.replica());
+    let replica = attempt.replica().and_then(|at| model.replicas.get(at));
     if let (Some(choice), Some(replica)) = (attempt.route(), replica) {
         record.update(|progress| {
             progress.route = progress

@@ -2,11 +2,11 @@
 
 use bytes::Bytes;
 use scalellm_fake_engine::{Faults, Refuse, Settings};
-use scalellm_gateway::Config;
+use scalellm_gateway::{Config, Gateway};
 use serde_json::{Value, json};
 use tokio::task::JoinHandle;
 
-use crate::support::{Reply, Stack, engine, request, send, start_engine, with_model};
+use crate::support::{Reply, Stack, engine, request, send, start_engine, wait_metric, with_model};
 
 /// Longer than any test has.
 fn patient(config: &mut Config) {
@@ -47,6 +47,27 @@ async fn a_request_waits_for_the_replica_that_comes() {
         stack.metric("scalellm_rejected_total{", "no_replica").await,
         0.0
     );
+}
+
+#[tokio::test]
+async fn a_gateway_that_knows_no_replica_yet_waits_too() {
+    let mut kept = Config::default();
+    let mut stack = Stack::start(vec![engine()], |config| {
+        patient(config);
+        kept = config.clone();
+    })
+    .await;
+    end_last(&mut stack).await;
+    let gateway = Gateway::start(kept).await.unwrap();
+    let address = gateway.address();
+    let body = Bytes::from(with_model(json!({"prompt": "x", "max_tokens": 4})).to_string());
+    let asking =
+        tokio::spawn(
+            async move { send(address, request("POST", "/v1/completions", &[], body)).await },
+        );
+    wait_metric(address, "scalellm_requests_in_flight", "", 2.0).await;
+    stack.engines[0] = Some(start_engine(&stack.socket(0), engine()));
+    assert_eq!(asking.await.unwrap().ok()["choices"][0]["text"], "abcd");
 }
 
 #[tokio::test]
