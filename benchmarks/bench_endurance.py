@@ -36,7 +36,7 @@ SENTENCES = {
         "undisturbed one or an error; requests moved {moves} times."
     ),
     "after": (
-        "{switches} of them without room for both, the old shape gone before the new one has "
+        "{switches} more without room for both, the old shape gone before the new one has "
         "memory, under {streams} streams in {seconds} s: {answers} answers, of which {wrong} was "
         "another or an error; requests moved {moves} times."
     ),

@@ -44,6 +44,7 @@ SHORT_SECONDS = {"static": (4.0, 8.0, 2.0), "auto": (8.0, 25.0, 20.0)}
 CLEAR = 1.25  # times as good: the policy moves for 1.11, and back for this
 LEAST_OF_BEST = 0.9
 MOST_PAUSE_MS = 1500.0
+MOST_PAUSE_AFTER_MS = 5000.0  # of 64 streams whose tokens are all computed again at once
 Found = Mapping[str, Any]
 
 
@@ -170,6 +171,12 @@ def failures(found: Mapping[str, Found]) -> list[str]:
                 told.append(f"{link}: {what} is {settled:.2f} of the better plan's")
         if p99(auto["pauses_ms"]) > MOST_PAUSE_MS:
             told.append(f"{link}: pauses of {p99(auto['pauses_ms']):.0f} ms")
+        if f"{link}-after" in found:
+            after = found[f"{link}-after"]
+            if len(after["switches"]) != 2:
+                told.append(f"{link}: {len(after['switches'])} switches one after the other, not 2")
+            if p99(after["pauses_ms"]) > MOST_PAUSE_AFTER_MS:
+                told.append(f"{link}: pauses of {p99(after['pauses_ms']):.0f} ms between shapes")
     if "link-wide" in found and not has_crossover(found["link-wide"], found["link-narrow"]):
         told.append("the slow link makes no crossover either")
     return told
@@ -213,6 +220,8 @@ def section(found: Mapping[str, Found], command: str) -> str:
             lines.append(_sentence(found, link))
         if f"{link}-after" in found:
             lines.append(f"Without room for both shapes: {_gaps(found[f'{link}-after'])}.")
+    if problems := failures(found):
+        lines.append(f"Goals that this run misses: {'; '.join(problems)}.")
     return "\n".join(lines) + "\n"
 
 

@@ -6,6 +6,7 @@ SCALELLM_SWITCHES says how many (2); a thorough run has 200. What happened is to
 
 import logging
 import os
+import signal
 import time
 from collections.abc import Callable, Iterator
 from http import HTTPStatus
@@ -16,7 +17,7 @@ from ..e2e.wire import call, is_at_rest, load
 from ..integration.served import Serve
 from ..integration.supervised import children, command_line, kill, until
 from .crowd import Crowd
-from .shapes import NARROW, WIDE, serve_two_shapes, state, switch, wish
+from .shapes import NARROW, SWITCH_S, WIDE, serve_two_shapes, state, switch, wish
 from .workload import undisturbed_answers
 
 logger = logging.getLogger(__name__)
@@ -84,6 +85,22 @@ def test_a_replica_that_dies_standing_by_is_waited_for_again(served: Serve) -> N
         until(lambda: len(standing_by() - {died}) == NARROW[0]["count"])
         switch(served, NARROW)
     assert not crowd.wrong, crowd.wrong[0]
+
+
+@pytest.mark.slow
+@pytest.mark.needs("two-cores")
+@pytest.mark.parametrize("served", ["after"], indirect=True)
+def test_a_deployment_that_is_to_end_between_two_shapes_answers_first(served: Serve) -> None:
+    undisturbed = undisturbed_answers(served.url)
+    crowd = Crowd(served.url, undisturbed, STREAMS)
+    with crowd:
+        wish(served, NARROW)
+        until(lambda: state(served)["phase"] == "handing over")
+        crowd.leave.set()
+        served.process.send_signal(signal.SIGTERM)
+    assert not crowd.wrong, crowd.wrong[0]
+    assert crowd.replays > 0
+    assert served.process.wait(SWITCH_S) == 0
 
 
 @pytest.mark.slow

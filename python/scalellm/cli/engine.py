@@ -4,8 +4,8 @@ import argparse
 import dataclasses
 import errno
 import gc
+import queue
 import signal
-import threading
 from collections.abc import Callable
 from types import FrameType
 from typing import Protocol
@@ -95,12 +95,12 @@ def run(arguments: argparse.Namespace) -> int:
 
 def standing_by(progress: Progress) -> Callable[[], None]:
     """Says that the engine stands by, and waits for GO; call it on the main thread."""
-    told = threading.Event()
-    signal.signal(GO, lambda _number, _frame: told.set())
+    told = queue.SimpleQueue[None]()  # whose `put` may interrupt its `get` on the same thread
+    signal.signal(GO, lambda _number, _frame: told.put(None))
 
     def hold() -> None:
         progress.standing_by()
-        told.wait()
+        told.get()
 
     return hold
 

@@ -27,6 +27,7 @@ from scalellm.controller.shapes import (
     WIDTHS,
     Place,
     auto_widths,
+    comes_after,
     fitting_widths,
     served_name,
     shapes_of,
@@ -66,7 +67,7 @@ def run(arguments: argparse.Namespace) -> int:
         available_bytes = available_cpu_bytes()
         planned = settled_switches(planned, available_bytes)
         for config, _ in planned:
-            if config.deployment.blueprint == "auto" and config.blueprint.switch == "after":
+            if comes_after(config):
                 report.event(
                     f"{served_name(config.engine)}: a new shape comes after the old one is gone, "
                     f"and requests wait in between (--switch)"

@@ -56,7 +56,7 @@ class EngineConfig:
     gpu_memory_utilization: float | None = setting(
         None,
         "Share of a GPU's memory that a replica uses; default: 0.9, with `--blueprint auto` 0.45, "
-        "as replicas of two shapes share each GPU during a switch",
+        "as replicas of two shapes share each GPU during a switch, unless `--switch after`",
         above=0,
         maximum=1,
     )

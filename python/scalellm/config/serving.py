@@ -202,7 +202,7 @@ class BlueprintConfig:
         "auto",
         "When replicas of a new shape take memory: `beside` the old ones, which serve until then, "
         "or `after` they are gone, while requests wait; `auto`: after, where --kv-cache-memory "
-        "does not fit twice",
+        "does not fit twice on a CPU",
         ("serve",),
         choices=("auto", "beside", "after"),
     )

@@ -19,6 +19,7 @@ from scalellm.controller.shapes import (
     Place,
     Shapes,
     changes_on_gpus,
+    comes_after,
     initial_state,
     served_name,
     shapes_of,
@@ -86,12 +87,18 @@ def plan_deployment(models: Sequence[Served], port: int, folder: Path, launcher:
 
 
 def _waiting(models: Sequence[Served]) -> ServeConfig:
-    """What the models share; requests wait for a shape that comes after the old one is gone."""
+    """What the models share; requests wait for a shape that comes after the old one is gone, on a
+    GPU also while it loads its weights."""
     config = models[0].config
-    if not any(model.config.blueprint.switch == "after" for model in models):
+    after = [model.config for model in models if comes_after(model.config)]
+    if not after:
         return config
-    wait_s = max(config.gateway.replica_wait_s, config.gateway.replay_wait_s)
-    return replace(config, gateway=replace(config.gateway, replica_wait_s=wait_s))
+    gateway = config.gateway
+    is_on_gpu = any(found.engine.device == "cuda" for found in after)
+    load_s = config.deployment.start_timeout_s if is_on_gpu else 0.0
+    replay_s = max(gateway.replay_wait_s, load_s)
+    new_s = max(gateway.replica_wait_s, replay_s)
+    return replace(config, gateway=replace(gateway, replay_wait_s=replay_s, replica_wait_s=new_s))
 
 
 def _shapes(models: Sequence[Served], folder: Path, launcher: Launcher) -> list[Shapes]:

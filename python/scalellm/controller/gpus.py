@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from scalellm.config import ServeConfig
+from scalellm.controller.shapes import comes_after
 from scalellm.errors import ConfigError, ServeError
 
 _DEVICES = Path("/dev")
@@ -69,8 +70,8 @@ def settled(config: ServeConfig, gpus: int) -> ServeConfig:
     engine = config.engine
     if engine.device == "auto" and gpus:
         engine = replace(engine, device="cuda")
-    is_beside = config.deployment.blueprint == "auto" and config.blueprint.switch != "after"
-    if engine.device == "cuda" and is_beside:
+    is_auto = config.deployment.blueprint == "auto"
+    if engine.device == "cuda" and is_auto and not comes_after(config):
         share = engine.gpu_memory_utilization
         if share is not None and share > 0.5:
             raise ConfigError(

@@ -70,6 +70,18 @@ class Replicas:
             replica.child.signal(GO)
         self._changed()
 
+    def give_way(self) -> None:
+        """End those whose place others are to take."""
+        for replica in self:
+            if not replica.wanted:
+                self.order(replica, "end", "stop")
+
+    def let_go(self) -> None:
+        """Let those go that stand by, if nobody else has memory that they wait for."""
+        if all(replica.target for replica in self if replica.child is not None):
+            for replica in self:
+                self.order(replica, "go", "")
+
     def reap(self) -> list[tuple[Replica, Ending]]:
         """Those that have ended since the last time."""
         ended = []

@@ -90,9 +90,14 @@ def check_together(config: ServeConfig) -> None:
             "--launcher: got ray, allowed with --blueprint auto on GPUs: local, kubernetes"
         )
 
-    if is_auto and shape.switch == "after" and config.deployment.launcher == "ray":
+    if comes_after(config) and config.deployment.launcher == "ray":
         # The places of the old shape's processes are not free while they stand by.
         raise ConfigError("--switch: got after, allowed with --launcher ray: auto, beside")
+
+
+def comes_after(config: ServeConfig) -> bool:
+    """Whether a new shape takes memory only when the old one is gone."""
+    return config.deployment.blueprint == "auto" and config.blueprint.switch == "after"
 
 
 def changes_on_gpus(config: ServeConfig) -> bool:

@@ -166,9 +166,13 @@ class Steering:
         self._want([*target, *new], new, f"{present} -> {best}: {reason}", held)
 
     def _replace(self, target: Sequence[str], lost: Mapping[str, str]) -> None:
-        """All of the shape is given up: to one that can be had, if there is any."""
-        shapes = (self._replicas(found) for found in self._candidates)
-        if new := next((one for one in shapes if not any(name in lost for name in one)), None):
+        """All of the shape is given up: to the one of which most is left, if there is any."""
+
+        def left(names: Sequence[str]) -> float:
+            return sum(name not in lost for name in names) / len(names)
+
+        new = max((self._replicas(found) for found in self._candidates), key=left)
+        if left(new) > 0:
             why = f"{self._name(target)} -> {self._name(new)}: {target[0]} was given up"
             self._want(new, new, why)
 

@@ -198,8 +198,10 @@ class Supervisor:
             self._watchdog = Watchdog(self._mark, self._folder)
         if ended:
             self._send_facts()
-        if self._phase is Phase.DRAINING and self._gateway.child is None:
-            self._stop()
+        if self._phase is Phase.DRAINING:
+            self._replicas.let_go()
+            if self._gateway.child is None:
+                self._stop()
         if self._phase is Phase.STOPPING and not any(self._living()):
             self._phase = Phase.ENDED
 
@@ -313,6 +315,8 @@ class Supervisor:
         what = f"draining for at most {self._plan.drain_timeout_s:g} s" if serves else "stopping"
         self._report.event(f"{why}: {what}")
         self._send({"type": "draining"})
+        # A switch that has begun to hand over ends without the controller: requests wait for it.
+        self._replicas.give_way()
         if running is not None:
             running.signal(signal.SIGTERM)
             self._deadline_s = time.monotonic() + self._plan.drain_timeout_s + _GATEWAY_GRACE_S

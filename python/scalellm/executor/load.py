@@ -20,8 +20,8 @@ def load_executor(
 
     `progress(phase, seconds)` is called as each phase ends; `followers`: those processes, if they
     were started before; `hold` is called, and may wait, before memory is taken that others may
-    still have: on a GPU before weights are loaded, on a CPU, where processes share them, before
-    the KV cache is allocated. Raises ModelError, ConfigError, EngineError."""
+    still have: before the KV cache is allocated where weights are in a file that all replicas map,
+    before these are loaded elsewhere. Raises ModelError, ConfigError, EngineError."""
     check_hosts(config)
     if config.tensor_parallel_size > 1:
         return TensorParallelExecutor.load(config, progress, hold, followers)

@@ -36,6 +36,7 @@ from scalellm.loader.load import (
     Progress,
     available_device_bytes,
     check_max_model_len,
+    check_ranks,
     kv_block_bytes,
     load_model,
 )
@@ -131,14 +132,14 @@ class SingleExecutor:
             torch.set_num_threads(config.cpu_threads)
         _core.cpu_start(torch.get_num_threads(), config.compute_nice)
         shard = WHOLE if seat is None else seat.shard
-        device = _device(config, shard)
-        use_device(device)
-        if hold is not None and device.type == "cuda":
+        use_device(_device(config, shard))
+        shares_weights = hold is not None and _maps_weights(config)
+        if hold is not None and not shares_weights:
             hold()
         # Rank 0 has seen to it that all of the model fits; what is held has others' memory to come.
-        known_to_fit = shard.rank > 0 or (hold is not None and device.type == "cpu")
+        known_to_fit = shard.rank > 0 or shares_weights
         loaded = load_model(config, report, sys.maxsize if known_to_fit else None, shard)
-        if hold is not None and device.type == "cpu":
+        if hold is not None and shares_weights:
             hold()
         started = time.monotonic()
         size, cache = _allocate(config, loaded, num_blocks)
@@ -300,6 +301,11 @@ class SingleExecutor:
             self.__dict__.pop(name, None)
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
+
+
+def _maps_weights(config: EngineConfig) -> bool:
+    """Whether they are in a file that all replicas map, and not in memory of its own."""
+    return config.packed_cache != "none" and check_ranks(config).packed
 
 
 def _device(config: EngineConfig, shard: Shard) -> torch.device:

@@ -85,6 +85,12 @@ def test_without_a_crossover_a_slow_link_has_to_make_one() -> None:
     ):
         (problem,) = bench_switching.failures(found | {"link-auto": wrong})
         assert named in problem
+    still = levels(5.2, 700.0) | {"pauses_ms": [6000.0]}
+    problems = bench_switching.failures(found | {"link-after": still})
+    assert "0 switches one after" in problems[0] and "pauses of 6000 ms" in problems[1]
+    assert "Goals that this run misses: link: 0" in bench_switching.section(
+        found | {"link-after": still}, "the command"
+    )
     (problem,) = bench_switching.failures(found | {"link-wide": levels(5.0, 700.0)})
     assert "makes no crossover either" in problem
 

@@ -204,6 +204,18 @@ def test_a_shape_that_is_lost_whole_is_replaced_by_one_that_can_be_had(made: Dep
     assert made.look(10.0) == [], "there is nothing left to have"
 
 
+def test_a_shape_of_which_a_part_is_left_is_better_than_none(made: Deployment) -> None:
+    made.facts["engine-tp1-3"]["given_up"] = "could not start"
+    made.facts["engine-tp8-0"].update(running=False, ready=False, given_up="it ended five times")
+    (order,) = made.look(0.5)
+    assert order["wanted"] == order["target"] == NARROW_NAMES
+    for name in NARROW_NAMES:
+        if name != "engine-tp1-3":
+            made.facts[name].update(running=True, ready=True)
+    assert made.look(10.0) == []
+    assert made.state()["phase"] == "steady"
+
+
 def test_a_new_shape_that_cannot_start_is_left_alone(made: Deployment) -> None:
     made.load = (300, 100.0)
     assert len(made.look(30.0)) == 1
