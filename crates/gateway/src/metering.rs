@@ -13,6 +13,8 @@ use crate::stages::{Clock, Stage};
 #[derive(Default)]
 pub struct Metering {
     pub reservation: Option<Reservation>,
+    /// Whether it holds the request's tokens already.
+    pub has_tokens: bool,
     /// Of its row of usage.
     number: Option<u64>,
 }
@@ -22,6 +24,9 @@ pub fn begin(app: &App, record: &Arc<RequestRecord>) {
     let Some(accounts) = &app.accounts else {
         return;
     };
+    if record.update(|progress| progress.metering.number.is_some()) {
+        return; // it goes another way now
+    }
     let live = Arc::new(LiveRequest {
         record: Arc::clone(record),
         clock: app.clock,

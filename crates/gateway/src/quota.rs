@@ -21,6 +21,9 @@ pub async fn enter(app: &App, record: &RequestRecord) -> ApiResult<()> {
     let (Some(accounts), Some(key)) = (&app.accounts, record.key()) else {
         return Ok(());
     };
+    if record.update(|progress| progress.metering.reservation.is_some()) {
+        return Ok(()); // it goes another way now
+    }
     let reservation = accounts
         .enter(key)
         .await
@@ -54,6 +57,9 @@ pub async fn reserve(app: &App, record: &RequestRecord, tokens: i64) -> ApiResul
     let Some(accounts) = &app.accounts else {
         return Ok(());
     };
+    if record.update(|progress| progress.metering.has_tokens) {
+        return Ok(());
+    }
     // Not held across the wait: the request's end settles it, and this is the request.
     let Some(mut reservation) = record.update(|progress| progress.metering.reservation.take())
     else {
@@ -63,7 +69,10 @@ pub async fn reserve(app: &App, record: &RequestRecord, tokens: i64) -> ApiResul
         .reserve_tokens(&mut reservation, tokens)
         .await
         .map_err(|denied| refuse(app, &denied));
-    record.update(|progress| progress.metering.reservation = Some(reservation));
+    record.update(|progress| {
+        progress.metering.reservation = Some(reservation);
+        progress.metering.has_tokens = reserved.is_ok();
+    });
     reserved
 }
 

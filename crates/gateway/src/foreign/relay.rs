@@ -70,6 +70,8 @@ pub struct Relay<'a> {
     /// The first to ask, where that was chosen before.
     pub(super) chosen: Option<Chosen>,
     pub(super) deadline: Option<Deadline>,
+    /// No upstream gave an answer, and another server might.
+    pub(super) unanswered: bool,
 }
 
 impl Relay<'_> {
@@ -82,9 +84,23 @@ impl Relay<'_> {
         self.model.turn(own_is_ready, wish.session, &self.prompt)
     }
 
+    /// Whether the replicas are to answer what no upstream did.
+    pub fn goes_to_replicas(&self) -> bool {
+        let live = self.app.live();
+        let own = live.fleet.own(&self.model.served);
+        let goes = self.unanswered
+            && self.model.shares()
+            && own.is_some_and(|model| model.is_ready())
+            && self.model.may_retry();
+        if goes {
+            self.app.metrics.faults.retried();
+        }
+        goes
+    }
+
     /// # Errors
     /// The request is refused, or no upstream answers it.
-    pub async fn run(mut self) -> ApiResult<Response> {
+    pub async fn run(&mut self) -> ApiResult<Response> {
         let (app, record) = (self.app, self.record);
         let choices = self.asked.n.max(1);
         let demand = Demand {
@@ -98,6 +114,7 @@ impl Relay<'_> {
         admission::name(record, served)?;
         if !self.model.is_ready() {
             app.metrics.rejected("no_replica");
+            self.unanswered = true;
             return Err(self.model.no_upstream());
         }
         admission::let_in(app, record).await?;
@@ -150,11 +167,12 @@ impl Relay<'_> {
                 Ok((upstream, answer)) => return self.answer(&upstream, answer, counting).await,
                 Err(failed) => failed,
             };
-            refusal = Some(failed.answer);
             if !failed.elsewhere {
-                break;
+                return *failed.answer;
             }
+            refusal = Some(failed.answer);
         }
+        self.unanswered = true;
         refusal.map_or_else(|| Err(self.model.no_upstream()), |refusal| *refusal)
     }
 

@@ -41,15 +41,20 @@ pub async fn way<T: Send + 'static>(
             Turn::Replicas(turn) => here = Some((relay, turn)),
             Turn::Upstreams(chosen) => {
                 relay.chosen = chosen;
-                return relay.run().await.map(Way::Elsewhere);
+                let answer = relay.run().await;
+                if !relay.goes_to_replicas() {
+                    return answer.map(Way::Elsewhere);
+                }
+                let turn = relay.model.for_replicas();
+                here = Some((relay, turn));
             }
         }
     }
     let taken = body::parse(app, record, &body.bytes, Reading::Whole, take).await;
     match (taken, here) {
         // Tools, say: an upstream may know what to do.
-        (Err(refusal), Some((relay, turn)))
-            if is_unsupported(&refusal) && relay.model.is_ready() =>
+        (Err(refusal), Some((mut relay, turn)))
+            if is_unsupported(&refusal) && !relay.unanswered && relay.model.is_ready() =>
         {
             drop(turn);
             relay.run().await.map(Way::Elsewhere)
@@ -94,6 +99,7 @@ async fn relay<'a>(
         prompt,
         chosen: None,
         deadline: None,
+        unanswered: false,
     };
     Ok(Some((relay, own_is_ready)))
 }

@@ -124,6 +124,43 @@ async fn while_one_side_is_gone_the_other_takes_all() {
 }
 
 #[tokio::test]
+async fn what_an_upstream_fails_a_replica_answers() {
+    let head = "HTTP/1.1 500 Oh\r\ncontent-length: 2\r\n\r\n{}";
+    for act in [Act::Close, Act::Send(head.into())] {
+        let mock = Mock::start(move |_| vec![act.clone()]).await;
+        let stack = both(says("own"), mock.upstream(), 1, |_| ()).await;
+        for stream in [false, true] {
+            for _ in 0..2 {
+                let body = value!({"messages": user("x"), "stream": stream});
+                let reply = stack.chat(body).await;
+                assert_eq!(reply.status, 200, "{}", reply.text());
+                assert!(reply.text().contains("own"), "{}", reply.text());
+            }
+        }
+        assert!(!mock.seen().is_empty());
+        assert!(stack.metric("scalellm_retries_total", "").await >= 1.0);
+    }
+}
+
+#[tokio::test]
+async fn another_upstream_comes_before_the_replicas() {
+    let failing = Mock::start(|_| vec![Act::Close]).await;
+    let mock = server().await;
+    let second = mock.upstream();
+    let stack = both(says("own"), failing.upstream(), 1, |config| {
+        config.models[0].upstreams.push(second);
+    })
+    .await;
+    let mut elsewhere = 0;
+    for _ in 0..6 {
+        let reply = stack.chat(value!({"messages": user("x")})).await.ok();
+        elsewhere += usize::from(reply["choices"][0]["message"]["content"] == "hi");
+    }
+    assert!(!failing.seen().is_empty());
+    assert_eq!(mock.seen().len(), elsewhere);
+}
+
+#[tokio::test]
 async fn streams_of_an_upstream_that_is_gone_hold_no_places_of_the_replicas() {
     let is_down = Arc::new(AtomicBool::default());
     let down = Arc::clone(&is_down);
