@@ -2,12 +2,12 @@
 //!
 //! ```text
 //!  start --> Running --outputs--> finished
-//!    |          |   ^
-//!    Waiting----|---'  where a replica may come (`replica_wait_s`)
-//!               |   ^
-//!   lost,       |   | submitted again with all ids received,
-//!   drained     v   | to a replica that continues them exactly
-//!             Paused --no such replica in time, or too many deaths--> error
+//!   |  ^        |   ^
+//!   |  |  lost, |   | submitted again with all ids received,
+//!   v  |  drained   | to a replica that continues them exactly
+//!  Waiting      v   |
+//!    |        Paused --no such replica in time, or too many deaths--> error
+//!    '--none in `replica_wait_s`--> error
 //! ```
 //!
 //! What a replica refuses goes to one other at once: nothing has begun. While the first replica says nothing, a second
